@@ -1,0 +1,49 @@
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+OUT ?= runs/quickstart
+SEED ?= 0
+
+# No target needs a network after set-up: data and weights are embedded.
+export HF_HUB_OFFLINE ?= 1
+export HF_HUB_DISABLE_TELEMETRY ?= 1
+export TOKENIZERS_PARALLELISM ?= false
+
+.PHONY: setup quickstart test test-all lint typecheck weights clean
+
+setup: $(VENV)/.installed
+
+$(VENV)/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	touch $@
+
+quickstart: setup
+	$(BIN)/llava-mod quickstart --output-dir $(OUT) --seed $(SEED)
+
+test: setup
+	$(BIN)/python -m pytest -q
+
+test-all: setup
+	$(BIN)/python -m pytest -q -m ''
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+typecheck: setup
+	$(BIN)/mypy
+
+# Regenerates the embedded weights from the embedded data, about half an hour on two cores.
+weights: setup
+	rm -rf runs/weights
+	for part in vision_tower student_lm teacher_lm teacher; do \
+	  $(BIN)/llava-mod pretrain --config recipes/tiny/0_$$part.yaml || exit 1; \
+	done
+	for name in tiny-teacher tiny-student-lm; do \
+	  rm -rf src/llava_mod_hf/weights/$$name && mkdir -p src/llava_mod_hf/weights && \
+	  cp -r runs/weights/$$name src/llava_mod_hf/weights/$$name || exit 1; \
+	done
+
+clean:
+	rm -rf $(VENV) runs

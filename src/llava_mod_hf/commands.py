@@ -1,0 +1,170 @@
+"""What `llava-mod upcycle`, `evaluate` and `publish` do."""
+
+import json
+import logging
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import yaml
+
+from llava_mod_hf.data import DataArguments, load_rows
+from llava_mod_hf.evaluation import evaluate_blind, evaluate_model
+from llava_mod_hf.hub import publish, push_checkpoint
+from llava_mod_hf.routing import expert_load
+from llava_mod_hf.stages import (
+    RUN_FILE,
+    UpcycleArguments,
+    check_output_dir,
+    save_checkpoint,
+    upcycle_student,
+    write_json,
+)
+from llava_mod_hf.teacher import load_model_and_processor
+
+RESULTS_FILE = "results.json"
+QUESTION_COLUMNS = ("prompt", "completion", "question", "answer", "kind")
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class UpcycleCommand:
+    """
+    Args:
+        student (`str`): a dense LLaVA of this package or of transformers.
+        output_dir (`str`): where the sparse student goes.
+        seed (`int`, *optional*, defaults to 0): of the routers.
+        trust_remote_code (`bool`, *optional*, defaults to `False`).
+    """
+
+    student: str = field(metadata={"help": "a dense LLaVA"})
+    output_dir: str = field(metadata={"help": "where the sparse student goes"})
+    seed: int = 0
+    trust_remote_code: bool = False
+
+
+@dataclass
+class EvaluateCommand:
+    """
+    Args:
+        model (`str`): the LLaVA to measure.
+        teacher (`str`, *optional*): measured as well, and what `kl_to_teacher` compares with.
+        output_file (`str`, *optional*): by default `results.json` in the model's folder, where `publish` looks.
+        batch_size (`int`, *optional*, defaults to 128): questions answered at a time.
+        seed (`int`, *optional*, defaults to 0): of the test questions' balancing.
+        trust_remote_code (`bool`, *optional*, defaults to `False`).
+    """
+
+    model: str = field(metadata={"help": "the LLaVA to measure"})
+    teacher: str | None = None
+    output_file: str | None = None
+    batch_size: int = 128
+    seed: int = 0
+    trust_remote_code: bool = False
+
+
+@dataclass
+class PublishCommand:
+    """
+    Args:
+        checkpoint (`str`): output folder of a stage, with the `results.json` of `llava-mod evaluate`.
+        output_dir (`str`): where the repository is built.
+        push_to (`str`, *optional*): Hub repository that it is pushed to, in one commit.
+        private (`bool`, *optional*, defaults to `False`): create that repository private.
+        revision (`str`, *optional*): branch to push to.
+        license (`str`, *optional*, defaults to `"apache-2.0"`): of the weights.
+    """
+
+    checkpoint: str = field(metadata={"help": "output folder of a stage"})
+    output_dir: str = field(metadata={"help": "where the repository is built"})
+    push_to: str | None = None
+    private: bool = False
+    revision: str | None = None
+    license: str = "apache-2.0"
+
+
+def run_upcycle(upcycle_args: UpcycleArguments, args: UpcycleCommand):
+    """Dense student → sparse student with the same logits."""
+    check_output_dir(args.output_dir)
+    student, processor = load_model_and_processor(args.student, trust_remote_code=args.trust_remote_code)
+    upcycle_args.moe_layers = upcycle_args.moe_layers or ["alternate"]
+    save_checkpoint(upcycle_student(student, upcycle_args, seed=args.seed), processor, args.output_dir)
+
+
+def run_evaluate(data_args: DataArguments, args: EvaluateCommand):
+    """
+    Measures a model, its teacher and the blind baseline on the same test questions.
+
+    Returns:
+        `dict`: `student`, `teacher`, `blind`, `dataset`, `num_questions`; also written to the results file.
+    """
+    output_file = Path(args.output_file or Path(args.model) / RESULTS_FILE)
+    if not output_file.parent.is_dir():
+        raise ValueError(f"`{output_file.parent}` is no folder to write the results to: give `output_file`.")
+    rows = load_rows(data_args, columns=QUESTION_COLUMNS, split=data_args.dataset_test_split, seed=args.seed)
+    training = load_rows(data_args, columns=QUESTION_COLUMNS, seed=args.seed).remove_columns("images")
+    model, processor = load_model_and_processor(args.model, trust_remote_code=args.trust_remote_code)
+    teacher = teacher_results = None
+    if args.teacher:
+        teacher, teacher_processor = load_model_and_processor(args.teacher, trust_remote_code=args.trust_remote_code)
+        teacher_results = evaluate_model(teacher, teacher_processor, rows, batch_size=args.batch_size)
+    results = {
+        "student": evaluate_model(model, processor, rows, teacher=teacher, batch_size=args.batch_size),
+        "teacher": teacher_results,
+        "blind": evaluate_blind(training, rows),
+        "dataset": data_args.dataset_name,
+        "num_questions": len(rows),
+    }
+    write_json(output_file, results)
+    logger.warning("Exact match %.3f; everything is in `%s`.", results["student"]["exact_match"], output_file)
+    return results
+
+
+def stage_runs(checkpoint):
+    """`{stage: run}` of a checkpoint and of those that it was trained from, the first stage first."""
+    runs, folder = {}, Path(checkpoint)
+    while folder is not None and (folder / RUN_FILE).is_file():
+        run = json.loads((folder / RUN_FILE).read_text())
+        runs = {run["stage"]: run, **runs}
+        student = run["recipe"].get("student")
+        folder = Path(student) if student and Path(student) != folder else None
+    return runs
+
+
+def run_publish(args: PublishCommand, *, loads=None):
+    """Builds the Hub repository of a trained student, and pushes it if a name is given."""
+    checkpoint = Path(args.checkpoint)
+    runs = stage_runs(checkpoint)
+    if not runs:
+        raise ValueError(f"`{checkpoint}` has no `{RUN_FILE}`: give the output folder of a finished stage.")
+    if not (checkpoint / RESULTS_FILE).is_file():
+        raise ValueError(
+            f"`{checkpoint}` has no `{RESULTS_FILE}`: run `llava-mod evaluate --model …` on it."
+        )
+    results = json.loads((checkpoint / RESULTS_FILE).read_text())
+    *_, (stage, run) = runs.items()
+    if loads is None:
+        model, processor = load_model_and_processor(str(checkpoint))
+        data_args = DataArguments(results["dataset"], run["recipe"].get("dataset_config"))
+        rows = load_rows(data_args, columns=("prompt",), split=data_args.dataset_test_split)
+        loads = expert_load(model, processor, rows.select(range(min(len(rows), 512))))
+    recipes = [run["recipe"] for run in runs.values()]
+    names = [recipe.get(key) for recipe in recipes for key in ("vision_tower", "language_model", "teacher")]
+    folder = publish(
+        checkpoint,
+        args.output_dir,
+        repo_id=args.push_to or Path(args.output_dir).name,
+        stage=stage,
+        results=results["student"],
+        teacher=results["teacher"],
+        blind=results["blind"],
+        recipe_text=yaml.safe_dump_all([{"stage": name, **run["recipe"]} for name, run in runs.items()]),
+        history={name: run["log_history"] for name, run in runs.items()},
+        loads=loads,
+        base_models=list(dict.fromkeys(filter(None, names))),
+        datasets=list(dict.fromkeys(recipe["dataset_name"] for recipe in recipes)),
+        license=args.license,
+    )
+    if args.push_to:
+        commit = push_checkpoint(folder, args.push_to, private=args.private, revision=args.revision)
+        logger.warning("Pushed `%s` to %s.", folder, commit.commit_url)
+    return folder

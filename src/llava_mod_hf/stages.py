@@ -1,0 +1,297 @@
+"""One function per stage: build the student, train it, save it."""
+
+import dataclasses
+import json
+import os
+import re
+import shutil
+import tempfile
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import yaml
+from transformers import ProgressCallback
+from trl import SFTConfig, SFTTrainer
+
+from llava_mod_hf.data import DataArguments, load_rows  # noqa: F401 (the command line looks up its groups here)
+from llava_mod_hf.mimic import MimicConfig, MimicTrainer  # noqa: F401
+from llava_mod_hf.preference import PreferenceConfig, PreferenceTrainer  # noqa: F401
+from llava_mod_hf.students import build_student
+from llava_mod_hf.teacher import load_model_and_processor
+from llava_mod_hf.upcycling import upcycle
+
+RUN_FILE = "run.json"
+
+
+@dataclass
+class StudentArguments:
+    """
+    What a new student is made of.
+
+    Args:
+        vision_tower (`str`): CLIP- or SigLIP-like model, or a LLaVA whose encoder is taken.
+        language_model (`str`): causal language model.
+    """
+
+    vision_tower: str = field(metadata={"help": "vision encoder, or a LLaVA whose encoder is taken"})
+    language_model: str = field(metadata={"help": "causal language model"})
+
+
+@dataclass
+class AdaptConfig(SFTConfig):
+    """
+    [`~trl.SFTConfig`] of the adaptor stage.
+
+    Args:
+        train_modules (`list[str]`, *optional*, defaults to `["adaptor"]`): parts that are trained (paper, stage 1).
+    """
+
+    train_modules: list[str] | None = field(default_factory=lambda: ["adaptor"])
+
+
+@dataclass
+class DistillArguments:
+    """
+    Who learns from whom.
+
+    Args:
+        student (`str`): checkpoint of the previous stage, or a LLaVA of the Hub.
+        teacher (`str`): a LLaVA that reads the same tokens and images.
+        teacher_dtype (`str`, *optional*, defaults to `"float32"`): of its weights in memory.
+    """
+
+    student: str = field(metadata={"help": "checkpoint of the previous stage"})
+    teacher: str = field(metadata={"help": "a LLaVA that reads the same tokens and images"})
+    teacher_dtype: str = "float32"
+
+
+@dataclass
+class UpcycleArguments:
+    """
+    Experts that a dense student gets.
+
+    Args:
+        moe_layers (`list[str]`, *optional*):
+            `alternate`, `all`, `first_half`, `second_half`, or layer indices; without it the student stays as it is.
+        num_experts (`int`, *optional*, defaults to 4).
+        num_experts_per_tok (`int`, *optional*, defaults to 2).
+    """
+
+    moe_layers: list[str] | None = None
+    num_experts: int = 4
+    num_experts_per_tok: int = 2
+
+
+def upcycle_student(student, args, *, router_aux_loss_coef=None, seed=0):
+    """`upcycle` with the options of a recipe; the student itself if the recipe asks for no experts."""
+    if args.moe_layers is None:
+        return student
+    first, *more = [str(layer) for layer in args.moe_layers]
+    layers = first if not more and not first.lstrip("-").isdigit() else [int(layer) for layer in (first, *more)]
+    coef = {} if router_aux_loss_coef is None else {"router_aux_loss_coef": router_aux_loss_coef}
+    return upcycle(
+        student,
+        layers=layers,
+        num_experts=args.num_experts,
+        num_experts_per_tok=args.num_experts_per_tok,
+        seed=seed,
+        **coef,
+    )
+
+
+def set_trainable(model, modules):
+    """
+    Freezes everything but the named parts.
+
+    Args:
+        model (`LlavaModForConditionalGeneration`).
+        modules (`list[str]` or `None`):
+            Of `vision_tower`, `adaptor`, `language_model` (with its head) and `ffn` (dense FFNs, experts, routers).
+            `None`: as in the paper, language model and adaptor of a dense student, FFNs and adaptor of a sparse one.
+
+    Raises:
+        ValueError: if a name is unknown.
+    """
+    if modules is None:
+        modules = ["ffn" if model.config.moe_layers else "language_model", "adaptor"]
+    llava = model.model
+    parts = {
+        "vision_tower": [llava.vision_tower],
+        "adaptor": [llava.multi_modal_projector],
+        "language_model": [llava.language_model, model.lm_head],
+        "ffn": [layer.mlp for layer in llava.language_model.layers],
+    }
+    unknown = sorted(set(modules) - set(parts))
+    if unknown or not modules:
+        raise ValueError(f"`train_modules` is {modules}: name at least one of {', '.join(parts)}, and nothing else.")
+    model.requires_grad_(False)
+    for name in modules:
+        for part in parts[name]:
+            part.requires_grad_(True)
+
+
+def adapt(data_args, student_args, args):
+    """Adaptor initialisation: next-token cross-entropy, only the adaptor is trained (paper, stage 1)."""
+    check_output_dir(args.output_dir)
+    rows = load_rows(data_args, columns=("prompt", "completion"), seed=args.seed)
+    template = Path(args.chat_template_path).read_text() if args.chat_template_path else None
+    args.chat_template_path = None  # read here: the parent would expect a tokenizer that has it already
+    model, processor = build_student(
+        student_args.vision_tower,
+        student_args.language_model,
+        chat_template=template,
+        trust_remote_code=args.trust_remote_code,
+        seed=args.seed,
+    )
+    set_trainable(model, args.train_modules)
+    trainer = SFTTrainer(model, args, train_dataset=rows, processing_class=processor)
+    return train_and_save(trainer, "adapt", [data_args, student_args, args])
+
+
+def mimic(data_args, distill_args, upcycle_args, args):
+    """Mimic distillation, dense-to-dense or, with `moe_layers`, dense-to-sparse (paper, stage 2)."""
+    check_output_dir(args.output_dir)
+    rows = load_rows(data_args, columns=("prompt", "completion"), seed=args.seed)
+    student, processor = load_model_and_processor(distill_args.student, trust_remote_code=args.trust_remote_code)
+    student = upcycle_student(student, upcycle_args, router_aux_loss_coef=args.router_aux_loss_coef, seed=args.seed)
+    set_trainable(student, args.train_modules)
+    teacher, teacher_processor = None, None
+    if args.kl_weight:
+        teacher, teacher_processor = load_model_and_processor(
+            distill_args.teacher, dtype=distill_args.teacher_dtype, trust_remote_code=args.trust_remote_code
+        )
+    trainer = MimicTrainer(
+        student,
+        teacher,
+        args,
+        train_dataset=rows,
+        processing_class=processor,
+        teacher_processor=teacher_processor,
+    )
+    stage = "mimic_sparse" if student.config.moe_layers else "mimic_dense"
+    return train_and_save(trainer, stage, [data_args, distill_args, upcycle_args, args])
+
+
+def prefer(data_args, distill_args, args):
+    """Preference distillation with the teacher as reference (paper, stage 3)."""
+    check_output_dir(args.output_dir)
+    rows = load_rows(data_args, columns=("prompt", "chosen", "rejected"), seed=args.seed)
+    student, processor = load_model_and_processor(distill_args.student, trust_remote_code=args.trust_remote_code)
+    set_trainable(student, args.train_modules)
+    teacher, teacher_processor = load_model_and_processor(
+        distill_args.teacher, dtype=distill_args.teacher_dtype, trust_remote_code=args.trust_remote_code
+    )
+    trainer = PreferenceTrainer(
+        student,
+        teacher,
+        args,
+        train_dataset=rows,
+        processing_class=processor,
+        teacher_processor=teacher_processor,
+    )
+    return train_and_save(trainer, "prefer", [data_args, distill_args, args])
+
+
+class LossOnBar(ProgressCallback):
+    """The parent prints every log line above the bar; the last loss beside it is enough, and `run.json` has all."""
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if self.training_bar is not None and "loss" in (logs or {}):
+            self.training_bar.set_postfix(loss=f"{float(logs['loss']):.3f}")
+
+
+def check_output_dir(folder):
+    """
+    Raises:
+        ValueError: if the folder holds a finished run, which training again would overwrite.
+    """
+    if (Path(folder) / RUN_FILE).is_file():
+        raise ValueError(f"`{folder}` holds a finished run: give another `output_dir`, or remove it.")
+
+
+def last_complete_checkpoint(folder):
+    """
+    The checkpoint with the highest step that was written to the end, or `None`.
+
+    The trainer writes `trainer_state.json` last; its own look-up takes a half-written folder too.
+    """
+    found = {
+        int(match[1]): path
+        for path in Path(folder).glob("checkpoint-*")
+        if (match := re.fullmatch(r"checkpoint-(\d+)", path.name)) and (path / "trainer_state.json").is_file()
+    }
+    return str(found[max(found)]) if found else None
+
+
+def train_and_save(trainer, stage, arguments):
+    """
+    Trains, from the last complete checkpoint of the output folder if there is one, and saves what can be loaded.
+
+    The output folder gets the weights, their code, the processor, `recipe.yaml` (every option, resolved) and, last,
+    `run.json`.
+
+    Returns:
+        `dict`: what `run.json` holds: `stage`, `steps`, `seconds`, `first_loss`, `last_loss`, `log_history`, `recipe`.
+    """
+    if trainer.pop_callback(ProgressCallback) is not None:
+        trainer.add_callback(LossOnBar)
+    start = time.perf_counter()
+    trainer.train(resume_from_checkpoint=last_complete_checkpoint(trainer.args.output_dir))
+    history = trainer.state.log_history
+    losses = [entry["loss"] for entry in history if "loss" in entry]
+    run = {
+        "stage": stage,
+        "steps": trainer.state.global_step,
+        "seconds": time.perf_counter() - start,
+        "first_loss": losses[0] if losses else None,
+        "last_loss": losses[-1] if losses else None,
+        "log_history": history,
+        "recipe": resolved_recipe(arguments),
+    }
+    output_dir = Path(trainer.args.output_dir)
+    output_dir.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=output_dir) as folder:
+        trainer.save_model(folder)
+        if trainer.is_world_process_zero():
+            _move_checkpoint(Path(folder), output_dir)
+            (output_dir / "recipe.yaml").write_text(yaml.safe_dump(run["recipe"], sort_keys=True))
+            write_json(output_dir / RUN_FILE, run)
+    return run
+
+
+def save_checkpoint(model, processor, folder):
+    """Writes weights, their code and the processor; the folder cannot be loaded before it is whole."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder) as temporary:
+        model.save_pretrained(temporary)
+        processor.save_pretrained(temporary)
+        _move_checkpoint(Path(temporary), folder)
+
+
+def _move_checkpoint(source, target):
+    (source / "training_args.bin").unlink(missing_ok=True)  # a pickle, and `recipe.yaml` says the same
+    # nothing loads a folder without `config.json`: it comes last
+    for path in sorted(source.iterdir(), key=lambda path: path.name == "config.json"):
+        if path.is_dir():
+            shutil.rmtree(target / path.name, ignore_errors=True)
+        os.replace(path, target / path.name)
+
+
+def write_json(path, value):
+    """Writes a JSON file at once: it is whole or not there."""
+    temporary = path.with_name(path.name + ".part")
+    temporary.write_text(json.dumps(value, indent=1, default=str) + "\n")
+    os.replace(temporary, path)
+
+
+def resolved_recipe(arguments):
+    """Every option of the dataclasses but the Hub token, as plain YAML values."""
+    values = {
+        item.name: getattr(group, item.name)
+        for group in arguments
+        for item in dataclasses.fields(group)
+        if item.name != "hub_token"
+    }
+    return json.loads(json.dumps(values, default=str))
