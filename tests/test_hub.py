@@ -422,6 +422,7 @@ def test_template_of_an_installed_package(config, tmp_path, monkeypatch):
 def test_dense_card_says_so(make_student):
     text = card(make_student(moe_layers=()).config, router_figure=None).text
     assert "dense: no mixture of experts" in text and "Experts per layer" not in text and "r.png" not in text
+    assert "None" not in text
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import yaml
 
+from llava_mod_hf import embedded
 from llava_mod_hf.data import DataArguments, load_rows
 from llava_mod_hf.evaluation import evaluate_blind, evaluate_model
 from llava_mod_hf.hub import publish, push_checkpoint
@@ -119,6 +120,11 @@ def run_evaluate(data_args: DataArguments, args: EvaluateCommand):
     return results
 
 
+def dataset_title(name):
+    """What a card calls a data set."""
+    return "easy-VQA" if name == embedded.DATASET else name
+
+
 def stage_runs(checkpoint):
     """`{stage: run}` of a checkpoint and of those that it was trained from, the first stage first."""
     runs, folder = {}, Path(checkpoint)
@@ -137,18 +143,20 @@ def run_publish(args: PublishCommand, *, loads=None):
     if not runs:
         raise ValueError(f"`{checkpoint}` has no `{RUN_FILE}`: give the output folder of a finished stage.")
     if not (checkpoint / RESULTS_FILE).is_file():
-        raise ValueError(
-            f"`{checkpoint}` has no `{RESULTS_FILE}`: run `llava-mod evaluate --model …` on it."
-        )
+        raise ValueError(f"`{checkpoint}` has no `{RESULTS_FILE}`: run `llava-mod evaluate --model …` on it.")
     results = json.loads((checkpoint / RESULTS_FILE).read_text())
     *_, (stage, run) = runs.items()
+    # what the card tells: no folders of this machine
+    recipes = {name: {k: v for k, v in run["recipe"].items() if k != "output_dir"} for name, run in runs.items()}
+    for previous, name in zip(runs, list(runs)[1:], strict=False):
+        recipes[name]["student"] = previous
     if loads is None:
         model, processor = load_model_and_processor(str(checkpoint))
         data_args = DataArguments(results["dataset"], run["recipe"].get("dataset_config"))
         rows = load_rows(data_args, columns=("prompt",), split=data_args.dataset_test_split)
         loads = expert_load(model, processor, rows.select(range(min(len(rows), 512))))
-    recipes = [run["recipe"] for run in runs.values()]
-    names = [recipe.get(key) for recipe in recipes for key in ("vision_tower", "language_model", "teacher")]
+    parts = {"vision encoder": "vision_tower", "language model": "language_model", "teacher": "teacher"}
+    base_models = {role: recipe[key] for recipe in recipes.values() for role, key in parts.items() if recipe.get(key)}
     folder = publish(
         checkpoint,
         args.output_dir,
@@ -157,11 +165,14 @@ def run_publish(args: PublishCommand, *, loads=None):
         results=results["student"],
         teacher=results["teacher"],
         blind=results["blind"],
-        recipe_text=yaml.safe_dump_all([{"stage": name, **run["recipe"]} for name, run in runs.items()]),
+        recipe_text=yaml.safe_dump_all(
+            [{"stage": name, **recipe} for name, recipe in recipes.items()], sort_keys=False
+        ),
         history={name: run["log_history"] for name, run in runs.items()},
         loads=loads,
-        base_models=list(dict.fromkeys(filter(None, names))),
-        datasets=list(dict.fromkeys(recipe["dataset_name"] for recipe in recipes)),
+        base_models=base_models,
+        datasets=list(dict.fromkeys(dataset_title(recipe["dataset_name"]) for recipe in recipes.values())),
+        eval_dataset=dataset_title(results["dataset"]),
         license=args.license,
     )
     if args.push_to:

@@ -57,8 +57,8 @@ def load_rows(args, *, columns, split=None, seed=0):
     split = split or args.dataset_train_split
     path = Path(args.dataset_name)
     if args.dataset_name.startswith(embedded.PREFIX):
-        if args.dataset_name != f"{embedded.PREFIX}easy-vqa":
-            raise ValueError(f"There is no data set `{args.dataset_name}`: the embedded one is `embedded:easy-vqa`.")
+        if args.dataset_name != embedded.DATASET:
+            raise ValueError(f"There is no data set `{args.dataset_name}`: the embedded one is `{embedded.DATASET}`.")
         dataset = embedded.load(args.dataset_config, split, seed)
     elif path.suffix in READERS:
         if not path.is_file():

@@ -15,6 +15,7 @@ import easy_vqa
 from datasets import Dataset, Features, Image, List, Value
 
 PREFIX = "embedded:"
+DATASET = "embedded:easy-vqa"
 WEIGHTS = Path(__file__).parent / "weights"
 SHAPES = ("circle", "rectangle", "triangle")
 COLORS = ("black", "blue", "brown", "gray", "green", "red", "teal", "yellow")

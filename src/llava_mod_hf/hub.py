@@ -23,6 +23,7 @@ from safetensors import SafetensorError, safe_open
 from transformers import AutoProcessor
 
 from llava_mod_hf.modeling_llava_mod import LlavaModForConditionalGeneration
+from llava_mod_hf.recipes import packaged
 from llava_mod_hf.routing import plot_expert_load, plot_losses
 
 NEEDED = ("config.json", "*.safetensors", "README.md")
@@ -48,8 +49,7 @@ def _files(folder):
             continue
         if path.is_symlink() and not (path.is_file() and path.resolve().is_relative_to(root)):
             raise ValueError(
-                f"`{path}` is a link to `{os.readlink(path)}`, which is not a file in `{folder}`: put the file itself "
-                "there."
+                f"`{path}` is a link to `{os.readlink(path)}`, not to a file in the folder: copy that there."
             )
         if path.is_file():
             files.append(path)
@@ -63,10 +63,7 @@ def _check_whole(folder):
             with safe_open(path, framework="numpy"):  # compares the header with the file's size
                 pass
         except SafetensorError as error:
-            raise ValueError(
-                f"`{path}` ({path.stat().st_size} bytes) is not a whole safetensors file ({error}): save the model "
-                "again."
-            ) from error
+            raise ValueError(f"`{path}` is not a whole safetensors file ({error}): save the model again.") from error
     named = set()
     for path in folder.glob("*.safetensors.index.json"):
         named |= set(json.loads(path.read_text())["weight_map"].values())
@@ -75,8 +72,7 @@ def _check_whole(folder):
             named.add(code.rpartition(".")[0] + ".py")
     if missing := sorted(name for name in named if not (folder / name).is_file()):
         raise ValueError(
-            f"`{folder}` lacks {', '.join(missing)}, which its config.json or weight index names: save the model "
-            "again, with this package imported."
+            f"`{folder}` lacks {', '.join(missing)}, which its config or index names: save the model again."
         )
 
 
@@ -105,8 +101,7 @@ def check_publishable(folder):
         parts = path.relative_to(folder).parts
         if path.suffix.lower() in PICKLES:
             raise ValueError(
-                f"`{path}` is a pickle, which runs code when it is loaded: publish weights as .safetensors and leave "
-                f"out {', '.join(sorted(PICKLES))}."
+                f"`{path}` is a pickle, which runs code when loaded: save weights as .safetensors instead."
             )
         if any(part.lower().startswith(TRAINING_STATE) for part in parts):
             raise ValueError(f"`{path}` is training state, needed only to resume: leave it out of what is published.")
@@ -146,10 +141,7 @@ def push_checkpoint(folder, repo_id, *, private=False, revision=None):
     try:
         repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
         if private and not api.model_info(repo_id).private:
-            raise ValueError(
-                f"`private=True` was given, but `{repo_id}` exists and is public: change its settings on the Hub, or "
-                "push with `private=False`."
-            )
+            raise ValueError(f"`private=True` was given, but `{repo_id}` exists and is public: make it private first.")
         if revision is not None and not api.revision_exists(repo_id, revision):
             api.create_branch(repo_id, branch=revision)
         head = api.model_info(repo_id, revision=revision)
@@ -159,13 +151,8 @@ def push_checkpoint(folder, repo_id, *, private=False, revision=None):
         local = {path.relative_to(folder).as_posix(): path for path in files}
         operations = [CommitOperationAdd(name, path) for name, path in local.items()]
         operations += [CommitOperationDelete(name) for name in sorted(remote - local.keys() - {".gitattributes"})]
-        return api.create_commit(
-            repo_id,
-            operations,
-            commit_message="Upload LLaVA-MoD student",
-            revision=revision,
-            parent_commit=head.sha,
-        )
+        message = "Upload LLaVA-MoD student"
+        return api.create_commit(repo_id, operations, commit_message=message, revision=revision, parent_commit=head.sha)
     except HfHubHTTPError as error:
         if error.response.status_code not in (401, 403):
             raise
@@ -193,15 +180,6 @@ def _scores(results):
 def _on_hub(names):
     """The names that look like Hub ids: the Hub refuses a card whose metadata name local folders."""
     return [name for name in names if HUB_NAME.fullmatch(name) and not Path(name).exists()] or None
-
-
-def _template_path(name):
-    """`model_cards/` is inside the installed package, and at the top of the source tree."""
-    here = Path(__file__).resolve().parent
-    for folder in (here / "model_cards", here.parents[1] / "model_cards"):
-        if (folder / name).is_file():
-            return folder / name
-    raise FileNotFoundError(f"`{name}` is not in `model_cards/` beside {here} or at the top of its source tree.")
 
 
 def render_card(
@@ -247,7 +225,13 @@ def render_card(
     columns = {title: _scores(column) for title, column in columns.items() if column is not None}
     labels = {metric: label for column in columns.values() for metric, (label, _) in column.items()}
     name = repo_id.rpartition("/")[-1]
-    task = {"task_type": "image-text-to-text", "task_name": "Visual question answering", "dataset_split": "test"}
+    task = {
+        "task_type": "image-text-to-text",
+        "task_name": "Visual question answering",
+        "dataset_type": eval_dataset,
+        "dataset_name": eval_dataset,
+        "dataset_split": "test",
+    }
     data = ModelCardData(
         model_name=name,
         license=license,
@@ -257,20 +241,13 @@ def render_card(
         base_model=_on_hub(base_models.values()),
         datasets=_on_hub(datasets),
         eval_results=[
-            EvalResult(
-                **task,
-                dataset_type=eval_dataset,
-                dataset_name=eval_dataset,
-                metric_type=metric,
-                metric_name=label,
-                metric_value=value,
-            )
+            EvalResult(**task, metric_type=metric, metric_name=label, metric_value=value)
             for metric, (label, value) in columns["student"].items()
         ],
     )
     return ModelCard.from_template(
         data,
-        template_path=str(_template_path("student.md.j2")),
+        template_path=str(packaged("model_cards", "student.md.j2")),
         name=name,
         repo_id=repo_id,
         config=config,

@@ -6,12 +6,14 @@ import subprocess
 import sys
 import tempfile
 import time
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import datasets
 import torch
+from rich import box
 from rich.console import Console
 from rich.table import Table
 from safetensors.torch import load_file
@@ -99,6 +101,7 @@ def quickstart(args):
     os.environ.update(HF_HUB_OFFLINE="1", HF_HUB_DISABLE_TELEMETRY="1")
     datasets.disable_progress_bars()
     hf_logging.set_verbosity_error()
+    warnings.simplefilter("ignore", FutureWarning)  # about options that TRL's own defaults set
     steps = plan_steps(args)
 
     rows = embedded.load("questions", "test", args.seed)
@@ -107,7 +110,7 @@ def quickstart(args):
     summary = {
         "seed": args.seed,
         "num_questions": len(rows),
-        "teacher": evaluate_model(teacher, teacher_processor, rows),
+        "teacher": evaluate_model(teacher, teacher_processor, rows) | language_parameters(teacher),
         "blind": evaluate_blind(embedded.balanced(embedded.questions("train"), args.seed), rows),
         "stages": {},
     }
@@ -201,20 +204,24 @@ def check_upcycling(checkpoint, rows):
 def judge(checkpoint, run, rows, teacher):
     """What `summary.json` says of a stage."""
     model, processor = load_model_and_processor(str(checkpoint))
-    total, active = student_parameters(model)
     return {
         **evaluate_model(model, processor, rows, teacher=teacher),
-        "student_params_total": total,
-        "student_params_active": active,
+        **language_parameters(model),
         **{name: run[name] for name in ("seconds", "steps", "first_loss", "last_loss")},
     }
+
+
+def language_parameters(model):
+    """Parameters of language model and adaptor: teacher and student share the vision encoder."""
+    total, active = student_parameters(model)
+    return {"language_params_total": total, "language_params_active": active}
 
 
 def publish_student(output_dir, summary, rows):
     """Builds the repository of the last stage, and has a fresh process without this package load it and answer."""
     checkpoint = output_dir / "prefer"
     model, processor = load_model_and_processor(str(checkpoint))
-    results = {"student": summary["stages"]["prefer"], "dataset": "embedded:easy-vqa"}
+    results = {"student": summary["stages"]["prefer"], "dataset": embedded.DATASET}
     write_json(checkpoint / RESULTS_FILE, results | {name: summary[name] for name in ("teacher", "blind")})
     loads = expert_load(model, processor, rows.select(range(min(256, len(rows)))))
     folder = run_publish(PublishCommand(str(checkpoint), str(output_dir / "hub" / "tiny-llava-mod")), loads=loads)
@@ -269,23 +276,29 @@ def load_elsewhere(folder, questions):
 def show(summary, output_dir):
     """The table at the end."""
     kinds = sorted(summary["blind"]["exact_match_by_kind"])
-    table = Table(title=f"{summary['num_questions']} test questions, balanced by answer; seed {summary['seed']}")
-    headers = ["all", *kinds, "halluc.", "miss", "bal. acc.", "KL", "active", "steps", "seconds"]
-    table.add_column("")
-    for header in headers:
-        table.add_column(header, justify="right")
+    title = f"{summary['num_questions']} test questions, balanced by answer; seed {summary['seed']}"
+    table = Table(title=title, box=box.SIMPLE, pad_edge=False, padding=(0, 1, 0, 0))  # fits 80 columns
+    table.add_column("", no_wrap=True)
+    for header in ["all", *kinds, "hall.", "miss", "bal.", "KL", "active", "steps", "s"]:
+        table.add_column(header, justify="right", no_wrap=True)
     models = {"blind": summary["blind"], "teacher": summary["teacher"], **summary["stages"]}
     for name, result in models.items():
         scores = [result["exact_match"], *(result["exact_match_by_kind"][kind] for kind in kinds)]
         scores += [result[key] for key in ("hallucination_rate", "miss_rate", "balanced_accuracy")]
         cells = [f"{score:.3f}" for score in scores]
-        divergence, active = result.get("kl_to_teacher"), result.get("params_active")
-        cells.append("" if divergence is None else f"{divergence:.4f}")
+        divergence, active = result.get("kl_to_teacher"), result.get("language_params_active")
+        cells.append("" if divergence is None else f"{divergence:.3f}")
         cells.append("" if active is None else f"{active / 1e3:.0f}k")
         cells.append(str(result.get("steps", "")))
         cells.append(f"{result['seconds']:.0f}" if "seconds" in result else "")
         table.add_row(name, *cells)
     console.print(table)
+    console.print(
+        "all, "
+        + ", ".join(kinds)
+        + ": exact match. hall.: absent things claimed. miss: present things not seen. bal.: balanced accuracy of both. "
+        "KL: to the teacher, nats per token. active: parameters of language model and adaptor that a token uses."
+    )
     console.print(
         f"{summary['seconds'] / 60:.1f} minutes. Everything is in [bold]{output_dir}[/]: a checkpoint per stage, "
         f"summary.json, and the published student in {summary['published']['folder']}."

@@ -133,7 +133,7 @@ def set_trainable(model, modules):
 
 def adapt(data_args, student_args, args):
     """Adaptor initialisation: next-token cross-entropy, only the adaptor is trained (paper, stage 1)."""
-    check_output_dir(args.output_dir)
+    recipe = start_run(data_args, student_args, args)
     rows = load_rows(data_args, columns=("prompt", "completion"), seed=args.seed)
     template = Path(args.chat_template_path).read_text() if args.chat_template_path else None
     args.chat_template_path = None  # read here: the parent would expect a tokenizer that has it already
@@ -146,12 +146,12 @@ def adapt(data_args, student_args, args):
     )
     set_trainable(model, args.train_modules)
     trainer = SFTTrainer(model, args, train_dataset=rows, processing_class=processor)
-    return train_and_save(trainer, "adapt", [data_args, student_args, args])
+    return train_and_save(trainer, "adapt", recipe)
 
 
 def mimic(data_args, distill_args, upcycle_args, args):
     """Mimic distillation, dense-to-dense or, with `moe_layers`, dense-to-sparse (paper, stage 2)."""
-    check_output_dir(args.output_dir)
+    recipe = start_run(data_args, distill_args, upcycle_args, args)
     rows = load_rows(data_args, columns=("prompt", "completion"), seed=args.seed)
     student, processor = load_model_and_processor(distill_args.student, trust_remote_code=args.trust_remote_code)
     student = upcycle_student(student, upcycle_args, router_aux_loss_coef=args.router_aux_loss_coef, seed=args.seed)
@@ -170,12 +170,12 @@ def mimic(data_args, distill_args, upcycle_args, args):
         teacher_processor=teacher_processor,
     )
     stage = "mimic_sparse" if student.config.moe_layers else "mimic_dense"
-    return train_and_save(trainer, stage, [data_args, distill_args, upcycle_args, args])
+    return train_and_save(trainer, stage, recipe)
 
 
 def prefer(data_args, distill_args, args):
     """Preference distillation with the teacher as reference (paper, stage 3)."""
-    check_output_dir(args.output_dir)
+    recipe = start_run(data_args, distill_args, args)
     rows = load_rows(data_args, columns=("prompt", "chosen", "rejected"), seed=args.seed)
     student, processor = load_model_and_processor(distill_args.student, trust_remote_code=args.trust_remote_code)
     set_trainable(student, args.train_modules)
@@ -190,7 +190,49 @@ def prefer(data_args, distill_args, args):
         processing_class=processor,
         teacher_processor=teacher_processor,
     )
-    return train_and_save(trainer, "prefer", [data_args, distill_args, args])
+    return train_and_save(trainer, "prefer", recipe)
+
+
+@dataclass
+class Recipe:
+    """Every option of a run, resolved, and those that somebody chose; plain YAML values, without the Hub token."""
+
+    resolved: dict
+    changed: dict
+
+
+def start_run(*groups):
+    """
+    Refuses a folder that holds a finished run, and notes the options before a trainer changes any.
+
+    Args:
+        groups: the argument dataclasses of a stage, the trainer's last.
+
+    Returns:
+        [`Recipe`].
+
+    Raises:
+        ValueError: if `output_dir` holds a finished run.
+    """
+    check_output_dir(groups[-1].output_dir)
+    resolved, changed = {}, {}
+    for group in groups:
+        required = {item.name for item in dataclasses.fields(group) if _has_no_default(item)}
+        # without these three a TrainingArguments cannot be made everywhere
+        required |= {"output_dir", "use_cpu", "bf16"} & {item.name for item in dataclasses.fields(group)}
+        default = type(group)(**{name: getattr(group, name) for name in required})
+        for item in dataclasses.fields(group):
+            if item.init and item.name != "hub_token":
+                value = getattr(group, item.name)
+                resolved[item.name] = value
+                if item.name in required or value != getattr(default, item.name):
+                    changed[item.name] = value
+    plain = json.loads(json.dumps({"resolved": resolved, "changed": changed}, default=str))
+    return Recipe(**plain)
+
+
+def _has_no_default(item):
+    return item.init and item.default is dataclasses.MISSING and item.default_factory is dataclasses.MISSING
 
 
 class LossOnBar(ProgressCallback):
@@ -224,7 +266,7 @@ def last_complete_checkpoint(folder):
     return str(found[max(found)]) if found else None
 
 
-def train_and_save(trainer, stage, arguments):
+def train_and_save(trainer, stage, recipe):
     """
     Trains, from the last complete checkpoint of the output folder if there is one, and saves what can be loaded.
 
@@ -232,7 +274,8 @@ def train_and_save(trainer, stage, arguments):
     `run.json`.
 
     Returns:
-        `dict`: what `run.json` holds: `stage`, `steps`, `seconds`, `first_loss`, `last_loss`, `log_history`, `recipe`.
+        `dict`: what `run.json` holds: `stage`, `steps`, `seconds`, `first_loss`, `last_loss`, `log_history`, and
+        `recipe` (the options that somebody chose).
     """
     if trainer.pop_callback(ProgressCallback) is not None:
         trainer.add_callback(LossOnBar)
@@ -247,7 +290,7 @@ def train_and_save(trainer, stage, arguments):
         "first_loss": losses[0] if losses else None,
         "last_loss": losses[-1] if losses else None,
         "log_history": history,
-        "recipe": resolved_recipe(arguments),
+        "recipe": recipe.changed,
     }
     output_dir = Path(trainer.args.output_dir)
     output_dir.mkdir(parents=True, exist_ok=True)
@@ -255,7 +298,7 @@ def train_and_save(trainer, stage, arguments):
         trainer.save_model(folder)
         if trainer.is_world_process_zero():
             _move_checkpoint(Path(folder), output_dir)
-            (output_dir / "recipe.yaml").write_text(yaml.safe_dump(run["recipe"], sort_keys=True))
+            (output_dir / "recipe.yaml").write_text(yaml.safe_dump(recipe.resolved))
             write_json(output_dir / RUN_FILE, run)
     return run
 
@@ -284,14 +327,3 @@ def write_json(path, value):
     temporary = path.with_name(path.name + ".part")
     temporary.write_text(json.dumps(value, indent=1, default=str) + "\n")
     os.replace(temporary, path)
-
-
-def resolved_recipe(arguments):
-    """Every option of the dataclasses but the Hub token, as plain YAML values."""
-    values = {
-        item.name: getattr(group, item.name)
-        for group in arguments
-        for item in dataclasses.fields(group)
-        if item.name != "hub_token"
-    }
-    return json.loads(json.dumps(values, default=str))

@@ -1,0 +1,121 @@
+"""The configuration: one stored value of each mixture-of-experts field, checked."""
+
+import json
+
+import pytest
+from transformers import AutoConfig, LlamaConfig
+
+from llava_mod_hf import LlavaModConfig
+
+MOE_FIELDS = ("moe_layers", "num_experts", "num_experts_per_tok", "router_aux_loss_coef", "output_router_logits")
+SPARSE = {
+    "moe_layers": [2, 0],
+    "num_experts": 6,
+    "num_experts_per_tok": 3,
+    "router_aux_loss_coef": 0.25,
+    "output_router_logits": True,
+}
+
+
+def make_config(**values):
+    return LlavaModConfig(
+        vision_config={"model_type": "siglip_vision_model", "hidden_size": 32, "num_hidden_layers": 2},
+        text_config={"model_type": "llama", "hidden_size": 32, "num_hidden_layers": 3},
+        **values,
+    )
+
+
+def moe_values(config):
+    return {name: getattr(config, name) for name in MOE_FIELDS}
+
+
+def test_moe_fields_are_stored_once_on_the_text_config(tmp_path):
+    config = make_config(**SPARSE)
+    config.save_pretrained(tmp_path)
+    stored = json.loads((tmp_path / "config.json").read_text())
+
+    expected = SPARSE | {"moe_layers": [0, 2]}
+    assert {name: stored["text_config"][name] for name in MOE_FIELDS} == expected
+    assert not set(MOE_FIELDS) & set(stored)
+    assert moe_values(config) == expected
+    assert all(name not in vars(config) for name in MOE_FIELDS)
+
+
+@pytest.mark.parametrize(("name", "value"), [("router_aux_loss_coef", 0.5), ("output_router_logits", False)])
+def test_what_a_trainer_sets_on_the_text_config_is_what_everybody_reads(tmp_path, name, value):
+    config = make_config(**SPARSE)
+    setattr(config.get_text_config(), name, value)
+    config.save_pretrained(tmp_path)
+    for read in (config, LlavaModConfig.from_pretrained(tmp_path)):
+        assert getattr(read, name) == getattr(read.get_text_config(), name) == value
+
+
+def test_setting_a_field_on_top_sets_it_on_the_text_config():
+    config = make_config(**SPARSE)
+    config.router_aux_loss_coef = 0.125
+    assert config.get_text_config().router_aux_loss_coef == 0.125
+
+
+def test_defaults_are_the_papers():
+    config = make_config(moe_layers=[0])
+    assert (config.num_experts, config.num_experts_per_tok, config.router_aux_loss_coef) == (4, 2, 0.01)
+    assert config.output_router_logits is False
+
+
+def test_a_dense_students_text_config_is_that_of_its_family():
+    config = make_config()
+    # TRL takes a text config with `output_router_logits` for a mixture of experts
+    assert not any(hasattr(config.get_text_config(), name) for name in MOE_FIELDS)
+    assert config.text_config.to_dict() == LlamaConfig(hidden_size=32, num_hidden_layers=3).to_dict()
+    assert moe_values(config) == {
+        "moe_layers": [],
+        "num_experts": None,
+        "num_experts_per_tok": None,
+        "router_aux_loss_coef": 0.0,
+        "output_router_logits": False,
+    }
+
+
+@pytest.mark.parametrize("values", [{}, SPARSE], ids=["dense", "sparse"])
+def test_round_trips(tmp_path, values):
+    config = make_config(vision_feature_layer=-1, image_token_index=7, **values)
+    config.save_pretrained(tmp_path)
+    for loaded in (
+        LlavaModConfig.from_pretrained(tmp_path),
+        AutoConfig.from_pretrained(tmp_path),
+        LlavaModConfig.from_dict(config.to_dict()),
+    ):
+        assert type(loaded) is LlavaModConfig
+        assert loaded.to_diff_dict() == config.to_diff_dict()
+        assert moe_values(loaded) == moe_values(config)
+        assert loaded.image_token_index == 7
+
+
+def test_loading_can_override_a_field(tmp_path):
+    make_config(**SPARSE).save_pretrained(tmp_path)
+    assert LlavaModConfig.from_pretrained(tmp_path, output_router_logits=False).output_router_logits is False
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"moe_layers": [0, 3]}, r"`moe_layers` is \[0, 3\].* 3 layers.* 0 to 2"),
+        ({"moe_layers": [-1]}, r"`moe_layers` is \[-1\].* 0 to 2"),
+        ({"moe_layers": [1, 0, 1]}, r"`moe_layers` is \[0, 1, 1\].*distinct"),
+        ({"moe_layers": [0], "num_experts_per_tok": 5}, "`num_experts_per_tok` is 5 and `num_experts` is 4"),
+        ({"moe_layers": [0], "num_experts": 1}, "`num_experts_per_tok` is 2 and `num_experts` is 1"),
+        ({"moe_layers": [0], "num_experts_per_tok": 0}, "`num_experts_per_tok` is 0"),
+    ],
+)
+def test_impossible_experts_are_refused(values, message):
+    with pytest.raises(ValueError, match=message):
+        make_config(**values)
+
+
+def test_auto_map_names_all_three_classes(tmp_path):
+    make_config().save_pretrained(tmp_path)
+    assert json.loads((tmp_path / "config.json").read_text())["auto_map"] == {
+        "AutoConfig": "configuration_llava_mod.LlavaModConfig",
+        "AutoModel": "modeling_llava_mod.LlavaModModel",
+        "AutoModelForImageTextToText": "modeling_llava_mod.LlavaModForConditionalGeneration",
+    }

@@ -1,0 +1,399 @@
+"""The student's model, against the families of transformers and against sums written out here."""
+
+import pytest
+import torch
+from test_evaluation import sharpen
+from torch.nn import functional as F
+from transformers import (
+    CONFIG_MAPPING,
+    AutoModelForCausalLM,
+    GPT2Config,
+    LlamaConfig,
+    LlamaModel,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    Qwen2Config,
+    Qwen2Model,
+)
+from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
+
+from llava_mod_hf import LlavaModConfig, LlavaModForConditionalGeneration, LlavaModModel
+from llava_mod_hf.embedded import image_paths
+from llava_mod_hf.modeling_llava_mod import LlavaModExperts, LlavaModSparseMoeBlock
+
+EXPERTS_IMPLEMENTATIONS = ["eager", "grouped_mm", "batched_mm"]
+QUESTIONS = ["is there a red circle?", "what color is it?", "what shape is the blue shape?", "?"]
+TINY_SIZES = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+TINY_TEXT = {**TINY_SIZES, "vocab_size": 64, "pad_token_id": 0, "eos_token_id": 1}
+TINY_VISION = {"model_type": "siglip_vision_model", **TINY_SIZES, "image_size": 64, "vision_use_head": False}
+
+
+@pytest.fixture(scope="module", params=["llama", "qwen2"])
+def text_model_type(request):
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def dense(make_student, text_model_type):
+    return sharpen(make_student(moe_layers=[], text_model_type=text_model_type))
+
+
+@pytest.fixture(scope="module")
+def sparse(make_student, text_model_type):
+    return sharpen(make_student(moe_layers=[0, 2], text_model_type=text_model_type))
+
+
+@pytest.fixture(scope="module")
+def batch(processor):
+    return image_batch(processor, QUESTIONS)
+
+
+def image_batch(processor, questions):
+    """Left-padded prompts, each with an image of its own."""
+    texts = [f"<|user|><image>{question}<|assistant|>" for question in questions]
+    images = [path for _, path in zip(questions, image_paths("test").values(), strict=False)]
+    return dict(processor(text=texts, images=images, padding=True, padding_side="left", return_tensors="pt"))
+
+
+def stock_twin(dense):
+    """The `LlavaForConditionalGeneration` of transformers with a dense student's weights."""
+    values = {name: value for name, value in dense.config.to_dict().items() if name not in ("model_type", "auto_map")}
+    model = LlavaForConditionalGeneration(LlavaConfig(**values)).eval()
+    model.load_state_dict(dense.state_dict())
+    return model
+
+
+def assert_same_logits(logits, expected):
+    """At most 1e-5 of the largest logit apart, or of 1."""
+    largest = expected.abs().max().item()
+    assert largest > 0.5  # logits next to 0 would hide any difference
+    torch.testing.assert_close(logits, expected, rtol=0, atol=1e-5 * max(1.0, largest))
+
+
+def sparse_config(text_config):
+    return LlavaModConfig(vision_config=TINY_VISION, text_config=text_config, moe_layers=[1])
+
+
+def moe_blocks(model):
+    return [module for module in model.modules() if isinstance(module, LlavaModSparseMoeBlock)]
+
+
+def moe_by_hand(block, hidden_states, top_k):
+    """Token by token and expert by expert, in float64."""
+    gate_weight = block.gate.weight.double()
+    gate_up_proj, down_proj = block.experts.gate_up_proj.double(), block.experts.down_proj.double()
+    size = gate_up_proj.shape[1] // 2
+    outputs = []
+    for token in hidden_states.double().reshape(-1, hidden_states.shape[-1]):
+        scores = (gate_weight @ token).exp()
+        probabilities = (scores / scores.sum()).tolist()
+        chosen = sorted(range(len(probabilities)), key=lambda expert: -probabilities[expert])[:top_k]
+        total = sum(probabilities[expert] for expert in chosen)
+        output = torch.zeros_like(token)
+        for expert in chosen:
+            gate, up = gate_up_proj[expert][:size] @ token, gate_up_proj[expert][size:] @ token
+            activated = gate / (1 + (-gate).exp()) * up
+            output += probabilities[expert] / total * (down_proj[expert] @ activated)
+        outputs.append(output)
+    return torch.stack(outputs).view_as(hidden_states)
+
+
+# Dense students against transformers
+
+
+@torch.no_grad()
+def test_a_dense_students_text_logits_are_its_familys(dense, text_model_type):
+    family = AutoModelForCausalLM.from_config(dense.config.text_config).eval()
+    family.model.load_state_dict(dense.model.language_model.state_dict())
+    family.lm_head.load_state_dict(dense.lm_head.state_dict())
+    assert family.config.model_type == text_model_type
+    input_ids = torch.arange(20, 60).view(2, 20)
+    assert_same_logits(dense(input_ids).logits, family(input_ids).logits)
+
+
+@torch.no_grad()
+def test_a_dense_students_logits_are_stock_llavas(dense, batch):
+    stock = stock_twin(dense)
+    logits, expected = dense(**batch).logits, stock(**batch).logits
+    assert_same_logits(logits, expected)
+    other_images = {**batch, "pixel_values": batch["pixel_values"].flip(0)}
+    assert (dense(**other_images).logits - logits).abs().max() > 1e-2  # the images do matter
+
+
+def test_a_dense_student_has_no_router_logits(dense, batch):
+    outputs = dense(**batch, labels=batch["input_ids"], output_router_logits=True)
+    assert outputs.router_logits is None
+    assert outputs.aux_loss is None
+    assert outputs.loss.isfinite()
+
+
+# The mixture-of-experts block
+
+
+@pytest.mark.parametrize("experts_implementation", EXPERTS_IMPLEMENTATIONS)
+@pytest.mark.parametrize("top_k", [1, 2, 4])
+@torch.no_grad()
+def test_block_equals_an_explicit_loop(make_student, experts_implementation, top_k):
+    student = make_student()
+    student.set_experts_implementation(experts_implementation)
+    assert {block.experts.config._experts_implementation for block in moe_blocks(student)} == {experts_implementation}
+    hidden_states = torch.randn(2, 7, 32, generator=torch.Generator().manual_seed(0))
+    for block in moe_blocks(student):
+        # with the default standard deviation of 0.02 the gates are all but equal, and the output all but 0
+        for parameter in block.parameters():
+            parameter.mul_(20)
+        block.gate.top_k = top_k
+        output = block(hidden_states)
+        expected = moe_by_hand(block, hidden_states, top_k)
+        assert_same_logits(output.double(), expected)
+
+
+@torch.no_grad()
+def test_experts_implementations_agree_in_the_whole_model(make_student, batch):
+    student = sharpen(make_student())
+    logits = []
+    for name in EXPERTS_IMPLEMENTATIONS:
+        student.set_experts_implementation(name)
+        logits.append(student(**batch).logits)
+    assert_same_logits(logits[1], logits[0])
+    assert_same_logits(logits[2], logits[0])
+
+
+def test_experts_implementation_can_be_chosen_whatever_was_built_before(make_student, tmp_path):
+    # transformers keeps by class whether it can be chosen, and a subclass finds what its parent kept
+    LlamaModel(make_student(moe_layers=[]).config.text_config)
+    LlavaForConditionalGeneration(
+        LlavaConfig(text_config={"model_type": "llama", **TINY_TEXT}, vision_config=TINY_VISION)
+    )
+    student = make_student()
+    student.save_pretrained(tmp_path)
+    for model_class in (LlavaModForConditionalGeneration, LlavaModModel):
+        loaded = model_class.from_pretrained(tmp_path)
+        assert loaded.config.text_config._experts_implementation == "grouped_mm"
+        for name in EXPERTS_IMPLEMENTATIONS:
+            loaded.set_experts_implementation(name)
+            assert loaded.config.text_config._experts_implementation == name
+
+
+@pytest.mark.parametrize("name", EXPERTS_IMPLEMENTATIONS)
+def test_experts_implementation_can_be_chosen_when_loading(make_student, tmp_path, name):
+    make_student().save_pretrained(tmp_path)
+    loaded = LlavaModForConditionalGeneration.from_pretrained(tmp_path, experts_implementation=name)
+    assert {block.experts.config._experts_implementation for block in moe_blocks(loaded)} == {name}
+
+
+@torch.no_grad()
+def test_router_runs_in_float32_under_autocast(sparse, batch):
+    given = []
+    hooks = [
+        block.gate.register_forward_pre_hook(lambda module, args: given.append(args[0])) for block in moe_blocks(sparse)
+    ]
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        router_logits = sparse(**batch, output_router_logits=True).router_logits
+    for hook in hooks:
+        hook.remove()
+    for block, hidden_states, logits in zip(moe_blocks(sparse), given, router_logits, strict=True):
+        assert logits.dtype == torch.float32
+        assert torch.equal(logits, F.linear(hidden_states.float(), block.gate.weight.float()))
+
+
+# Padding, cache, positions
+
+
+@torch.no_grad()
+def test_a_row_alone_equals_itself_in_a_left_padded_batch(sparse, processor, batch):
+    logits = sparse(**batch).logits
+    assert not batch["attention_mask"].all()
+    for row, question in enumerate(QUESTIONS):
+        images = image_paths("test")
+        text = f"<|user|><image>{question}<|assistant|>"
+        alone = processor(text=text, images=list(images.values())[row], return_tensors="pt")
+        expected = sparse(**alone).logits[0]
+        assert_same_logits(logits[row, -len(expected) :], expected)
+
+
+@torch.no_grad()
+def test_generating_with_the_cache_equals_generating_without(sparse, batch):
+    # without the end token, which would stop rows early
+    greedy = {"max_new_tokens": 8, "do_sample": False, "eos_token_id": None}
+    with_cache = sparse.generate(**batch, **greedy, use_cache=True)
+    without = sparse.generate(**batch, **greedy, use_cache=False)
+    assert with_cache.shape[1] == batch["input_ids"].shape[1] + 8
+    assert torch.equal(with_cache, without)
+    assert len(set(with_cache[:, -8:].flatten().tolist())) > 4  # not the same token over and over
+
+
+@torch.no_grad()
+def test_logits_to_keep(sparse, batch):
+    logits = sparse(**batch).logits
+    mask = torch.zeros_like(batch["input_ids"], dtype=torch.bool)
+    mask[0, -1] = mask[1, -4] = mask[3, -2:] = True
+    kept = sparse(**batch, logits_to_keep=mask).logits
+    assert kept.shape == (4, logits.shape[-1])
+    assert_same_logits(kept, logits[mask])
+    assert_same_logits(sparse(**batch, logits_to_keep=2).logits, logits[:, -2:])
+
+
+@pytest.mark.parametrize("change", [-1, 1])
+def test_wrong_number_of_image_tokens_is_refused(sparse, batch, change):
+    (row,) = (batch["input_ids"][:1] == sparse.config.image_token_index).nonzero()[:1, 1].tolist()
+    row_ids = batch["input_ids"][:1].clone()
+    row_ids[0, row] = row_ids[0, -1] if change < 0 else row_ids[0, row]
+    if change > 0:
+        row_ids[0, -1] = sparse.config.image_token_index
+    with pytest.raises(ValueError, match=f"tokens: {16 + change}, features: "):
+        sparse(input_ids=row_ids, pixel_values=batch["pixel_values"][:1])
+
+
+def test_input_ids_and_embeddings_exclude_each_other(sparse, batch):
+    embeddings = sparse.get_input_embeddings()(batch["input_ids"])
+    for inputs in ({}, {"input_ids": batch["input_ids"], "inputs_embeds": embeddings}):
+        with pytest.raises(ValueError, match="exactly one of `input_ids` and `inputs_embeds`"):
+            sparse(**inputs)
+
+
+@torch.no_grad()
+def test_input_embeddings_give_the_same_logits(sparse, batch):
+    embeddings = sparse.get_input_embeddings()(batch["input_ids"])
+    inputs = {name: value for name, value in batch.items() if name != "input_ids"}
+    logits = sparse(inputs_embeds=embeddings, **inputs).logits
+    assert_same_logits(logits, sparse(**batch).logits)
+
+
+# Router logits and losses
+
+
+@torch.no_grad()
+def test_router_logits_only_when_asked_for(sparse, batch):
+    tokens = batch["input_ids"].numel()
+    for model in (sparse, sparse.model):
+        assert model(**batch).router_logits is None
+        router_logits = model(**batch, output_router_logits=True).router_logits
+        assert [tuple(logits.shape) for logits in router_logits] == [(tokens, 4), (tokens, 4)]
+    sparse.config.output_router_logits = True
+    try:
+        assert len(sparse(**batch).router_logits) == 2
+        assert sparse(**batch, output_router_logits=False).router_logits is None
+    finally:
+        sparse.config.output_router_logits = False
+
+
+@torch.no_grad()
+def test_router_logits_are_in_the_order_of_the_layers(sparse, batch):
+    seen = []
+    hooks = [
+        block.gate.register_forward_hook(lambda module, args, output: seen.append(output[0]))
+        for block in moe_blocks(sparse)
+    ]
+    router_logits = sparse(**batch, output_router_logits=True).router_logits
+    for hook in hooks:
+        hook.remove()
+    assert all(torch.equal(given, expected) for given, expected in zip(router_logits, seen, strict=True))
+    assert not torch.equal(*router_logits)
+
+
+@torch.no_grad()
+def test_loss_and_aux_loss(sparse, batch):
+    labels = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
+    plain = sparse(**batch, labels=labels)
+    expected = F.cross_entropy(plain.logits[:, :-1].flatten(0, 1).double(), labels[:, 1:].flatten())
+    assert plain.loss.item() == pytest.approx(expected.item(), abs=1e-5)
+    assert plain.aux_loss is None
+
+    outputs = sparse(**batch, labels=labels, output_router_logits=True)
+    aux = load_balancing_loss_func(outputs.router_logits, 4, 2, batch["attention_mask"])
+    assert outputs.aux_loss.item() == pytest.approx(aux.item(), abs=1e-6)
+    unmasked = load_balancing_loss_func(outputs.router_logits, 4, 2)
+    assert abs(outputs.aux_loss.item() - unmasked.item()) > 1e-3  # padding would have made a difference
+    assert sparse.config.router_aux_loss_coef == 0.01
+    assert outputs.loss.item() == pytest.approx(plain.loss.item() + 0.01 * aux.item(), abs=1e-5)
+
+
+@pytest.mark.parametrize("coef", [0.0, 0.5])
+def test_gradients_reach_routers_and_experts(make_student, batch, coef):
+    student = sharpen(make_student()).train()
+    student.config.get_text_config().router_aux_loss_coef = coef
+    student(**batch, labels=batch["input_ids"], output_router_logits=True).loss.backward()
+    for block in moe_blocks(student):
+        assert block.gate.weight.grad.abs().max() > 1e-6
+        for parameter in block.experts.parameters():
+            assert (parameter.grad.abs().amax(dim=(1, 2)) > 1e-6).all()  # each expert is some token's choice
+
+
+def test_the_routers_gradient_holds_the_aux_loss(make_student, batch):
+    gradients = []
+    for coef in (0.0, 1.0):
+        student = sharpen(make_student())
+        student.config.get_text_config().router_aux_loss_coef = coef
+        student(**batch, labels=batch["input_ids"], output_router_logits=True).loss.backward()
+        gradients.append(moe_blocks(student)[0].gate.weight.grad)
+    student.zero_grad()
+    outputs = student(**batch, output_router_logits=True)
+    load_balancing_loss_func(outputs.router_logits, 4, 2, batch["attention_mask"]).backward()
+    aux_gradient = moe_blocks(student)[0].gate.weight.grad
+    assert aux_gradient.abs().max() > 1e-4
+    torch.testing.assert_close(gradients[1] - gradients[0], aux_gradient, rtol=1e-3, atol=1e-5)
+
+
+# Construction, saving, loading
+
+
+@pytest.mark.parametrize("values", [{"model_type": "gpt_neox"}, {"model_type": "phi"}, {"mlp_bias": True}])
+def test_an_ffn_that_experts_cannot_reproduce_is_refused(values):
+    values = {"model_type": "llama", **TINY_TEXT, **values}
+    text_config = CONFIG_MAPPING[values.pop("model_type")](**values)
+    with pytest.raises(ValueError, match=r"`language_model\.layers\.1\.mlp` is a \w+MLP.*without biases"):
+        LlavaModForConditionalGeneration(sparse_config(text_config))
+
+
+def test_a_language_model_without_a_list_of_layers_is_refused():
+    with pytest.raises(ValueError, match="layers"):
+        LlavaModForConditionalGeneration(sparse_config(GPT2Config(vocab_size=64, n_embd=32, n_layer=2, n_head=2)))
+
+
+def test_the_familys_activation_is_the_experts():
+    text_config = LlamaConfig(**TINY_TEXT, hidden_act="relu")
+    (block,) = moe_blocks(LlavaModForConditionalGeneration(sparse_config(text_config)))
+    assert isinstance(block.experts.act_fn, torch.nn.ReLU)
+
+
+def assert_initialised(model, std):
+    for block in moe_blocks(model):
+        for parameter in block.parameters():
+            tolerance = 5 * std / (2 * parameter.numel()) ** 0.5  # five standard errors
+            assert parameter.std().item() == pytest.approx(std, abs=tolerance)
+            assert abs(parameter.mean().item()) < 5 * std / parameter.numel() ** 0.5
+
+
+@pytest.mark.parametrize("std", [0.02, 0.1])
+def test_new_routers_and_experts_are_initialised(make_student, std):
+    config = make_student().config
+    config.text_config.initializer_range = std
+    assert_initialised(LlavaModForConditionalGeneration(config), std)
+
+
+def test_routers_and_experts_that_a_checkpoint_lacks_are_initialised(make_student, tmp_path):
+    make_student(moe_layers=[]).save_pretrained(tmp_path)
+    model = LlavaModForConditionalGeneration.from_pretrained(tmp_path, config=make_student().config)
+    assert_initialised(model, 0.02)
+
+
+@torch.no_grad()
+def test_saving_and_loading_gives_the_same_model(sparse, batch, tmp_path):
+    sparse.save_pretrained(tmp_path)
+    loaded, report = LlavaModForConditionalGeneration.from_pretrained(tmp_path, output_loading_info=True)
+    assert not any(report.values())
+    assert torch.equal(loaded(**batch).logits, sparse(**batch).logits)
+    state, loaded_state = sparse.state_dict(), loaded.state_dict()
+    assert state.keys() == loaded_state.keys()
+    assert all(torch.equal(state[name], loaded_state[name]) for name in state)
+    assert loaded.lm_head.weight is loaded.get_input_embeddings().weight
+
+
+@torch.no_grad()
+def test_stock_classes_are_left_as_they_were(sparse):
+    for config_class, model_class in ((LlamaConfig, LlamaModel), (Qwen2Config, Qwen2Model)):
+        stock = model_class(config_class(**TINY_TEXT, num_key_value_heads=2))
+        assert "router_logits" not in stock._can_record_outputs
+        assert "router_logits" not in stock(torch.arange(8)[None], output_router_logits=True)
+        assert not any(isinstance(module, LlavaModExperts) for module in stock.modules())
