@@ -41,8 +41,9 @@ weights: setup
 	  $(BIN)/llava-mod pretrain --config recipes/tiny/0_$$part.yaml || exit 1; \
 	done
 	for name in tiny-teacher tiny-student-lm; do \
-	  rm -rf src/llava_mod_hf/weights/$$name && mkdir -p src/llava_mod_hf/weights && \
-	  cp -r runs/weights/$$name src/llava_mod_hf/weights/$$name || exit 1; \
+	  mkdir -p src/llava_mod_hf/weights/$$name && \
+	  cp runs/weights/$$name/*.json runs/weights/$$name/*.jinja runs/weights/$$name/*.safetensors \
+	    src/llava_mod_hf/weights/$$name/ || exit 1; \
 	done
 
 clean:

@@ -76,6 +76,12 @@ def test_a_dense_students_text_config_is_that_of_its_family():
     }
 
 
+def test_a_sparse_students_text_config_can_be_made_dense():
+    config = LlavaModConfig(text_config=make_config(**SPARSE).text_config, moe_layers=[])
+    assert config.moe_layers == []
+    assert not any(hasattr(config.get_text_config(), name) for name in MOE_FIELDS)
+
+
 @pytest.mark.parametrize("values", [{}, SPARSE], ids=["dense", "sparse"])
 def test_round_trips(tmp_path, values):
     config = make_config(vision_feature_layer=-1, image_token_index=7, **values)

@@ -171,7 +171,8 @@ def test_router_aux_is_counted_once_per_step(models, trainer_of, batch, accumula
         assert not torch.allclose(expected[name], coef * whole[name], rtol=1e-2)
 
 
-def test_logged_values_are_those_of_all_tokens_since_the_last_log(models, trainer_of):
+@pytest.mark.parametrize("logging_steps", [1, 2])
+def test_logged_values_are_those_of_all_tokens_since_the_last_log(models, trainer_of, logging_steps):
     student, teacher = models()
     trainer = trainer_of(
         student,
@@ -180,23 +181,26 @@ def test_logged_values_are_those_of_all_tokens_since_the_last_log(models, traine
         batch=2,
         accumulation=2,
         max_steps=2,
-        logging_steps=2,
+        logging_steps=logging_steps,
         learning_rate=0.0,
         router_aux_loss_coef=0.1,
     )
-    batches = [batch_of(trainer, (start, start + 1)) for start in (0, 2, 4, 6)]
     with torch.no_grad():
+        batches = [batch_of(trainer, (start, start + 1)) for start in (0, 2, 4, 6)]
         terms = [[float(term) for term in explicit_terms(student, teacher, batch)] for batch in batches]
+    assert len({tokens for _, _, tokens, _ in terms}) > 1, "the micro-batches need unequal token counts"
     trainer.train()
-    kl, lm, tokens, aux = (sum(column) for column in zip(*terms, strict=True))
-    assert len({term[2] for term in terms}) > 1, "the micro-batches need unequal token counts"
-    logs = trainer.state.log_history[0]
-    assert logs["step"] == 2
-    assert logs["kl"] == pytest.approx(kl / tokens, rel=1e-5)
-    assert logs["lm_loss"] == pytest.approx(lm / tokens, rel=1e-5)
-    assert logs["aux_loss"] == pytest.approx(aux / 4, rel=1e-5)
-    expected = KL_WEIGHT * kl / tokens + LM_WEIGHT * lm / tokens + 0.1 * aux / 4
-    assert logs["loss"] == pytest.approx(expected, rel=1e-5)
+
+    logged = [logs for logs in trainer.state.log_history if "loss" in logs]
+    count = 2 * logging_steps  # micro-batches of a window
+    assert len(logged) == len(terms) // count
+    for window, logs in enumerate(logged):
+        kl, lm, tokens, aux = (sum(column) for column in zip(*terms[count * window :][:count], strict=True))
+        assert logs["kl"] == pytest.approx(kl / tokens, rel=1e-5)
+        assert logs["lm_loss"] == pytest.approx(lm / tokens, rel=1e-5)
+        assert logs["aux_loss"] == pytest.approx(aux / count, rel=1e-5)
+        expected = KL_WEIGHT * kl / tokens + LM_WEIGHT * lm / tokens + 0.1 * aux / count
+        assert logs["loss"] == pytest.approx(expected, rel=1e-5)
 
 
 def test_evaluation_logs_under_its_own_names(models, trainer_of):

@@ -17,6 +17,16 @@ AUTO_MAP = {
 }
 
 
+def _text_field(name, dense_value):
+    def read(config):
+        return getattr(config.text_config, name, dense_value)
+
+    def write(config, value):
+        setattr(config.text_config, name, value)
+
+    return property(read, write, doc=f"`{name}` of the text config.")
+
+
 class LlavaModConfig(LlavaConfig):
     """
     Configuration of a LLaVA whose language model has mixture-of-experts layers where `moe_layers` says.
@@ -50,15 +60,24 @@ class LlavaModConfig(LlavaConfig):
 
     model_type = "llava_mod"
 
+    # Properties, not fields: those would be a second copy, stale as soon as a trainer changes the text config's.
+    moe_layers = _text_field("moe_layers", [])
+    num_experts = _text_field("num_experts", None)
+    num_experts_per_tok = _text_field("num_experts_per_tok", None)
+    router_aux_loss_coef = _text_field("router_aux_loss_coef", 0.0)
+    output_router_logits = _text_field("output_router_logits", False)
+
     def __post_init__(self, **kwargs):
         given = {name: kwargs.pop(name) for name in MOE_DEFAULTS if kwargs.get(name) is not None}
         super().__post_init__(**kwargs)
         # `save_pretrained` writes the entries of the classes that it saves: `AutoModel` would be missing
         self.auto_map = dict(AUTO_MAP)
         text_config = self.text_config
-        moe_layers = given.get("moe_layers", getattr(text_config, "moe_layers", []))
-        if not moe_layers:
+        was_sparse = bool(getattr(text_config, "moe_layers", []))
+        if not given.get("moe_layers", was_sparse):
             # TRL takes a text config with `output_router_logits` for a mixture of experts: a dense student has none.
+            for name in MOE_DEFAULTS if was_sparse else ():
+                delattr(text_config, name)
             return
         for name, default in MOE_DEFAULTS.items():
             setattr(text_config, name, given.get(name, getattr(text_config, name, default)))
@@ -78,23 +97,6 @@ class LlavaModConfig(LlavaConfig):
                 "token can be sent to between 1 and all of the experts."
             )
 
-
-def _text_field(name, dense_value):
-    def read(config):
-        return getattr(config.text_config, name, dense_value)
-
-    def write(config, value):
-        setattr(config.text_config, name, value)
-
-    return property(read, write, doc=f"`{name}` of the text config.")
-
-
-# Not dataclass fields: they would be a second copy, stale as soon as a trainer changes the text config's.
-LlavaModConfig.moe_layers = _text_field("moe_layers", [])
-LlavaModConfig.num_experts = _text_field("num_experts", None)
-LlavaModConfig.num_experts_per_tok = _text_field("num_experts_per_tok", None)
-LlavaModConfig.router_aux_loss_coef = _text_field("router_aux_loss_coef", 0.0)
-LlavaModConfig.output_router_logits = _text_field("output_router_logits", False)
 
 LlavaModConfig.register_for_auto_class()
 AutoConfig.register("llava_mod", LlavaModConfig, exist_ok=True)

@@ -48,5 +48,5 @@ def main(folder, questions_file, output_file):
 
 
 if __name__ == "__main__":
-    sys.modules["llava_mod_hf"] = None  # any import of the package fails from here on
+    sys.modules["llava_mod_hf"] = None  # type: ignore[assignment]  # any import of the package fails from here on
     main(*sys.argv[1:])

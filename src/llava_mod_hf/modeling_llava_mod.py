@@ -166,7 +166,7 @@ class LlavaModModel(LlavaModPreTrainedModel, LlavaModel):
 
     def __init__(self, config: LlavaModConfig):
         LlavaModPreTrainedModel.__init__(self, config)
-        text_config = config.text_config
+        text_config = config.get_text_config()
         self.vision_tower = AutoModel.from_config(config.vision_config)
         self.multi_modal_projector = LlavaMultiModalProjector(config)
         if config.moe_layers:
@@ -250,7 +250,8 @@ class LlavaModForConditionalGeneration(LlavaModPreTrainedModel, GenerationMixin)
     def __init__(self, config: LlavaModConfig):
         super().__init__(config)
         self.model = LlavaModModel(config)
-        self.lm_head = nn.Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
+        text_config = config.get_text_config()
+        self.lm_head = nn.Linear(text_config.hidden_size, text_config.vocab_size, bias=False)
         self.post_init()
 
     def get_output_embeddings(self):

@@ -296,7 +296,7 @@ def show(summary, output_dir):
     console.print(
         "all, "
         + ", ".join(kinds)
-        + ": exact match. hall.: absent things claimed. miss: present things not seen. bal.: balanced accuracy of both. "
+        + ": exact match. hall.: absent things claimed. miss: present things not seen. bal.: balanced accuracy. "
         "KL: to the teacher, nats per token. active: parameters of language model and adaptor that a token uses."
     )
     console.print(
