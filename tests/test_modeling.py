@@ -6,7 +6,9 @@ from test_evaluation import sharpen
 from torch.nn import functional as F
 from transformers import (
     CONFIG_MAPPING,
+    AutoModel,
     AutoModelForCausalLM,
+    AutoModelForImageTextToText,
     GPT2Config,
     LlamaConfig,
     LlamaModel,
@@ -197,6 +199,17 @@ def test_router_runs_in_float32_under_autocast(sparse, batch):
         assert torch.equal(logits, F.linear(hidden_states.float(), block.gate.weight.float()))
 
 
+@torch.no_grad()
+def test_router_of_a_bfloat16_student_runs_in_float32(make_student):
+    student = sharpen(make_student()).to(torch.bfloat16)
+    hidden_states = torch.randn(6, 32, generator=torch.Generator().manual_seed(0)).to(torch.bfloat16)
+    for block in moe_blocks(student):
+        router_logits, top_k_weights, _ = block.gate(hidden_states)
+        assert router_logits.dtype == torch.float32
+        assert torch.equal(router_logits, F.linear(hidden_states.float(), block.gate.weight.float()))
+        assert top_k_weights.dtype == torch.bfloat16
+
+
 # Padding, cache, positions
 
 
@@ -384,6 +397,11 @@ def test_saving_and_loading_gives_the_same_model(sparse, batch, tmp_path):
     loaded, report = LlavaModForConditionalGeneration.from_pretrained(tmp_path, output_loading_info=True)
     assert not any(report.values())
     assert torch.equal(loaded(**batch).logits, sparse(**batch).logits)
+    for auto_class, model_class in (
+        (AutoModelForImageTextToText, LlavaModForConditionalGeneration),
+        (AutoModel, LlavaModModel),
+    ):
+        assert type(auto_class.from_pretrained(tmp_path)) is model_class
     state, loaded_state = sparse.state_dict(), loaded.state_dict()
     assert state.keys() == loaded_state.keys()
     assert all(torch.equal(state[name], loaded_state[name]) for name in state)

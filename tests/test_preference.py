@@ -123,7 +123,6 @@ def test_a_teacher_of_another_tokenizer_is_refused(models, trainer_of, processor
         trainer_of(*models(), teacher_processor=other)
 
 
-@pytest.mark.xfail(strict=True, reason="the teacher is compared only with a model and a processor that are given")
 def test_a_student_given_by_name_is_checked_too(models, trainer_of, processor, tmp_path):
     student, teacher = models()
     student.save_pretrained(tmp_path / "student")

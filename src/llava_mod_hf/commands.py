@@ -1,5 +1,6 @@
 """What `llava-mod upcycle`, `evaluate` and `publish` do."""
 
+import dataclasses
 import json
 import logging
 from dataclasses import dataclass, field
@@ -102,7 +103,8 @@ def run_evaluate(data_args: DataArguments, args: EvaluateCommand):
     if not output_file.parent.is_dir():
         raise ValueError(f"`{output_file.parent}` is no folder to write the results to: give `output_file`.")
     rows = load_rows(data_args, columns=QUESTION_COLUMNS, split=data_args.dataset_test_split, seed=args.seed)
-    training = load_rows(data_args, columns=QUESTION_COLUMNS, seed=args.seed).remove_columns("images")
+    all_rows = dataclasses.replace(data_args, max_samples=None)
+    training = load_rows(all_rows, columns=QUESTION_COLUMNS, seed=args.seed).remove_columns("images")
     model, processor = load_model_and_processor(args.model, trust_remote_code=args.trust_remote_code)
     teacher = teacher_results = None
     if args.teacher:
@@ -113,6 +115,7 @@ def run_evaluate(data_args: DataArguments, args: EvaluateCommand):
         "teacher": teacher_results,
         "blind": evaluate_blind(training, rows),
         "dataset": data_args.dataset_name,
+        "expert_load": expert_load(model, processor, rows.select(range(min(len(rows), 512)))),
         "num_questions": len(rows),
     }
     write_json(output_file, results)
@@ -136,7 +139,7 @@ def stage_runs(checkpoint):
     return runs
 
 
-def run_publish(args: PublishCommand, *, loads=None):
+def run_publish(args: PublishCommand):
     """Builds the Hub repository of a trained student, and pushes it if a name is given."""
     checkpoint = Path(args.checkpoint)
     runs = stage_runs(checkpoint)
@@ -145,16 +148,11 @@ def run_publish(args: PublishCommand, *, loads=None):
     if not (checkpoint / RESULTS_FILE).is_file():
         raise ValueError(f"`{checkpoint}` has no `{RESULTS_FILE}`: run `llava-mod evaluate --model …` on it.")
     results = json.loads((checkpoint / RESULTS_FILE).read_text())
-    *_, (stage, run) = runs.items()
+    *_, stage = runs
     # what the card tells: no folders of this machine
     recipes = {name: {k: v for k, v in run["recipe"].items() if k != "output_dir"} for name, run in runs.items()}
     for previous, name in zip(runs, list(runs)[1:], strict=False):
         recipes[name]["student"] = previous
-    if loads is None:
-        model, processor = load_model_and_processor(str(checkpoint))
-        data_args = DataArguments(results["dataset"], run["recipe"].get("dataset_config"))
-        rows = load_rows(data_args, columns=("prompt",), split=data_args.dataset_test_split)
-        loads = expert_load(model, processor, rows.select(range(min(len(rows), 512))))
     parts = {"vision encoder": "vision_tower", "language model": "language_model", "teacher": "teacher"}
     base_models = {role: recipe[key] for recipe in recipes.values() for role, key in parts.items() if recipe.get(key)}
     folder = publish(
@@ -169,7 +167,7 @@ def run_publish(args: PublishCommand, *, loads=None):
             [{"stage": name, **recipe} for name, recipe in recipes.items()], sort_keys=False
         ),
         history={name: run["log_history"] for name, run in runs.items()},
-        loads=loads,
+        loads={int(layer): shares for layer, shares in results["expert_load"].items()},
         base_models=base_models,
         datasets=list(dict.fromkeys(dataset_title(recipe["dataset_name"]) for recipe in recipes.values())),
         eval_dataset=dataset_title(results["dataset"]),

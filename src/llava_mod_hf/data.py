@@ -1,10 +1,12 @@
 """Data sets → rows in TRL's formats, checked before training starts."""
 
+import io
 import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from datasets import Image, List, load_dataset
+from datasets.exceptions import DatasetGenerationError
 from PIL import Image as PILImage
 from PIL import UnidentifiedImageError
 
@@ -63,8 +65,11 @@ def load_rows(args, *, columns, split=None, seed=0):
     elif path.suffix in READERS:
         if not path.is_file():
             raise ValueError(f"The data file `{path}` does not exist: check `dataset_name`.")
-        dataset = load_dataset(READERS[path.suffix], data_files=str(path), split="train")
-        dataset = _resolve_images(dataset, Path(args.image_folder or path.parent))
+        try:
+            dataset = load_dataset(READERS[path.suffix], data_files=str(path), split="train")
+        except (DatasetGenerationError, ValueError) as error:
+            raise ValueError(f"`{path}` has no rows that can be read ({error.__cause__ or error}).") from error
+        dataset = _resolve_images(_first(dataset, args.max_samples), Path(args.image_folder or path.parent))
     else:
         dataset = load_dataset(args.dataset_name, args.dataset_config, split=split)
 
@@ -74,49 +79,63 @@ def load_rows(args, *, columns, split=None, seed=0):
             f"`{args.dataset_name}` has the columns {dataset.column_names}, and this stage needs {', '.join(missing)} "
             "as well."
         )
-    if args.max_samples is not None:
-        dataset = dataset.select(range(min(args.max_samples, len(dataset))))
+    dataset = _first(dataset, args.max_samples)
     if len(dataset) == 0:
         raise ValueError(f"`{args.dataset_name}` has no rows: nothing to train on.")
     return dataset
 
 
+def _first(dataset, max_samples):
+    return dataset if max_samples is None else dataset.select(range(min(max_samples, len(dataset))))
+
+
 def _resolve_images(dataset, folder):
-    """Relative paths → checked absolute ones, decoded when a row is read."""
+    """Relative paths → checked absolute ones, decoded when a row is read; images in the file itself are checked too."""
     if "images" not in dataset.column_names:
         return dataset
     root = folder.resolve()
 
     def resolve(row, index):
-        paths = [(root / name).resolve() for name in row["images"]]
-        for path in paths:
-            if not path.is_relative_to(root):
-                raise ValueError(f"Row {index}: image `{path}` lies outside the image folder `{root}`.")
-            check_image(path, f"Row {index}")
-        return {"images": [str(path) for path in paths]}
+        images = [_resolve_image(image, root, f"Row {index}") for image in row["images"] or []]
+        return {"images": images}
 
-    dataset = dataset.map(resolve, with_indices=True, desc="Checking images")
-    return dataset.cast_column("images", List(Image()))
+    undecoded = dataset.cast_column("images", List(Image(decode=False)))
+    # never from the cache: the files may have changed since
+    checked = undecoded.map(resolve, with_indices=True, load_from_cache_file=False, desc="Checking images")
+    return checked.cast_column("images", List(Image()))
 
 
-def check_image(path, where):
-    """
-    Reads an image file's structure without decoding it.
-
-    Raises:
-        ValueError: if it is missing, no image, truncated, or larger than Pillow's limit against decompression bombs.
-    """
+def _resolve_image(image, root, where):
+    if image["bytes"] is not None:
+        check_image(io.BytesIO(image["bytes"]), f"{where}: image `{image['path'] or 'in the file'}`")
+        return image
+    path = (root / image["path"]).resolve()
+    if not path.is_relative_to(root):
+        raise ValueError(f"{where}: image `{path}` lies outside the image folder `{root}`.")
     if not path.is_file():
         raise ValueError(f"{where}: image `{path}` does not exist.")
+    check_image(path, f"{where}: `{path}`")
+    return {"bytes": None, "path": str(path)}
+
+
+def check_image(file, where):
+    """
+    Reads an image to its end.
+
+    Raises:
+        ValueError: if it is no image, truncated, or larger than Pillow's limit against decompression bombs.
+    """
     try:
         with warnings.catch_warnings():
             # Pillow only warns up to twice its limit
             warnings.simplefilter("error", PILImage.DecompressionBombWarning)
-            with PILImage.open(path) as image:
-                image.verify()
+            with PILImage.open(file) as image:
+                if image.format == "PNG":
+                    image.verify()  # checksums, without decoding
+                else:
+                    image.draft("RGB", (1, 1))  # JPEG: decode an eighth of the size; others ignore it
+                    image.load()
     except (UnidentifiedImageError, OSError, SyntaxError) as error:
-        raise ValueError(
-            f"{where}: `{path}` is not a whole image ({error}): replace it or leave out the row."
-        ) from error
+        raise ValueError(f"{where} is not a whole image ({error}): replace it or leave out the row.") from error
     except (PILImage.DecompressionBombError, PILImage.DecompressionBombWarning) as error:
-        raise ValueError(f"{where}: `{path}` is refused as a decompression bomb ({error}).") from error
+        raise ValueError(f"{where} is refused as a decompression bomb ({error}).") from error

@@ -102,7 +102,7 @@ class MimicTrainer(SFTTrainer):
         loss = (self.args.kl_weight * kl + self.args.lm_weight * lm) / num_tokens.to(kl.device)
         # `num_items_in_batch` counts the tokens of every process, and DDP averages the gradients over them
         if self.args.average_tokens_across_devices and num_items_in_batch is not None:
-            loss = loss * self.accelerator.num_processes
+            loss = loss * (self.accelerator.num_processes // self.get_tp_size())
 
         sums = self._sums["train" if self.model.training else "eval"]
         if self.aux_loss_enabled:

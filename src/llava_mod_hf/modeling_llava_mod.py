@@ -134,10 +134,20 @@ def _sparse_text_model_class(text_model_class):
 
         def __init__(self, config):
             super().__init__(config)
+            if not hasattr(self, "layers"):
+                raise ValueError(
+                    f"{text_model_class.__name__} has no `layers`: mixture-of-experts layers need a language model "
+                    "whose FFNs are at `layers[i].mlp`, as those of Llama and Qwen2 are."
+                )
             for index in config.moe_layers:
                 size = _gated_ffn_size(self.layers[index].mlp, f"language_model.layers.{index}.mlp")
                 self.layers[index].mlp = LlavaModSparseMoeBlock(config, size)
             self.post_init()
+
+        @classmethod
+        def _can_set_experts_implementation(cls):
+            # transformers keeps the answer by class, and here would find the stock class's, which has no experts
+            return True
 
         @torch.no_grad()
         def _init_weights(self, module):
@@ -156,6 +166,11 @@ class LlavaModPreTrainedModel(LlavaPreTrainedModel):
     config_class = LlavaModConfig
     config: LlavaModConfig
 
+    @classmethod
+    def _can_set_experts_implementation(cls):
+        # transformers keeps the answer by class, and `LlavaModModel` would find that of the stock `LlavaModel`
+        return True
+
 
 class LlavaModModel(LlavaModPreTrainedModel, LlavaModel):
     """
@@ -167,6 +182,8 @@ class LlavaModModel(LlavaModPreTrainedModel, LlavaModel):
     def __init__(self, config: LlavaModConfig):
         LlavaModPreTrainedModel.__init__(self, config)
         text_config = config.get_text_config()
+        # `from_pretrained(experts_implementation=…)` sets it on every sub-config; a tower without experts refuses it
+        config.vision_config._experts_implementation = None
         self.vision_tower = AutoModel.from_config(config.vision_config)
         self.multi_modal_projector = LlavaMultiModalProjector(config)
         if config.moe_layers:

@@ -44,10 +44,9 @@ class PreferenceTrainer(DPOTrainer):
     def __init__(self, model, ref_model=None, args=None, *, processing_class=None, teacher_processor=None, **kwargs):
         if ref_model is None:
             raise ValueError("Preference distillation needs the teacher as `ref_model`, and got none.")
-        if processing_class is not None and not isinstance(model, str):
-            check_teacher(model, ref_model, processing_class, teacher_processor)
         args = args or PreferenceConfig()
         super().__init__(model, ref_model, args=args, processing_class=processing_class, **kwargs)
+        check_teacher(self.model, ref_model, self.processing_class, teacher_processor)
 
     # TRL's card names no base model and another task; `llava-mod publish` writes ours, from measured results.
     def create_model_card(self, *args, **kwargs):

@@ -13,7 +13,6 @@ from pathlib import Path
 
 import datasets
 import torch
-from rich import box
 from rich.console import Console
 from rich.table import Table
 from safetensors.torch import load_file
@@ -221,10 +220,10 @@ def publish_student(output_dir, summary, rows):
     """Builds the repository of the last stage, and has a fresh process without this package load it and answer."""
     checkpoint = output_dir / "prefer"
     model, processor = load_model_and_processor(str(checkpoint))
-    results = {"student": summary["stages"]["prefer"], "dataset": embedded.DATASET}
-    write_json(checkpoint / RESULTS_FILE, results | {name: summary[name] for name in ("teacher", "blind")})
     loads = expert_load(model, processor, rows.select(range(min(256, len(rows)))))
-    folder = run_publish(PublishCommand(str(checkpoint), str(output_dir / "hub" / "tiny-llava-mod")), loads=loads)
+    results = {"student": summary["stages"]["prefer"], "dataset": embedded.DATASET, "expert_load": loads}
+    write_json(checkpoint / RESULTS_FILE, results | {name: summary[name] for name in ("teacher", "blind")})
+    folder = run_publish(PublishCommand(str(checkpoint), str(output_dir / "hub" / "tiny-llava-mod")))
 
     paths = embedded.image_paths("test")
     asked = {row["kind"]: row for row in embedded.balanced(embedded.questions("test"), summary["seed"])}
@@ -277,7 +276,7 @@ def show(summary, output_dir):
     """The table at the end."""
     kinds = sorted(summary["blind"]["exact_match_by_kind"])
     title = f"{summary['num_questions']} test questions, balanced by answer; seed {summary['seed']}"
-    table = Table(title=title, box=box.SIMPLE, pad_edge=False, padding=(0, 1, 0, 0))  # fits 80 columns
+    table = Table(title=title, box=None, padding=(0, 1, 0, 0))  # fits 80 columns
     table.add_column("", no_wrap=True)
     for header in ["all", *kinds, "hall.", "miss", "bal.", "KL", "active", "steps", "s"]:
         table.add_column(header, justify="right", no_wrap=True)

@@ -52,6 +52,7 @@ def parse(dataclass_types, argv, *, prog=None, description=None):
         ValueError: if the recipe is missing or has an unknown key, or a value does not fit.
         SystemExit: if a `--key` is unknown or required and missing, as in `argparse`.
     """
+    argv = [part for arg in argv for part in (arg.split("=", 1) if arg.startswith("--config=") else [arg])]
     if "--config" in argv[:-1]:
         check_recipe(argv[argv.index("--config") + 1], dataclass_types)
     return TrlParser(dataclass_types, prog=prog, description=description).parse_args_and_config(argv)

@@ -19,7 +19,7 @@ from llava_mod_hf.mimic import MimicConfig, MimicTrainer  # noqa: F401
 from llava_mod_hf.preference import PreferenceConfig, PreferenceTrainer  # noqa: F401
 from llava_mod_hf.students import build_student
 from llava_mod_hf.teacher import load_model_and_processor
-from llava_mod_hf.upcycling import upcycle
+from llava_mod_hf.upcycling import PLACEMENTS, upcycle
 
 RUN_FILE = "run.json"
 
@@ -87,8 +87,13 @@ def upcycle_student(student, args, *, router_aux_loss_coef=None, seed=0):
     """`upcycle` with the options of a recipe; the student itself if the recipe asks for no experts."""
     if args.moe_layers is None:
         return student
-    first, *more = [str(layer) for layer in args.moe_layers]
-    layers = first if not more and not first.lstrip("-").isdigit() else [int(layer) for layer in (first, *more)]
+    # a recipe may give one value without brackets
+    layers = args.moe_layers if isinstance(args.moe_layers, list) else [args.moe_layers]
+    layers = [int(layer) if str(layer).lstrip("-").isdigit() else layer for layer in layers]
+    names = [layer for layer in layers if isinstance(layer, str)]
+    if names and len(layers) > 1:
+        raise ValueError(f"`moe_layers` is {layers}: give one of {', '.join(PLACEMENTS)}, or indices alone.")
+    layers = names[0] if names else layers
     coef = {} if router_aux_loss_coef is None else {"router_aux_loss_coef": router_aux_loss_coef}
     return upcycle(
         student,
@@ -227,8 +232,12 @@ def start_run(*groups):
                 resolved[item.name] = value
                 if item.name in required or value != getattr(default, item.name):
                     changed[item.name] = value
-    plain = json.loads(json.dumps({"resolved": resolved, "changed": changed}, default=str))
-    return Recipe(**plain)
+    return Recipe(**json.loads(json.dumps({"resolved": resolved, "changed": changed}, default=_plain)))
+
+
+def _plain(value):
+    """`accelerator_config` is a dataclass once it is parsed; as a string the recipe could not be read again."""
+    return dataclasses.asdict(value) if dataclasses.is_dataclass(value) else str(value)
 
 
 def _has_no_default(item):

@@ -87,4 +87,9 @@ def upcycle(model, *, layers="alternate", num_experts=4, num_experts_per_tok=2, 
     sparse.load_state_dict(weights)
     sparse.generation_config = copy.deepcopy(model.generation_config)
     sparse.train(model.training)
-    return sparse.to(device=model.device, dtype=model.dtype)
+    sparse.to(device=model.device, dtype=model.dtype)
+    # `to` rounds the rotary frequencies too, which a model loaded in bfloat16 has in float32
+    buffers = dict(model.named_buffers())
+    for name, buffer in sparse.named_buffers():
+        buffer.data = buffers[name].detach().clone()
+    return sparse
