@@ -243,7 +243,7 @@ def test_server_tags_lists_and_deletes(hub, folder):
         "figures/losses.png"
     ]
     assert api.get_paths_info(REPO, ["README.md"])[0].size == (folder / "README.md").stat().st_size
-    assert [commit.commit_id for commit in api.list_repo_commits(REPO)][0] == info.oid
+    assert next(commit.commit_id for commit in api.list_repo_commits(REPO)) == info.oid
     api.delete_tag(REPO, tag="v1.0")
     api.delete_repo(REPO)
     assert not hub.repos
