@@ -59,11 +59,26 @@ class DistillArguments:
         student (`str`): checkpoint of the previous stage, or a LLaVA of the Hub.
         teacher (`str`): a LLaVA that reads the same tokens and images.
         teacher_dtype (`str`, *optional*, defaults to `"float32"`): of its weights in memory.
+        attn_implementation (`str`, *optional*): of both, as in transformers, such as `sdpa` or `eager`.
     """
 
     student: str = field(metadata={"help": "checkpoint of the previous stage"})
     teacher: str = field(metadata={"help": "a LLaVA that reads the same tokens and images"})
     teacher_dtype: str = "float32"
+    attn_implementation: str | None = None
+
+    def load_student(self, trust_remote_code):
+        return load_model_and_processor(
+            self.student, attn_implementation=self.attn_implementation, trust_remote_code=trust_remote_code
+        )
+
+    def load_teacher(self, trust_remote_code):
+        return load_model_and_processor(
+            self.teacher,
+            dtype=self.teacher_dtype,
+            attn_implementation=self.attn_implementation,
+            trust_remote_code=trust_remote_code,
+        )
 
 
 @dataclass
@@ -158,14 +173,12 @@ def mimic(data_args, distill_args, upcycle_args, args):
     """Mimic distillation, dense-to-dense or, with `moe_layers`, dense-to-sparse (paper, stage 2)."""
     recipe = start_run(data_args, distill_args, upcycle_args, args)
     rows = load_rows(data_args, columns=("prompt", "completion"), seed=args.seed)
-    student, processor = load_model_and_processor(distill_args.student, trust_remote_code=args.trust_remote_code)
+    student, processor = distill_args.load_student(args.trust_remote_code)
     student = upcycle_student(student, upcycle_args, router_aux_loss_coef=args.router_aux_loss_coef, seed=args.seed)
     set_trainable(student, args.train_modules)
     teacher, teacher_processor = None, None
     if args.kl_weight:
-        teacher, teacher_processor = load_model_and_processor(
-            distill_args.teacher, dtype=distill_args.teacher_dtype, trust_remote_code=args.trust_remote_code
-        )
+        teacher, teacher_processor = distill_args.load_teacher(args.trust_remote_code)
     trainer = MimicTrainer(
         student,
         teacher,
@@ -182,11 +195,9 @@ def prefer(data_args, distill_args, args):
     """Preference distillation with the teacher as reference (paper, stage 3)."""
     recipe = start_run(data_args, distill_args, args)
     rows = load_rows(data_args, columns=("prompt", "chosen", "rejected"), seed=args.seed)
-    student, processor = load_model_and_processor(distill_args.student, trust_remote_code=args.trust_remote_code)
+    student, processor = distill_args.load_student(args.trust_remote_code)
     set_trainable(student, args.train_modules)
-    teacher, teacher_processor = load_model_and_processor(
-        distill_args.teacher, dtype=distill_args.teacher_dtype, trust_remote_code=args.trust_remote_code
-    )
+    teacher, teacher_processor = distill_args.load_teacher(args.trust_remote_code)
     trainer = PreferenceTrainer(
         student,
         teacher,

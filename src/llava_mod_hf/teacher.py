@@ -5,13 +5,14 @@ from transformers import AutoModelForImageTextToText, AutoProcessor, ProcessorMi
 from llava_mod_hf.embedded import resolve
 
 
-def load_model_and_processor(name, *, dtype="float32", trust_remote_code=False):
+def load_model_and_processor(name, *, dtype="float32", attn_implementation=None, trust_remote_code=False):
     """
     A LLaVA and its processor.
 
     Args:
         name (`str`): Hub name, folder or `embedded:…` name.
         dtype (`str`, *optional*, defaults to `"float32"`): of the weights in memory.
+        attn_implementation (`str`, *optional*): as in transformers, such as `"sdpa"` or `"eager"`.
         trust_remote_code (`bool`, *optional*, defaults to `False`): whether code from that repository may run.
 
     Returns:
@@ -21,7 +22,9 @@ def load_model_and_processor(name, *, dtype="float32", trust_remote_code=False):
         ValueError: if the folder has no processor, only a tokenizer.
     """
     path = resolve(name)
-    model = AutoModelForImageTextToText.from_pretrained(path, dtype=dtype, trust_remote_code=trust_remote_code)
+    model = AutoModelForImageTextToText.from_pretrained(
+        path, dtype=dtype, attn_implementation=attn_implementation, trust_remote_code=trust_remote_code
+    )
     processor = AutoProcessor.from_pretrained(path, trust_remote_code=trust_remote_code)
     if not isinstance(processor, ProcessorMixin):
         raise ValueError(

@@ -75,7 +75,10 @@ def upcycle(model, *, layers="alternate", num_experts=4, num_experts_per_tok=2, 
     )
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        sparse = LlavaModForConditionalGeneration(config)
+        # with the input's attention, which a config does not store
+        sparse = LlavaModForConditionalGeneration._from_config(
+            config, attn_implementation=model.config._attn_implementation
+        )
 
     weights = dict(model.state_dict())
     for index in config.moe_layers:
