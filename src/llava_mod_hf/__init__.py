@@ -14,6 +14,7 @@ _LAZY = {
     "PreferenceConfig": "preference",
     "PreferenceTrainer": "preference",
     "build_student": "students",
+    "load_model_and_processor": "teacher",
     "push_checkpoint": "hub",
     "upcycle": "upcycling",
 }

@@ -67,18 +67,18 @@ class Stage:
 MIMIC = (stages.mimic, (DataArguments, DistillArguments, UpcycleArguments, MimicConfig))
 NO_TEACHER = ("--kl_weight", "0", "--lm_weight", "1")
 STAGES = {
-    "adapt": Stage(stages.adapt, (DataArguments, StudentArguments, AdaptConfig), "1_adapt", step_cost=0.7),
-    "mimic_dense": Stage(*MIMIC, "2_mimic_dense", "adapt", step_cost=0.9),
+    "adapt": Stage(stages.adapt, (DataArguments, StudentArguments, AdaptConfig), "1_adapt", step_cost=0.8),
+    "mimic_dense": Stage(*MIMIC, "2_mimic_dense", "adapt", step_cost=0.8),
     "mimic_sparse": Stage(*MIMIC, "3_mimic_sparse", "mimic_dense"),
     "prefer": Stage(
-        stages.prefer, (DataArguments, DistillArguments, PreferenceConfig), "4_prefer", "mimic_sparse", step_cost=1.2
+        stages.prefer, (DataArguments, DistillArguments, PreferenceConfig), "4_prefer", "mimic_sparse", step_cost=1.0
     ),
     # the comparison: the same student, rows and steps, without a teacher
-    "sft_dense": Stage(*MIMIC, "2_mimic_dense", "adapt", NO_TEACHER, step_cost=0.6),
+    "sft_dense": Stage(*MIMIC, "2_mimic_dense", "adapt", NO_TEACHER, step_cost=0.5),
     "sft": Stage(*MIMIC, "3_mimic_sparse", "sft_dense", NO_TEACHER, step_cost=0.7),
 }
 REPORTED = ("adapt", "mimic_dense", "mimic_sparse", "prefer", "sft")
-EVALUATION_COST = 20  # of one model, in dense-to-sparse steps
+EVALUATION_COST = 60  # of one model, in dense-to-sparse steps
 PUBLISHING_COST = 60  # start of the fresh process included
 CALIBRATION_STEPS = 8
 

@@ -1,0 +1,23 @@
+"""The README's Python runs as it stands, and what it saves loads as it says."""
+
+import re
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForImageTextToText, AutoProcessor
+
+README = Path(__file__).parents[1] / "README.md"
+
+
+def test_the_python_example_trains_and_saves_a_sparse_student(tmp_path, monkeypatch):
+    example = re.findall(r"```python\n(.*?)```", README.read_text(), flags=re.DOTALL)[0]
+    assert "max_steps=20" in example
+    monkeypatch.chdir(tmp_path)
+    names = {}
+    exec(example.replace("max_steps=20", "max_steps=2, report_to='none'"), names)
+    model = AutoModelForImageTextToText.from_pretrained("runs/student")
+    assert AutoProcessor.from_pretrained("runs/student").tokenizer.get_vocab()
+    assert model.config.moe_layers == [0, 2]
+    trained = names["student"].state_dict()
+    assert all(torch.equal(tensor, trained[name]) for name, tensor in model.state_dict().items())
+    assert names["trainer"].state.global_step == 2
