@@ -20,7 +20,7 @@ from PIL import Image
 from safetensors.numpy import save_file
 from transformers import AutoProcessor
 
-from llava_mod_hf import LlavaModForConditionalGeneration
+from llava_mod_hf import LlavaModForConditionalGeneration, recipes
 from llava_mod_hf import hub as hub_module
 from llava_mod_hf.hub import check_publishable, publish, push_checkpoint, render_card, write_eval_results
 
@@ -415,7 +415,7 @@ def test_template_of_an_installed_package(config, tmp_path, monkeypatch):
     """A wheel has `model_cards/` inside the package."""
     (tmp_path / "llava_mod_hf" / "model_cards").mkdir(parents=True)
     (tmp_path / "llava_mod_hf" / "model_cards" / "student.md.j2").write_text("---\n{{ card_data }}\n---\n# Installed")
-    monkeypatch.setattr(hub_module, "__file__", str(tmp_path / "llava_mod_hf" / "hub.py"))
+    monkeypatch.setattr(recipes, "__file__", str(tmp_path / "llava_mod_hf" / "recipes.py"))
     assert "# Installed" in card(config).text
 
 

@@ -78,7 +78,7 @@ STAGES = {
     "sft": Stage(*MIMIC, "3_mimic_sparse", "sft_dense", NO_TEACHER, step_cost=0.7),
 }
 REPORTED = ("adapt", "mimic_dense", "mimic_sparse", "prefer", "sft")
-EVALUATION_COST = 60  # of one model, in dense-to-sparse steps
+EVALUATION_COST = 20  # of one model, in dense-to-sparse steps
 PUBLISHING_COST = 60  # start of the fresh process included
 CALIBRATION_STEPS = 8
 
