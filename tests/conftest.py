@@ -1,7 +1,11 @@
 """Fixtures of several test files: the tokenizer and processor of the embedded models, and tiny random students."""
 
+import time
+
 import pytest
 import torch
+from hub_server import HubServer
+from huggingface_hub import constants
 from transformers import CONFIG_MAPPING, LlavaProcessor, SiglipVisionConfig
 
 from llava_mod_hf import LlavaModConfig, LlavaModForConditionalGeneration
@@ -68,3 +72,19 @@ def make_student(tokenizer):
             return LlavaModForConditionalGeneration(config).eval()
 
     return make
+
+
+@pytest.fixture
+def hub(monkeypatch):
+    """A server that the client of this process talks to, with a token that may write."""
+    with HubServer() as server:
+        # read from the environment at the client's import, which was long ago
+        monkeypatch.setattr(constants, "ENDPOINT", server.url)
+        monkeypatch.setattr(
+            constants, "HUGGINGFACE_CO_URL_TEMPLATE", server.url + "/{repo_id}/resolve/{revision}/{filename}"
+        )
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+        monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+        monkeypatch.setenv("HF_TOKEN", server.token)
+        monkeypatch.setattr(time, "sleep", lambda seconds: None)  # the client backs off for 23 seconds
+        yield server

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import yaml
 from datasets import Dataset
+from huggingface_hub import HfApi, snapshot_download
 
 from llava_mod_hf import embedded, recipes
 from llava_mod_hf.cli import COMMANDS, main
@@ -313,6 +314,24 @@ def test_evaluate_a_local_file_into_another_file(save, tmp_path):
 def test_evaluate_needs_a_folder_to_write_to(capsys, tmp_path):
     message = refused(capsys, "evaluate", "--model", tmp_path / "no", "--dataset_name", embedded.DATASET)
     assert f"`{tmp_path}/no` is no folder to write the results to: give `output_file`" in message
+
+
+def test_publish_tells_no_folder_of_this_machine(chain, tmp_path):
+    assert main(["publish", "--checkpoint", str(chain["prefer"]), "--output_dir", str(tmp_path / "tiny")]) == 0
+    for name in ("README.md", "recipe.yaml", "results.json"):
+        assert str(chain["prefer"].parent) not in (tmp_path / "tiny" / name).read_text()
+
+
+def test_publish_pushes_in_one_commit(chain, tmp_path, hub):
+    folder = tmp_path / "tiny"
+    argv = ["publish", "--checkpoint", str(chain["prefer"]), "--output-dir", str(folder), "--push-to", "me/student"]
+    assert main([*argv, "--private", "true"]) == 0
+    api = HfApi(endpoint=hub.url)
+    assert len(api.list_repo_commits("me/student")) == 2  # the Hub's own first one, and ours
+    assert api.model_info("me/student").private
+    pulled = Path(snapshot_download("me/student", local_dir=tmp_path / "pulled"))
+    for path in check_publishable(folder):
+        assert (pulled / path.relative_to(folder)).read_bytes() == path.read_bytes()
 
 
 def test_publish_writes_a_whole_repository(chain, tmp_path):

@@ -7,14 +7,12 @@ import re
 import shutil
 import subprocess
 import sys
-import time
 import traceback
 
 import numpy as np
 import pytest
 import yaml
-from hub_server import HubServer
-from huggingface_hub import HfApi, ModelCard, constants, parse_eval_result_entries, snapshot_download
+from huggingface_hub import HfApi, ModelCard, parse_eval_result_entries, snapshot_download
 from huggingface_hub.errors import HfHubHTTPError
 from PIL import Image
 from safetensors.numpy import save_file
@@ -57,22 +55,6 @@ PUBLISH = {
 
 def tree(folder):
     return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
-
-
-@pytest.fixture
-def hub(monkeypatch):
-    """A server that the client of this process talks to, with a token that may write."""
-    with HubServer() as server:
-        # read from the environment at the client's import, which was long ago
-        monkeypatch.setattr(constants, "ENDPOINT", server.url)
-        monkeypatch.setattr(
-            constants, "HUGGINGFACE_CO_URL_TEMPLATE", server.url + "/{repo_id}/resolve/{revision}/{filename}"
-        )
-        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-        monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
-        monkeypatch.setenv("HF_TOKEN", server.token)
-        monkeypatch.setattr(time, "sleep", lambda seconds: None)  # the client backs off for 23 seconds
-        yield server
 
 
 @pytest.fixture

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import logging
+import os
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -139,6 +140,15 @@ def stage_runs(checkpoint):
     return runs
 
 
+def _without_folders(recipe):
+    """What a card may tell: not where things lie on this machine."""
+    return {
+        name: Path(value).name if isinstance(value, str) and os.sep in value and Path(value).exists() else value
+        for name, value in recipe.items()
+        if name != "output_dir"
+    }
+
+
 def run_publish(args: PublishCommand):
     """Builds the Hub repository of a trained student, and pushes it if a name is given."""
     checkpoint = Path(args.checkpoint)
@@ -149,8 +159,7 @@ def run_publish(args: PublishCommand):
         raise ValueError(f"`{checkpoint}` has no `{RESULTS_FILE}`: run `llava-mod evaluate --model …` on it.")
     results = json.loads((checkpoint / RESULTS_FILE).read_text())
     *_, stage = runs
-    # what the card tells: no folders of this machine
-    recipes = {name: {k: v for k, v in run["recipe"].items() if k != "output_dir"} for name, run in runs.items()}
+    recipes = {name: _without_folders(run["recipe"]) for name, run in runs.items()}
     for previous, name in zip(runs, list(runs)[1:], strict=False):
         recipes[name]["student"] = previous
     parts = {"vision encoder": "vision_tower", "language model": "language_model", "teacher": "teacher"}

@@ -80,7 +80,7 @@ STAGES = {
 REPORTED = ("adapt", "mimic_dense", "mimic_sparse", "prefer", "sft")
 EVALUATION_COST = 20  # of one model, in dense-to-sparse steps
 PUBLISHING_COST = 60  # start of the fresh process included
-CALIBRATION_STEPS = 8
+CALIBRATION_STEPS = 16
 
 
 def quickstart(args):
