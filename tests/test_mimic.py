@@ -296,7 +296,9 @@ def test_a_teacher_of_another_tokenizer_is_refused(models, trainer_of, processor
 
 
 def test_a_teacher_of_the_same_tokenizer_is_accepted(models, trainer_of, processor):
-    trainer_of(*models(), teacher_processor=copy.deepcopy(processor))
+    student, teacher = models()
+    trainer = trainer_of(student, teacher, teacher_processor=copy.deepcopy(processor))
+    assert trainer.teacher_model is teacher
 
 
 @pytest.mark.parametrize("name", ["image_seq_length", "image_token_index"])

@@ -1,5 +1,7 @@
 """A student from a pretrained vision encoder and a pretrained language model, as in the paper."""
 
+from pathlib import Path
+
 import torch
 from transformers import (
     AutoConfig,
@@ -94,6 +96,9 @@ def build_student(vision_tower, language_model, *, tokenizer=None, chat_template
     if len(tokenizer) > language_model.config.vocab_size:
         language_model.resize_token_embeddings(len(tokenizer))
 
+    for part in (tower, language_model):
+        if Path(part.config.name_or_path).exists():
+            part.config.name_or_path = ""  # it is saved with the student, and is a folder of this machine
     patch_size, image_size = tower.config.patch_size, tower.config.image_size
     config = LlavaModConfig(
         vision_config=tower.config,
