@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 from pathlib import Path
 
 import pytest
@@ -75,6 +76,28 @@ def test_the_repository_is_whole(run):
     for path in hub.rglob("*"):
         if path.suffix in {".md", ".yaml", ".json", ".py"}:
             assert not any(place in path.read_text() for place in here), path
+
+
+def test_an_interrupted_run_is_taken_up(run, tmp_path, monkeypatch):
+    folder, summary = run
+    again = tmp_path / "run"
+    shutil.copytree(folder, again)
+    (again / "summary.json").unlink()
+    shutil.rmtree(again / "hub")
+    shutil.rmtree(again / "sft")
+    (again / "plan.json").write_text(json.dumps({"seed": 3, "steps": dict.fromkeys(qs.STAGES, 2)}))
+    started = []
+    run_stage = qs.run_stage
+    monkeypatch.setattr(qs, "run_stage", lambda name, *args: started.append(name) or run_stage(name, *args))
+    resumed = quickstart(QuickstartArguments(str(again), seed=3, num_questions=80))
+    assert started == ["sft"]
+    assert resumed["resumed"] and not summary["resumed"]
+    for name in STAGES:
+        assert {key: resumed["stages"][name][key] for key in SCORES} == {
+            key: summary["stages"][name][key] for key in SCORES
+        }
+    with pytest.raises(ValueError, match="is not empty"):
+        quickstart(QuickstartArguments(str(again), seed=3))
 
 
 def test_a_folder_that_does_not_load_is_noticed(run, tmp_path):

@@ -38,7 +38,9 @@ console = Console()
 class QuickstartArguments:
     """
     Args:
-        output_dir (`str`): new or empty folder; gets a checkpoint per stage, `hub/`, and `summary.json`.
+        output_dir (`str`):
+            New or empty folder, or that of an interrupted run, which is taken up; gets a checkpoint per stage, `hub/`,
+            and `summary.json`, whose `seconds` are those of the last start.
         seed (`int`, *optional*, defaults to 0): of every stage.
         max_minutes (`float`, *optional*, defaults to 10.0):
             Time for the whole run. A slow machine takes fewer steps, in proportion, and says so; if that would be less
@@ -91,17 +93,15 @@ def quickstart(args):
         `dict`: what `summary.json` holds.
 
     Raises:
-        ValueError: if the folder holds something already, the time is too short, or a check fails.
+        ValueError: if the folder holds something else, the time is too short, or a check fails.
     """
     start = time.perf_counter()
     output_dir = Path(args.output_dir)
-    if output_dir.exists() and any(output_dir.iterdir()):
-        raise ValueError(f"`{output_dir}` is not empty: give a new folder as `--output-dir`.")
     os.environ.update(HF_HUB_OFFLINE="1", HF_HUB_DISABLE_TELEMETRY="1")
     datasets.disable_progress_bars()
     hf_logging.set_verbosity_error()
     warnings.simplefilter("ignore", FutureWarning)  # about options that TRL's own defaults set
-    steps = plan_steps(args)
+    steps, resumed = start_or_resume(output_dir, args)
 
     rows = embedded.load("questions", "test", args.seed)
     rows = rows.select(range(min(args.num_questions, len(rows))))
@@ -109,6 +109,7 @@ def quickstart(args):
     summary = {
         "seed": args.seed,
         "num_questions": len(rows),
+        "resumed": resumed,
         "teacher": evaluate_model(teacher, teacher_processor, rows) | language_parameters(teacher),
         "blind": evaluate_blind(embedded.balanced(embedded.questions("train"), args.seed), rows),
         "stages": {},
@@ -116,7 +117,11 @@ def quickstart(args):
     runs = {}
     for name in STAGES:
         console.rule(f"[bold]{name}[/]: {steps[name]} steps")
-        runs[name] = run_stage(name, output_dir, args.seed, steps[name])
+        finished = output_dir / name / stages.RUN_FILE
+        if finished.is_file():
+            runs[name] = json.loads(finished.read_text())
+        else:
+            runs[name] = run_stage(name, output_dir, args.seed, steps[name])
         if name == "mimic_dense":
             summary["upcycling"] = check_upcycling(output_dir / name, rows)
         if name in REPORTED:
@@ -132,6 +137,29 @@ def quickstart(args):
     write_json(output_dir / "summary.json", summary)
     show(summary, output_dir)
     return summary
+
+
+def start_or_resume(output_dir, args):
+    """
+    The steps of each stage, and whether an interrupted run is taken up: its finished stages are not run again.
+
+    Raises:
+        ValueError: if the folder holds something else than an interrupted run of the same seed.
+    """
+    plan_file = output_dir / "plan.json"
+    if plan_file.is_file() and not (output_dir / "summary.json").exists():
+        plan = json.loads(plan_file.read_text())
+        if plan["seed"] == args.seed:
+            return plan["steps"], True
+    if output_dir.exists() and any(output_dir.iterdir()):
+        raise ValueError(
+            f"`{output_dir}` is not empty, and holds no interrupted run of seed {args.seed}: give a new folder as "
+            "`--output-dir`."
+        )
+    steps = plan_steps(args)
+    output_dir.mkdir(parents=True, exist_ok=True)
+    write_json(plan_file, {"seed": args.seed, "steps": steps})
+    return steps, False
 
 
 def parse_stage(name, output_dir, seed, *more):
