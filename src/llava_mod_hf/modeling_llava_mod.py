@@ -183,8 +183,9 @@ class LlavaModModel(LlavaModPreTrainedModel, LlavaModel):
         LlavaModPreTrainedModel.__init__(self, config)
         text_config = config.get_text_config()
         # `from_pretrained(experts_implementation=…)` sets it on every sub-config; a tower without experts refuses it
-        config.vision_config._experts_implementation = None
-        self.vision_tower = AutoModel.from_config(config.vision_config)
+        vision_config = config.vision_config
+        vision_config._experts_implementation = None  # type: ignore[union-attr]
+        self.vision_tower = AutoModel.from_config(vision_config)
         self.multi_modal_projector = LlavaMultiModalProjector(config)
         if config.moe_layers:
             text_model_class = _sparse_text_model_class(MODEL_MAPPING[type(text_config)])
