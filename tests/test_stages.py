@@ -211,3 +211,15 @@ def test_the_last_whole_checkpoint_is_the_highest_by_number(tmp_path):
         (tmp_path / f"checkpoint-{step}" / "trainer_state.json").touch()
     (tmp_path / "checkpoint-best").mkdir()
     assert stages.last_complete_checkpoint(tmp_path) == str(tmp_path / "checkpoint-10")
+
+
+def test_the_first_step_does_not_count_towards_the_time_of_a_step(monkeypatch):
+    ticks = iter([40.0, 41.0, 43.0])
+    monkeypatch.setattr(stages.time, "perf_counter", lambda: next(ticks))
+    timer = stages.StepTimer()
+    timer.on_train_begin(None, None, None)
+    timer.on_step_end(None, None, None)
+    assert timer.seconds_per_step() is None
+    timer.on_step_end(None, None, None)
+    timer.on_step_end(None, None, None)
+    assert timer.seconds_per_step() == 1.5

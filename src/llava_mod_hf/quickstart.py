@@ -205,8 +205,7 @@ def seconds_per_step(seed):
         model, processor = build_student(TEACHER, "embedded:tiny-student-lm", seed=seed)
         stages.save_checkpoint(model, processor, Path(folder, "mimic_dense"))
         console.rule("[bold]how fast is this machine?[/]")
-        run = run_stage("mimic_sparse", Path(folder), seed, CALIBRATION_STEPS)
-        return run["seconds"] / CALIBRATION_STEPS
+        return run_stage("mimic_sparse", Path(folder), seed, CALIBRATION_STEPS)["seconds_per_step"]
 
 
 @torch.no_grad()

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import yaml
-from transformers import ProgressCallback
+from transformers import ProgressCallback, TrainerCallback
 from trl import SFTConfig, SFTTrainer
 
 from llava_mod_hf.data import DataArguments, load_rows  # noqa: F401 (the command line looks up its groups here)
@@ -263,6 +263,20 @@ class LossOnBar(ProgressCallback):
             self.training_bar.set_postfix(loss=f"{float(logs['loss']):.3f}")
 
 
+class StepTimer(TrainerCallback):
+    """Time of a step, without that of the first: it starts the loader's processes and warms everything up."""
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.ends = []
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self.ends.append(time.perf_counter())
+
+    def seconds_per_step(self):
+        """`float`, or `None` after fewer than two steps."""
+        return (self.ends[-1] - self.ends[0]) / (len(self.ends) - 1) if len(self.ends) > 1 else None
+
+
 def check_output_dir(folder):
     """
     Raises:
@@ -294,11 +308,13 @@ def train_and_save(trainer, stage, recipe):
     `run.json`.
 
     Returns:
-        `dict`: what `run.json` holds: `stage`, `steps`, `seconds`, `first_loss`, `last_loss`, `log_history`, and
-        `recipe` (the options that somebody chose).
+        `dict`: what `run.json` holds: `stage`, `steps`, `seconds` (all of this start), `seconds_per_step` (without the
+        first step), `first_loss`, `last_loss`, `log_history`, and `recipe` (the options that somebody chose).
     """
     if trainer.pop_callback(ProgressCallback) is not None:
         trainer.add_callback(LossOnBar)
+    timer = StepTimer()
+    trainer.add_callback(timer)
     start = time.perf_counter()
     trainer.train(resume_from_checkpoint=last_complete_checkpoint(trainer.args.output_dir))
     history = trainer.state.log_history
@@ -307,6 +323,7 @@ def train_and_save(trainer, stage, recipe):
         "stage": stage,
         "steps": trainer.state.global_step,
         "seconds": time.perf_counter() - start,
+        "seconds_per_step": timer.seconds_per_step(),
         "first_loss": losses[0] if losses else None,
         "last_loss": losses[-1] if losses else None,
         "log_history": history,
