@@ -9,7 +9,7 @@ import yaml
 from datasets import Dataset
 from huggingface_hub import HfApi, snapshot_download
 
-from llava_mod_hf import embedded, recipes
+from llava_mod_hf import commands, embedded, recipes
 from llava_mod_hf.cli import COMMANDS, main
 from llava_mod_hf.hub import check_publishable
 from llava_mod_hf.teacher import load_model_and_processor
@@ -129,7 +129,7 @@ def test_missing_recipe(capsys, tmp_path):
     )
 
 
-@pytest.mark.parametrize("argv", [["--learning_rates", "1"], ["--max_steps", "many"], ["--student"]])
+@pytest.mark.parametrize("argv", [["--learning_rates", "1"], ["--learning_rat", "1"], ["--max_steps", "many"], ["--student"]])
 def test_bad_option(capsys, recipe, tmp_path, argv):
     try:
         code = main(["mimic", "--config", str(recipe()), *argv])
@@ -260,6 +260,15 @@ def chain(save, tmp_path_factory):
     argv = ["--dataset_name", embedded.DATASET, "--dataset_config", "questions", "--max_samples", "40"]
     assert main(["evaluate", "--model", str(folders["prefer"]), "--teacher", teacher, *argv]) == 0
     return folders
+
+
+def test_runs_that_name_each_other_end(tmp_path):
+    for stage, student in (("adapt", "prefer"), ("prefer", "adapt")):
+        (tmp_path / stage).mkdir()
+        (tmp_path / stage / "run.json").write_text(
+            json.dumps({"stage": stage, "recipe": {"student": str(tmp_path / student)}})
+        )
+    assert list(commands.stage_runs(tmp_path / "prefer")) == ["adapt", "prefer"]
 
 
 def test_evaluate_writes_all_measures(chain):

@@ -131,12 +131,12 @@ def dataset_title(name):
 
 def stage_runs(checkpoint):
     """`{stage: run}` of a checkpoint and of those that it was trained from, the first stage first."""
-    runs, folder = {}, Path(checkpoint)
-    while folder is not None and (folder / RUN_FILE).is_file():
+    runs, seen, folder = {}, set(), Path(checkpoint)
+    while folder not in seen and (folder / RUN_FILE).is_file():
+        seen.add(folder)
         run = json.loads((folder / RUN_FILE).read_text())
         runs = {run["stage"]: run, **runs}
-        student = run["recipe"].get("student")
-        folder = Path(student) if student and Path(student) != folder else None
+        folder = Path(run["recipe"].get("student") or folder)
     return runs
 
 

@@ -55,4 +55,6 @@ def parse(dataclass_types, argv, *, prog=None, description=None):
     argv = [part for arg in argv for part in (arg.split("=", 1) if arg.startswith("--config=") else [arg])]
     if "--config" in argv[:-1]:
         check_recipe(argv[argv.index("--config") + 1], dataclass_types)
-    return TrlParser(dataclass_types, prog=prog, description=description).parse_args_and_config(argv)
+    # no abbreviations: `--learning_rat` would be taken for `--learning_rate`
+    parser = TrlParser(dataclass_types, prog=prog, description=description, allow_abbrev=False)
+    return parser.parse_args_and_config(argv)
