@@ -1,10 +1,11 @@
 """
 Raw gradients of a trainer, in one process or in several.
 
-As a script it is one process of several: `python ddp_gradients.py FOLDER`, with `RANK` and `WORLD_SIZE` in the
+As a script it is one process of several: `python ddp_gradients.py FOLDER MODE …`, with `RANK` and `WORLD_SIZE` in the
 environment, reads `student/` and `teacher/` there and writes the gradients of the first process to `gradients.pt`.
 """
 
+import copy
 import functools
 import os
 import socket
@@ -13,9 +14,13 @@ import sys
 from pathlib import Path
 
 import torch
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
 from transformers import AutoModelForImageTextToText, AutoProcessor, TrainerCallback
 
-from llava_mod_hf import MimicConfig, MimicTrainer, embedded
+from llava_mod_hf import LlavaModForConditionalGeneration, MimicConfig, MimicTrainer, embedded
+from llava_mod_hf.pretraining import image_processor
+from llava_mod_hf.sharding import shard_layers, whole
 
 # Responses of different lengths: the first two rows have more tokens than the next two.
 KINDS = ("caption", "caption", "yes/no", "color", "yes/no", "shape", "caption", "yes/no")
@@ -42,10 +47,27 @@ def rows(config="mixture", count=4):
     return dataset.select([next(indices[kind]) for kind in KINDS[:count]])
 
 
+def text_rows():
+    """Rows without images: nothing of the vision tower or the adaptor is used."""
+    return rows().map(lambda row: {"images": []})
+
+
 def sharpened(model):
     """Random weights give almost uniform distributions, whose divergence says little: makes them differ."""
     model.lm_head.weight.data.mul_(10)
     return model
+
+
+def smaller_images(model, processor):
+    """A model of new weights that sees an image as 4 tokens instead of 16, and its processor."""
+    config = copy.deepcopy(model.config)
+    config.vision_config.image_size, config.image_seq_length = 32, 4
+    with torch.random.fork_rng():
+        torch.manual_seed(2)
+        other = sharpened(LlavaModForConditionalGeneration(config).eval())
+    own = copy.deepcopy(processor)
+    own.image_processor = image_processor(32)
+    return other, own
 
 
 class RawGradients(TrainerCallback):
@@ -56,7 +78,8 @@ class RawGradients(TrainerCallback):
 
     def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
         model = getattr(model, "module", model)
-        self.steps.append({n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None})
+        gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+        self.steps.append({name: whole(gradient).clone() for name, gradient in gradients.items()})
 
 
 def raw_gradients(trainer):
@@ -98,15 +121,15 @@ def mimic_trainer(student, teacher, processor, folder, *, dataset=None, callback
     )
 
 
-def gradients_of_two_processes(folder):
-    """Runs this file in two processes and returns what it writes."""
+def gradients_of_two_processes(folder, script=__file__, modes=()):
+    """Runs this file, or another script, in two processes and returns what it writes; `modes` are those of `main`."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     common = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
     processes = [
         subprocess.Popen(
-            [sys.executable, __file__, str(folder)],
+            [sys.executable, script, str(folder), *modes],
             env={**os.environ, **common, "RANK": str(rank), "LOCAL_RANK": str(rank)},
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
@@ -124,23 +147,60 @@ def gradients_of_two_processes(folder):
     return torch.load(folder / "gradients.pt", weights_only=True)
 
 
-def main(folder):
+def load(folder, *names):
+    return [AutoModelForImageTextToText.from_pretrained(folder / name) for name in names]
+
+
+def sharded_gradients(folder, processor):
+    """
+    The trainer's loss on a student and a teacher that FSDP2 has sharded, and its gradients.
+
+    Not through `train`: accelerate turns FSDP2 on for accelerators alone, and leaves several CPU processes to DDP.
+    """
+    student, teacher = load(folder, "student", "teacher")
+    trainer = mimic_trainer(student, teacher, processor, folder / "run", ddp_backend="gloo")
+    shard_layers(teacher, trainer.accelerator)
+    for layer in student.model.language_model.layers:
+        fully_shard(layer)
+    fully_shard(student)
+    assert isinstance(student.lm_head.weight, DTensor)
+    rank = trainer.accelerator.process_index
+    batches = [trainer.data_collator([trainer.train_dataset[i] for i in pair]) for pair in ((0, 1), (2, 3))]
+    tokens = sum((batch["labels"][:, 1:] != -100).sum() for batch in batches)
+    trainer.compute_loss(student.train(), batches[rank], num_items_in_batch=tokens).backward()
+    layers = teacher.model.language_model.layers
+    assert all(isinstance(parameter, DTensor) for parameter in layers.parameters()), "sharded again after use"
+    return trainer, {name: whole(p.grad) for name, p in student.named_parameters() if p.grad is not None}
+
+
+def main(folder, *modes):
+    """`modes`: `plain` with and without the router aux, `other` processor, `text` alone, `fsdp2`."""
     processor = AutoProcessor.from_pretrained(folder / "student")
     gradients = {}
-    for coef in (0.0, 1.0):
-        student, teacher = (
-            AutoModelForImageTextToText.from_pretrained(folder / name) for name in ("student", "teacher")
-        )
-        trainer = mimic_trainer(
-            student, teacher, processor, folder / "run", batch=2, router_aux_loss_coef=coef, ddp_backend="gloo"
-        )
+
+    def keep(name, teacher, **options):
+        student, teacher = load(folder, "student", teacher)
+        options = {"batch": 2, "router_aux_loss_coef": 0.0, "ddp_backend": "gloo", **options}
+        trainer = mimic_trainer(student, teacher, processor, folder / "run", **options)
         assert trainer.accelerator.num_processes == 2
-        gradients[coef] = raw_gradients(trainer)
-        gradients[f"log {coef}"] = trainer.state.log_history[0]
+        gradients[name] = raw_gradients(trainer)
+        gradients[f"log {name}"] = trainer.state.log_history[0]
+        return trainer
+
+    for mode in modes:
+        if mode == "plain":
+            keep(0.0, "teacher")
+            trainer = keep(1.0, "teacher", router_aux_loss_coef=1.0)
+        elif mode == "other":
+            trainer = keep(mode, mode, teacher_processor=AutoProcessor.from_pretrained(folder / mode))
+        elif mode == "text":
+            trainer = keep(mode, "teacher", dataset=text_rows(), gradient_checkpointing=True)
+        else:
+            trainer, gradients[mode] = sharded_gradients(folder, processor)
     if trainer.is_world_process_zero():
         torch.save(gradients, folder / "gradients.pt")
     torch.distributed.destroy_process_group()
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main(Path(sys.argv[1]), *sys.argv[2:])

@@ -17,7 +17,7 @@ from urllib.parse import parse_qs, unquote, urlsplit
 
 import yaml
 
-LFS_SUFFIXES = (".safetensors", ".png", ".bin")
+LFS_SUFFIXES = (".safetensors", ".png", ".bin", ".parquet")
 GITATTRIBUTES = b"*.safetensors filter=lfs diff=lfs merge=lfs -text\n"
 REPO = r"(?P<repo>[\w.-]+/[\w.-]+)"
 REV = r"(?P<rev>[^/]+)"
@@ -246,7 +246,7 @@ def _delete(request, **_):
     return {}
 
 
-@route("PUT", f"/api/models/{REPO}/settings", write=True)
+@route("PUT", f"/api/(?:models|datasets)/{REPO}/settings", write=True)
 def _settings(request, repo):
     given = request._json()
     if "visibility" in given:
@@ -254,7 +254,7 @@ def _settings(request, repo):
     return {"private": repo.private}
 
 
-@route("POST", f"/api/models/{REPO}/preupload/{REV}", "preupload", write=True)
+@route("POST", f"/api/(?:models|datasets)/{REPO}/preupload/{REV}", "preupload", write=True)
 def _preupload(request, repo, rev):
     present, answer = repo.resolve(rev).files, []
     for given in request._json()["files"]:
@@ -265,7 +265,7 @@ def _preupload(request, repo, rev):
     return {"files": answer}
 
 
-@route("POST", rf"/{REPO}\.git/info/lfs/objects/batch", "batch", write=True)
+@route("POST", rf"(?:/datasets)?/{REPO}\.git/info/lfs/objects/batch", "batch", write=True)
 def _lfs_batch(request, repo):
     objects = []
     for given in request._json()["objects"]:
@@ -292,7 +292,7 @@ def _lfs_verify(request, oid, **_):
     return {}
 
 
-@route("POST", f"/api/models/{REPO}/commit/{REV}", "commit", write=True)
+@route("POST", f"/api/(?:models|datasets)/{REPO}/commit/{REV}", "commit", write=True)
 def _commit(request, repo, rev):
     if rev not in repo.branches:
         raise Refusal(404, "RevisionNotFound", f"Invalid rev id: {rev}")
@@ -331,7 +331,7 @@ def _entry(path, blob):
     return entry
 
 
-@route("GET", f"/api/models/{REPO}/tree/{REV}(/(?P<path>.*))?")
+@route("GET", f"/api/(?:models|datasets)/{REPO}/tree/{REV}(/(?P<path>.*))?")
 def _tree(request, repo, rev, path):
     files, prefix = repo.resolve(rev).files, f"{path.strip('/')}/" if path else ""
     inside = {name: blob for name, blob in files.items() if name.startswith(prefix)}
@@ -348,13 +348,13 @@ def _tree(request, repo, rev, path):
     return [{"type": "directory", "path": name, "size": 0, "oid": oid} for name, oid in oids.items()] + entries
 
 
-@route("POST", f"/api/models/{REPO}/paths-info/{REV}")
+@route("POST", f"/api/(?:models|datasets)/{REPO}/paths-info/{REV}")
 def _paths_info(request, repo, rev):
     files = repo.resolve(rev).files
     return [_entry(path, files[path]) for path in parse_qs(request.body.decode()).get("paths", []) if path in files]
 
 
-@route("GET", f"/api/models/{REPO}(/revision/{REV})?", "info")
+@route("GET", f"/api/(?:models|datasets)/{REPO}(/revision/{REV})?", "info")
 def _info(request, repo, rev):
     commit = repo.resolve(rev or "main")
     siblings = [{"rfilename": path} for path in sorted(commit.files)]
@@ -366,7 +366,7 @@ def _info(request, repo, rev):
     return {**answer, "downloads": 0, "likes": 0}
 
 
-@route("GET", f"/api/models/{REPO}/refs")
+@route("GET", f"/api/(?:models|datasets)/{REPO}/refs")
 def _refs(request, repo):
     def listed(refs, kind):
         return [{"name": n, "ref": f"refs/{kind}/{n}", "targetCommit": c.oid} for n, c in refs.items()]
@@ -374,7 +374,7 @@ def _refs(request, repo):
     return {"branches": listed(repo.branches, "heads"), "tags": listed(repo.tags, "tags"), "converts": []}
 
 
-@route("GET", f"/api/models/{REPO}/commits/{REV}")
+@route("GET", f"/api/(?:models|datasets)/{REPO}/commits/{REV}")
 def _commits(request, repo, rev):
     commit, answer = repo.resolve(rev), []
     while commit is not None:
@@ -384,7 +384,7 @@ def _commits(request, repo, rev):
     return answer
 
 
-@route("POST DELETE", f"/api/models/{REPO}/branch/{REV}", "branch", write=True)
+@route("POST DELETE", f"/api/(?:models|datasets)/{REPO}/branch/{REV}", "branch", write=True)
 def _branch(request, repo, rev):
     if request.command == "DELETE":
         if repo.branches.pop(rev, None) is None:
@@ -396,7 +396,7 @@ def _branch(request, repo, rev):
     return {}
 
 
-@route("POST DELETE", f"/api/models/{REPO}/tag/{REV}", write=True)
+@route("POST DELETE", f"/api/(?:models|datasets)/{REPO}/tag/{REV}", write=True)
 def _tag(request, repo, rev):
     if request.command == "DELETE":
         if repo.tags.pop(rev, None) is None:
@@ -409,7 +409,7 @@ def _tag(request, repo, rev):
     return {}
 
 
-@route("GET HEAD", f"/{REPO}/resolve/{REV}/(?P<path>.+)", "resolve")
+@route("GET HEAD", f"(?:/datasets)?/{REPO}/resolve/{REV}/(?P<path>.+)", "resolve")
 def _resolve(request, repo, rev, path):
     commit = repo.resolve(rev)
     if path not in commit.files:

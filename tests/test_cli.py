@@ -129,7 +129,9 @@ def test_missing_recipe(capsys, tmp_path):
     )
 
 
-@pytest.mark.parametrize("argv", [["--learning_rates", "1"], ["--learning_rat", "1"], ["--max_steps", "many"], ["--student"]])
+@pytest.mark.parametrize(
+    "argv", [["--learning_rates", "1"], ["--learning_rat", "1"], ["--max_steps", "many"], ["--student"]]
+)
 def test_bad_option(capsys, recipe, tmp_path, argv):
     try:
         code = main(["mimic", "--config", str(recipe()), *argv])
@@ -191,6 +193,7 @@ def test_upcycle(save, tmp_path):
     assert {file.name for file in (tmp_path / "sparse").glob("*.py")} == {
         "configuration_llava_mod.py",
         "modeling_llava_mod.py",
+        "moe_llava_mod.py",
     }
     assert load_model_and_processor(str(dense))[0].config.moe_layers == []
 

@@ -3,18 +3,23 @@
 import json
 
 import pytest
+import torch
 from transformers import AutoConfig, LlamaConfig
 
 from llava_mod_hf import LlavaModConfig
 
-MOE_FIELDS = ("moe_layers", "num_experts", "num_experts_per_tok", "router_aux_loss_coef", "output_router_logits")
 SPARSE = {
     "moe_layers": [2, 0],
     "num_experts": 6,
     "num_experts_per_tok": 3,
+    "expert_rank": 2,
+    "use_residual": True,
     "router_aux_loss_coef": 0.25,
+    "router_aux_loss_type": "pooled",
+    "router_z_loss_coef": 0.125,
     "output_router_logits": True,
 }
+MOE_FIELDS = tuple(SPARSE)
 
 
 def make_config(**values):
@@ -60,6 +65,8 @@ def test_defaults_are_the_papers():
     config = make_config(moe_layers=[0])
     assert (config.num_experts, config.num_experts_per_tok, config.router_aux_loss_coef) == (4, 2, 0.01)
     assert config.output_router_logits is False
+    assert (config.router_aux_loss_type, config.router_z_loss_coef) == ("switch", 0.0)
+    assert (config.expert_rank, config.use_residual) == (None, False)
 
 
 def test_a_dense_students_text_config_is_that_of_its_family():
@@ -71,7 +78,11 @@ def test_a_dense_students_text_config_is_that_of_its_family():
         "moe_layers": [],
         "num_experts": None,
         "num_experts_per_tok": None,
+        "expert_rank": None,
+        "use_residual": False,
         "router_aux_loss_coef": 0.0,
+        "router_aux_loss_type": None,
+        "router_z_loss_coef": 0.0,
         "output_router_logits": False,
     }
 
@@ -111,6 +122,15 @@ def test_loading_can_override_a_field(tmp_path):
         ({"moe_layers": [0], "num_experts_per_tok": 5}, "`num_experts_per_tok` is 5 and `num_experts` is 4"),
         ({"moe_layers": [0], "num_experts": 1}, "`num_experts_per_tok` is 2 and `num_experts` is 1"),
         ({"moe_layers": [0], "num_experts_per_tok": 0}, "`num_experts_per_tok` is 0"),
+        ({"moe_layers": [0], "expert_rank": 0}, "`expert_rank` is 0: give an integer of at least 1, or nothing"),
+        ({"moe_layers": [0], "num_experts": "4"}, "`num_experts` is '4': give an integer"),
+        ({"moe_layers": [0], "num_experts_per_tok": True}, "`num_experts_per_tok` is True: give an integer"),
+        ({"moe_layers": "alternate"}, "`moe_layers` is 'alternate': give a list of integers"),
+        ({"moe_layers": [0], "use_residual": "no"}, "`use_residual` is 'no': give true or false"),
+        ({"moe_layers": [0], "router_aux_loss_coef": "0.1"}, "`router_aux_loss_coef` is '0.1': give a number"),
+        ({"moe_layers": [0], "router_z_loss_coef": [1]}, r"`router_z_loss_coef` is \[1\]: give a number"),
+        ({"moe_layers": [0], "router_aux_loss_type": "mean"}, "`router_aux_loss_type` is 'mean': give 'switch' or"),
+        ({"moe_layers": [0], "output_router_logits": 1}, "`output_router_logits` is 1: give true or false"),
     ],
 )
 def test_impossible_experts_are_refused(values, message):
@@ -125,3 +145,48 @@ def test_auto_map_names_all_three_classes(tmp_path):
         "AutoModel": "modeling_llava_mod.LlavaModModel",
         "AutoModelForImageTextToText": "modeling_llava_mod.LlavaModForConditionalGeneration",
     }
+
+
+@pytest.mark.parametrize(
+    ("name", "nearest"),
+    [
+        ("num_expert", "num_experts"),
+        ("moe_layer", "moe_layers"),
+        ("vision_feature_layers", "vision_feature_layer"),
+        ("router_aux_coef", "router_aux_loss_coef"),
+    ],
+)
+def test_an_unknown_field_is_refused_with_the_nearest_name(tmp_path, name, nearest):
+    message = f"`{name}` is no field of LlavaModConfig: the nearest name is `{nearest}`"
+    with pytest.raises(ValueError, match=message):
+        make_config(**{name: 1})
+    make_config(**SPARSE).save_pretrained(tmp_path)
+    stored = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**stored, name: 1}))
+    with pytest.raises(ValueError, match=message):
+        AutoConfig.from_pretrained(tmp_path)
+
+
+def test_what_transformers_writes_passes(tmp_path):
+    config = make_config(**SPARSE)
+    # as its Trainer, its quantizers and its older versions do
+    config.pad_token_id, config.use_cache, config.dtype = 0, False, "bfloat16"
+    config.save_pretrained(tmp_path)
+    stored = json.loads((tmp_path / "config.json").read_text())
+    assert {"pad_token_id", "dtype", "auto_map", "transformers_version"} <= set(stored)
+    older = {"torch_dtype": "float16", "tie_encoder_decoder": False, "max_length": 20, "_commit_hash": "0", "top_k": 50}
+    quantised = {"quantization_config": {"quant_method": "torchao", "quant_type": "int8_weight_only"}}
+    (tmp_path / "config.json").write_text(json.dumps({**stored, **older, **quantised}))
+    loaded = LlavaModConfig.from_pretrained(tmp_path)
+    assert (loaded.pad_token_id, loaded.dtype) == (0, torch.bfloat16)
+    assert loaded.quantization_config["quant_method"] == "torchao"
+    assert moe_values(loaded) == moe_values(config)
+
+
+def test_a_checkpoint_of_before_the_newer_fields_has_their_defaults(tmp_path):
+    make_config(moe_layers=[0]).save_pretrained(tmp_path)
+    stored = json.loads((tmp_path / "config.json").read_text())
+    for name in ("expert_rank", "use_residual", "router_aux_loss_type", "router_z_loss_coef"):
+        stored["text_config"].pop(name, None)
+    (tmp_path / "config.json").write_text(json.dumps(stored))
+    assert moe_values(LlavaModConfig.from_pretrained(tmp_path)) == moe_values(make_config(moe_layers=[0]))

@@ -1,14 +1,21 @@
 """The losses against sums written out in float64: value and gradient."""
 
-import ast
-import inspect
+import itertools
 import math
 
 import pytest
 import torch
+from trl.experimental.gkd import GKDTrainer
 
-from llava_mod_hf import losses
-from llava_mod_hf.losses import forward_kl, mimic_loss, router_aux_loss, shift_for_next_token
+from llava_mod_hf.losses import (
+    DIVERGENCES,
+    divergence_rows,
+    forward_kl,
+    mimic_loss,
+    router_aux_loss,
+    shift_for_next_token,
+    top_k_forward_kl,
+)
 
 BATCH, SEQUENCE, VOCABULARY = 2, 5, 7
 # position 0 has no predecessor: its label must not count, although it is not −100
@@ -32,16 +39,34 @@ def softmax(values):
     return [exponential / sum(exponentials) for exponential in exponentials]
 
 
-def explicit_mimic(student, teacher, temperature, num_items):
-    """Value and gradient with respect to the student's logits, position by position and token by token."""
+def explicit_divergence(name, student, teacher, temperature=1.0, beta=0.5):
+    """Value and gradient with respect to the student's logits of one row, token by token, from the definitions."""
+    ps, pt = (softmax([logit / temperature for logit in logits]) for logits in (student, teacher))
+    kl = lambda p, q: sum(a * (math.log(a) - math.log(b)) for a, b in zip(p, q, strict=True))  # noqa: E731
+    if name == "forward_kl":
+        value, gradient = kl(pt, ps), [s - t for s, t in zip(ps, pt, strict=True)]
+    elif name == "soft_cross_entropy":
+        value = -sum(t * math.log(s) for s, t in zip(ps, pt, strict=True))
+        gradient = [s - t for s, t in zip(ps, pt, strict=True)]
+    elif name == "reverse_kl":
+        value = kl(ps, pt)
+        gradient = [s * (math.log(s / t) - value) for s, t in zip(ps, pt, strict=True)]
+    else:
+        m = [beta * t + (1 - beta) * s for s, t in zip(ps, pt, strict=True)]
+        value = beta * kl(pt, m) + (1 - beta) * kl(ps, m)
+        gradient = [(1 - beta) * s * (math.log(s / mix) - kl(ps, m)) for s, mix in zip(ps, m, strict=True)]
+    return value * temperature**2, [g * temperature for g in gradient]
+
+
+def explicit_mimic(student, teacher, temperature, num_items, name="forward_kl", beta=0.5):
+    """Value and gradient with respect to the student's logits, position by position."""
     value, gradient = 0.0, torch.zeros(student.shape, dtype=torch.float64)
-    for row, position in PREDICTING:
-        p_student = softmax([logit / temperature for logit in student[row, position].tolist()])
-        p_teacher = softmax([logit / temperature for logit in teacher[row, position].tolist()])
-        for token in range(VOCABULARY):
-            ps, pt = p_student[token], p_teacher[token]
-            value += pt * (math.log(pt) - math.log(ps)) * temperature**2 / num_items
-            gradient[row, position, token] = temperature * (ps - pt) / num_items
+    for place in PREDICTING:
+        row, row_gradient = explicit_divergence(
+            name, student[place].tolist(), teacher[place].tolist(), temperature, beta
+        )
+        value += row / num_items
+        gradient[place] = torch.tensor(row_gradient, dtype=torch.float64) / num_items
     return value, gradient
 
 
@@ -55,6 +80,97 @@ def test_mimic_loss_is_the_explicit_sum(temperature, num_items):
     value, gradient = explicit_mimic(student.detach(), teacher, temperature, divisor)
     assert loss.item() == pytest.approx(value, rel=1e-12)
     torch.testing.assert_close(student.grad, gradient, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("beta", [0.5, 0.2])
+@pytest.mark.parametrize("temperature", [1.0, 2.5])
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+def test_each_divergence_is_the_explicit_sum(divergence, temperature, beta):
+    student, teacher = student_and_teacher()
+    loss = mimic_loss(student, teacher, LABELS, divergence=divergence, temperature=temperature, jsd_beta=beta)
+    loss.backward()
+    value, gradient = explicit_mimic(student.detach(), teacher, temperature, len(PREDICTING), divergence, beta)
+    assert loss.item() == pytest.approx(value, rel=1e-12)
+    torch.testing.assert_close(student.grad, gradient, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("beta", [0.1, 0.5, 0.9])
+def test_jsd_is_that_of_gkd(beta):
+    student, teacher = (random_logits(seed, 20, VOCABULARY) for seed in (2, 3))
+    found = divergence_rows(student, teacher, divergence="jsd", jsd_beta=beta).sum()
+    # its sum over rows and tokens is divided by the number of rows
+    expected = 20 * GKDTrainer.generalized_jsd_loss(student[None], teacher[None], torch.zeros(1, 20), beta=beta)
+    assert found.item() == pytest.approx(expected.item(), rel=1e-10)
+
+
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+def test_a_token_that_both_exclude_changes_no_divergence(divergence):
+    student, teacher = (random_logits(seed, 4, VOCABULARY) for seed in (2, 3))
+    less = [torch.cat([logits[:, :2], logits[:, 3:]], -1) for logits in (student, teacher)]
+    student[:, 2] = teacher[:, 2] = -math.inf
+    student.requires_grad_()
+    found = divergence_rows(student, teacher, divergence=divergence)
+    found.sum().backward()
+    torch.testing.assert_close(found, divergence_rows(*less, divergence=divergence))
+    assert student.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("options", [{"divergence": "kl"}, {"temperature": 0.0}, {"jsd_beta": 0.0}, {"jsd_beta": 1.0}])
+def test_options_that_cannot_be_are_refused(options):
+    ((name, value),) = options.items()
+    with pytest.raises(ValueError, match=f"`{name}` is {value!r}"):
+        mimic_loss(*student_and_teacher(), LABELS, **options)
+
+
+def top_k(logits, k, temperature=1.0):
+    log_probs, index = (logits / temperature).log_softmax(-1).topk(k)
+    return index, log_probs
+
+
+@pytest.mark.parametrize("temperature", [1.0, 2.5])
+@pytest.mark.parametrize("k", [1, 3])
+def test_top_k_forward_kl_is_the_explicit_sum_over_buckets(k, temperature):
+    student, teacher = (random_logits(seed, 5, VOCABULARY) for seed in (2, 3))
+    index, log_probs = top_k(teacher, k, temperature)
+    student.requires_grad_()
+    found = top_k_forward_kl(student, index, log_probs, temperature=temperature)
+    found.sum().backward()
+    for row in range(5):
+        ps, pt = (softmax((logits[row] / temperature).tolist()) for logits in (student, teacher))
+        listed = index[row].tolist()
+        rest_s, rest_t = (sum(p[v] for v in range(VOCABULARY) if v not in listed) for p in (ps, pt))
+        value = sum(pt[v] * math.log(pt[v] / ps[v]) for v in listed) + rest_t * math.log(rest_t / rest_s)
+        gradient = [ps[v] - pt[v] if v in listed else ps[v] * (1 - rest_t / rest_s) for v in range(VOCABULARY)]
+        assert found[row].item() == pytest.approx(value * temperature**2, rel=1e-10)
+        expected = temperature * torch.tensor(gradient, dtype=torch.float64)
+        torch.testing.assert_close(student.grad[row], expected, rtol=1e-9, atol=1e-12)
+
+
+def test_top_k_forward_kl_grows_to_the_full_one():
+    student, teacher = (random_logits(seed, 20, VOCABULARY) for seed in (2, 3))
+    values = [top_k_forward_kl(student, *top_k(teacher, k)) for k in range(1, VOCABULARY + 1)]
+    assert all((one <= other + 1e-12).all() for one, other in itertools.pairwise(values))
+    torch.testing.assert_close(values[-1], forward_kl(student, teacher))
+
+
+def test_padded_entries_of_a_cache_count_for_nothing():
+    student, teacher = (random_logits(seed, 4, VOCABULARY) for seed in (2, 3))
+    index, log_probs = top_k(teacher, 2)
+    padding = torch.zeros(4, 2, dtype=torch.long)  # token 0, which another entry or the rest may hold
+    padded = torch.cat([index, padding], -1), torch.cat([log_probs, torch.full((4, 2), -math.inf)], -1)
+    assert (index != 0).any(), "some row should have token 0 in the rest"
+    student.requires_grad_()
+    found = top_k_forward_kl(student, *padded)
+    found.sum().backward()
+    torch.testing.assert_close(found, top_k_forward_kl(student, index, log_probs))
+    assert student.grad.isfinite().all()
+
+
+def test_a_student_that_gives_the_rest_nothing_has_a_finite_gradient():
+    student = torch.tensor([[200.0, 0.0, 0.0]], requires_grad=True)
+    index, log_probs = top_k(torch.tensor([[2.0, 1.0, 0.0]]), 1)
+    top_k_forward_kl(student, index, log_probs).sum().backward()
+    assert student.grad.isfinite().all()
 
 
 def test_mimic_loss_is_zero_where_the_student_is_the_teacher():
@@ -206,13 +322,3 @@ def test_router_aux_loss_of_padding_alone_is_zero():
 def test_router_aux_loss_refuses_other_numbers_of_experts(num_experts, num_experts_per_tok):
     with pytest.raises(ValueError, match=r"\(6, 4\)"):
         router_aux_loss((torch.zeros(6, EXPERTS),), num_experts=num_experts, num_experts_per_tok=num_experts_per_tok)
-
-
-def test_the_maths_imports_torch_alone():
-    imported = set()
-    for node in ast.walk(ast.parse(inspect.getsource(losses))):
-        if isinstance(node, ast.Import):
-            imported |= {alias.name.split(".")[0] for alias in node.names}
-        elif isinstance(node, ast.ImportFrom):
-            imported.add("." * node.level + (node.module or "").split(".")[0])
-    assert imported == {"torch"}

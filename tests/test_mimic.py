@@ -12,12 +12,15 @@ from ddp_gradients import (
     raw_gradients,
     rows,
     sharpened,
+    smaller_images,
+    text_rows,
 )
 from torch.nn import functional as F
 from transformers import LlavaConfig, LlavaForConditionalGeneration
 from trl import DPOTrainer, SFTTrainer
 
-from llava_mod_hf import MimicConfig
+from llava_mod_hf import MimicConfig, mimic
+from llava_mod_hf.chunked import chunked_mimic_loss
 from llava_mod_hf.losses import mimic_loss, router_aux_loss
 from llava_mod_hf.stages import set_trainable
 
@@ -131,26 +134,48 @@ def test_a_stock_llava_teaches_as_ours_does(models, trainer_of):
     assert_gradients_close(raw_gradients(trainer), expected)
 
 
-def test_two_processes_give_the_gradients_of_one(models, trainer_of, processor, tmp_path):
-    student, teacher = models()
-    for name, model in (("student", student), ("teacher", teacher)):
-        model.save_pretrained(tmp_path / name)
-        processor.save_pretrained(tmp_path / name)
-    found = gradients_of_two_processes(tmp_path)
+PLAIN = {"temperature": 2.0, "kl_weight": 1.0, "lm_weight": 0.5}  # the other processes' arguments
 
-    plain = {"temperature": 2.0, "kl_weight": 1.0, "lm_weight": 0.5}  # the other processes' arguments
-    trainer = trainer_of(student, teacher, **plain)
+
+@pytest.fixture
+def saved(models, processor, tmp_path):
+    """A folder with `student/`, `teacher/`, and `other/`, a teacher that sees an image as 4 tokens."""
+    student, teacher = models()
+    other, other_processor = smaller_images(teacher, processor)
+    for name, model, own in (
+        ("student", student, processor), ("teacher", teacher, processor), ("other", other, other_processor)
+    ):  # fmt: skip
+        model.save_pretrained(tmp_path / name)
+        own.save_pretrained(tmp_path / name)
+    return tmp_path
+
+
+def test_two_processes_give_the_gradients_of_one(models, trainer_of, processor, saved):
+    found = gradients_of_two_processes(saved, modes=["plain", "other", "text", "fsdp2"])
+
+    student, teacher = models()
+    trainer = trainer_of(student, teacher, **PLAIN)
     halves = [batch_of(trainer, indices) for indices in ((0, 1), (2, 3))]
     expected_aux = aux_gradients(student, teacher, halves)
     tokens, kl = 0, 0.0
     for half in halves:
         half_kl, _, half_tokens, _ = explicit_terms(student, teacher, half)
         tokens, kl = tokens + half_tokens, kl + half_kl.item()
-    assert_gradients_close(found[0.0], raw_gradients(trainer))
+    one = raw_gradients(trainer)
+    assert_gradients_close(found[0.0], one)
+    assert_gradients_close(found["fsdp2"], one)
     # each process has its half of the rows: the router aux is the mean of theirs
     assert_gradients_close(differences(found[1.0], found[0.0], expected_aux.keys()), expected_aux)
     assert found["log 0.0"]["kl"] == pytest.approx(kl / tokens, rel=1e-5)
     assert found["log 0.0"]["loss"] == pytest.approx(trainer.state.log_history[0]["loss"], rel=1e-5)
+
+    student, teacher = models()
+    other, other_processor = smaller_images(teacher, processor)
+    one = trainer_of(student, other, teacher_processor=other_processor, **PLAIN)
+    assert_gradients_close(found["other"], raw_gradients(one))
+    student, teacher = models()
+    one = trainer_of(student, teacher, dataset=text_rows(), **PLAIN)
+    assert_gradients_close(found["text"], raw_gradients(one))
 
 
 @pytest.mark.parametrize(("batch", "accumulation"), [(4, 1), (2, 2)])
@@ -216,23 +241,35 @@ def test_evaluation_logs_under_its_own_names(models, trainer_of):
     assert "eval_loss" in metrics
 
 
-def test_only_supervised_positions_are_projected(models, trainer_of):
+@pytest.fixture
+def rows_seen(monkeypatch):
+    """What each call of the chunked loss was given: rows, and the options."""
+    calls = []
+
+    def spy(hidden, **options):
+        calls.append({"hidden": hidden.detach(), **options})
+        return chunked_mimic_loss(hidden, **options)
+
+    monkeypatch.setattr(mimic, "chunked_mimic_loss", spy)
+    return calls
+
+
+def test_only_supervised_positions_are_projected(models, trainer_of, rows_seen):
     student, teacher = models()
-    trainer = trainer_of(student, teacher, learning_rate=0.0)
+    trainer = trainer_of(student, teacher, learning_rate=0.0, rows_per_chunk=5)
     batch = batch_of(trainer, range(4))
     labels = batch.pop("labels")
     keep = torch.zeros_like(labels, dtype=torch.bool)
     keep[:, :-1] = labels[:, 1:] != -100
-    expected = [model.model(**batch).last_hidden_state[keep] for model in (student, teacher)]
-    seen = {}
-    for name, model in (("student", student), ("teacher", teacher)):
-        model.lm_head.register_forward_hook(
-            lambda module, args, output, name=name: seen.setdefault(name, []).append(args[0].detach())
-        )
+    with torch.no_grad():
+        expected = [model.model(**batch).last_hidden_state[keep] for model in (student, teacher)]
     trainer.train()
-    for name, hidden_states in zip(("student", "teacher"), expected, strict=True):
-        (projected,) = seen[name]
-        torch.testing.assert_close(projected.reshape(-1, projected.shape[-1]), hidden_states, rtol=1e-4, atol=1e-5)
+    (call,) = rows_seen
+    assert call["rows_per_chunk"] == 5
+    (teacher_rows,) = call["teachers"]
+    for found, hidden_states in zip((call["hidden"], teacher_rows.hidden), expected, strict=True):
+        torch.testing.assert_close(found, hidden_states, rtol=1e-4, atol=1e-5)
+    assert teacher_rows.aligned is None
 
 
 def test_teacher_is_not_trained(models, trainer_of):
@@ -298,7 +335,8 @@ def test_a_teacher_of_another_tokenizer_is_refused(models, trainer_of, processor
 def test_a_teacher_of_the_same_tokenizer_is_accepted(models, trainer_of, processor):
     student, teacher = models()
     trainer = trainer_of(student, teacher, teacher_processor=copy.deepcopy(processor))
-    assert trainer.teacher_model is teacher
+    assert trainer.teachers[0].model is teacher
+    assert trainer.teachers[0].collator is None
 
 
 @pytest.mark.parametrize("name", ["image_seq_length", "image_token_index"])

@@ -21,16 +21,50 @@ from llava_mod_hf import fresh_process
 from llava_mod_hf.embedded import image_paths
 
 PACKAGE = Path(fresh_process.__file__).parent
-SHIPPED = {"configuration_llava_mod", "modeling_llava_mod"}
+SHIPPED = {"configuration_llava_mod", "modeling_llava_mod", "moe_llava_mod"}
 # The direction of imports, the top first: a module imports from its own line or from those below it.
 LAYERS = [
     {"cli"},
     {"quickstart"},
-    {"commands"},
-    {"stages", "pretraining"},
-    {"mimic", "preference", "data", "students", "upcycling", "hub", "evaluation", "routing", "conversion"},
-    {"teacher", "losses", "embedded", "recipes", "fresh_process"},
+    {"caching", "reference_cache", "commands", "info"},
+    {"stages", "pairs", "completions", "pretraining"},
+    {
+        "mimic",
+        "preference",
+        "reference",
+        "data",
+        "grouping",
+        "fitting",
+        "students",
+        "upcycling",
+        "hub",
+        "evaluation",
+        "routing",
+        "conversion",
+        "merging",
+        "on_policy",
+        "reference_compat",
+    },
+    {
+        "teacher_cache",
+        "vision_sharing",
+        "alignment",
+        "teacher",
+        "losses",
+        "embedded",
+        "shards",
+        "images",
+        "readers",
+        "recipes",
+        "fresh_process",
+        "conversion_layouts",
+        "parameters",
+        "quantisation",
+        "chunked",
+        "sharding",
+    },
     {"modeling_llava_mod"},
+    {"moe_llava_mod"},
     {"configuration_llava_mod"},
 ]
 QUESTION = {"image": image_paths("test")[0], "question": "is there a red circle?"}
@@ -171,14 +205,14 @@ def package_imports(path):
 
 
 @pytest.mark.parametrize("module", sorted(SHIPPED))
-def test_shipped_files_import_torch_transformers_and_each_other(module):
+def test_shipped_files_import_torch_transformers_safetensors_and_each_other(module):
     tree = ast.parse((PACKAGE / f"{module}.py").read_text())
     for node in ast.walk(tree):
         if isinstance(node, ast.ImportFrom) and node.level:
             # saving copies relative imports by file name: flat siblings, never `from . import x`
             assert (node.level, node.module in SHIPPED) == (1, True)
     others = {name.split(".")[0] for level, name in imports(PACKAGE / f"{module}.py") if not level}
-    assert others - set(sys.stdlib_module_names) <= {"torch", "transformers"}
+    assert others - set(sys.stdlib_module_names) <= {"torch", "transformers", "safetensors"}
 
 
 def test_the_maths_imports_torch_alone():
@@ -252,7 +286,9 @@ def test_stock_trl_trains_a_checkpoint_with_its_router_loss(trained, student):
     assert 2 - 1e-3 <= float(logs["aux_loss"]) < 4
     assert float(logs["grad_norm"]) > 0
     before, after = student.state_dict(), load_file(out / "model.safetensors")
-    for name in ("gate.weight", "experts.gate_up_proj", "experts.down_proj"):
-        name = f"model.language_model.layers.2.mlp.{name}"
-        assert not torch.equal(before[name], after[name])
+    prefix = "model.language_model.layers.2.mlp."
+    assert not torch.equal(before[prefix + "gate.weight"], after[prefix + "gate.weight"])
+    # in the file each expert has its own
+    stored = torch.stack([after[f"{prefix}experts.{expert}.down_proj.weight"] for expert in range(4)])
+    assert not torch.equal(before[prefix + "experts.down_proj"], stored)
     assert {path.name for path in out.glob("*.py")} == {f"{module}.py" for module in SHIPPED}

@@ -5,7 +5,7 @@ import torch
 from PIL import Image
 
 from llava_mod_hf import embedded
-from llava_mod_hf.modeling_llava_mod import LlavaModExperts
+from llava_mod_hf.moe_llava_mod import LlavaModExperts
 from llava_mod_hf.routing import expert_load, expert_load_by_modality, plot_expert_load, plot_losses
 
 LOADS = {0: [0.25, 0.4, 0.15, 0.2], 2: [0.1, 0.2, 0.3, 0.4]}

@@ -123,9 +123,11 @@ def test_generation_config_stays(make_student):
     assert sparse.generation_config is not model.generation_config
 
 
-def test_aux_loss_coefficient_is_stored(dense):
+def test_router_losses_are_stored(dense):
     assert upcycle(dense).config.router_aux_loss_coef == 0.01
-    assert upcycle(dense, router_aux_loss_coef=0.3).config.get_text_config().router_aux_loss_coef == 0.3
+    values = {"router_aux_loss_coef": 0.3, "router_aux_loss_type": "pooled", "router_z_loss_coef": 0.01}
+    text_config = upcycle(dense, **values).config.get_text_config()
+    assert {name: getattr(text_config, name) for name in values} == values
 
 
 def test_routers_follow_the_seed_alone(dense):
@@ -161,6 +163,8 @@ def test_an_upcycled_student_can_be_saved_and_loaded(dense, batch, tmp_path):
         ({"layers": [0, 3]}, r"`moe_layers` is \[0, 3\].* 3 layers"),
         ({"layers": [1, 1]}, "distinct"),
         ({"num_experts": 2, "num_experts_per_tok": 3}, "`num_experts_per_tok` is 3 and `num_experts` is 2"),
+        ({"expert_rank": 0}, "`expert_rank` is 0: give an integer of at least 1"),
+        ({"router_aux_loss_type": "none"}, "`router_aux_loss_type` is 'none'"),
     ],
 )
 def test_what_cannot_be_is_refused(dense, values, message):

@@ -14,7 +14,10 @@ _LAZY = {
     "PreferenceConfig": "preference",
     "PreferenceTrainer": "preference",
     "build_student": "students",
+    "convert_checkpoint": "conversion",
+    "export_stock": "merging",
     "load_model_and_processor": "teacher",
+    "merge_experts": "merging",
     "push_checkpoint": "hub",
     "upcycle": "upcycling",
 }

@@ -10,9 +10,11 @@ from pathlib import Path
 import yaml
 
 from llava_mod_hf import embedded
+from llava_mod_hf.conversion import convert_checkpoint
 from llava_mod_hf.data import DataArguments, load_rows
 from llava_mod_hf.evaluation import evaluate_blind, evaluate_model
 from llava_mod_hf.hub import publish, push_checkpoint
+from llava_mod_hf.merging import MERGES, export_stock, merge_experts
 from llava_mod_hf.routing import expert_load
 from llava_mod_hf.stages import (
     RUN_FILE,
@@ -83,6 +85,72 @@ class PublishCommand:
     private: bool = False
     revision: str | None = None
     license: str = "apache-2.0"
+
+
+@dataclass
+class ConvertCommand:
+    """
+    Args:
+        checkpoint (`str`): folder in the layout of LLaVA-MoD, MoE-LLaVA or LLaVA-1.5, or of a stock LLaVA.
+        output_dir (`str`): where the student goes.
+        vision_tower (`str`, *optional*): vision encoder, by default the one that the checkpoint's config names.
+        tokenizer (`str`, *optional*): by default the checkpoint's.
+        conversation (`str`, *optional*): prompt template, such as `qwen` or `v1`; by default the family's.
+        chat_template_path (`str`, *optional*): Jinja template instead of that of a conversation.
+        dtype (`str`, *optional*): of the weights; by default as they are stored.
+    """
+
+    checkpoint: str = field(metadata={"help": "folder of a checkpoint in another layout"})
+    output_dir: str = field(metadata={"help": "where the student goes"})
+    vision_tower: str | None = None
+    tokenizer: str | None = None
+    conversation: str | None = None
+    chat_template_path: str | None = None
+    dtype: str | None = None
+
+
+def run_convert(args: ConvertCommand):
+    """A checkpoint of another layout → a student of this package."""
+    check_output_dir(args.output_dir)
+    options = {name: value for name, value in vars(args).items() if name != "output_dir"}
+    model, processor = convert_checkpoint(options.pop("checkpoint"), **options)
+    save_checkpoint(model, processor, args.output_dir)
+
+
+@dataclass
+class ExportCommand:
+    """
+    Args:
+        model (`str`): a sparse student.
+        output_dir (`str`): where the stock model goes.
+        form (`str`):
+            `stock`: the same student as a mixture of experts of transformers. `uniform`, `load`: a dense model with the
+            experts averaged, equally or by their share of the routers' choices.
+        results (`str`, *optional*): with `load`, the `results.json` of `llava-mod evaluate`, which has the shares.
+        trust_remote_code (`bool`, *optional*, defaults to `False`).
+    """
+
+    model: str = field(metadata={"help": "a sparse student"})
+    output_dir: str = field(metadata={"help": "where the stock model goes"})
+    form: str = field(metadata={"help": "stock, uniform or load"})
+    results: str | None = None
+    trust_remote_code: bool = False
+
+
+def run_export(args: ExportCommand):
+    """A student → a stock model that loads without its code."""
+    check_output_dir(args.output_dir)
+    if args.form not in ("stock", *MERGES):
+        raise ValueError(f"`form` is {args.form!r}: give one of stock, {', '.join(MERGES)}.")
+    if (args.results is not None) != (args.form == "load"):
+        raise ValueError(f"`--results` is {args.results!r} with `--form {args.form}`: the form `load` alone needs it.")
+    model, processor = load_model_and_processor(args.model, dtype="auto", trust_remote_code=args.trust_remote_code)
+    if args.form == "stock":
+        exported = export_stock(model)
+    else:
+        loads = json.loads(Path(args.results).read_text()).get("expert_load", {}) if args.results else None
+        exported = merge_experts(model, weights=args.form, loads=loads)
+    save_checkpoint(exported, processor, args.output_dir)
 
 
 def run_upcycle(upcycle_args: UpcycleArguments, args: UpcycleCommand):

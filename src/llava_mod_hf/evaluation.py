@@ -13,7 +13,7 @@ from trl.trainer.sft_trainer import DataCollatorForVisionLanguageModeling
 
 from llava_mod_hf.embedded import most_frequent_answers, presence
 from llava_mod_hf.losses import forward_kl, shift_for_next_token
-from llava_mod_hf.modeling_llava_mod import LlavaModExperts
+from llava_mod_hf.parameters import count_parameters, student_parameters  # noqa: F401 (they are measures as well)
 
 
 def normalize_answer(text):
@@ -159,6 +159,26 @@ def generate_answers(model, processor, dataset, *, batch_size=128, max_new_token
     Returns:
         `list[str]`: one answer per row, in their order, without special tokens.
     """
+    answers = sample_answers(model, processor, dataset, batch_size=batch_size, max_new_tokens=max_new_tokens)
+    return [text for ((text, _),) in answers]
+
+
+def sample_answers(
+    model, processor, dataset, *, batch_size, max_new_tokens, num_answers=1, temperature=0.0, top_p=1.0, seed=0
+):
+    """
+    Answers to the prompts of a dataset, greedy or sampled.
+
+    Args:
+        model, processor, dataset, batch_size, max_new_tokens: as in [`generate_answers`].
+        num_answers (`int`, *optional*, defaults to 1): answers to each prompt.
+        temperature (`float`, *optional*, defaults to 0.0): of the sampling; 0 takes the most likely token.
+        top_p (`float`, *optional*, defaults to 1.0): sample among the most likely tokens of this total probability.
+        seed (`int`, *optional*, defaults to 0): of the sampling; the same rows, batches and seed give the same answers.
+
+    Returns:
+        `list[list[tuple[str, bool]]]`: per row `num_answers` texts without special tokens, and whether each has an end.
+    """
 
     def collate(rows):
         return processor.apply_chat_template(
@@ -172,20 +192,28 @@ def generate_answers(model, processor, dataset, *, batch_size=128, max_new_token
             processor_kwargs={"padding": True, "padding_side": "left", "add_special_tokens": False},
         )
 
-    # Greedy whatever a checkpoint's `generation_config` asks for: some come with sampling or a repetition penalty.
-    greedy = {"do_sample": False, "num_beams": 1, "repetition_penalty": 1.0, "use_cache": True}
+    # Whatever a checkpoint's `generation_config` asks for: some come with sampling or a repetition penalty.
+    options = {"num_beams": 1, "repetition_penalty": 1.0, "use_cache": True, "num_return_sequences": num_answers}
+    options |= {"do_sample": temperature > 0}
+    if temperature > 0:
+        options |= {"temperature": temperature, "top_p": top_p, "top_k": 0}
+    ends = model.generation_config.eos_token_id or processor.tokenizer.eos_token_id
     answers = []
-    with evaluating(model):
+    with evaluating(model), torch.random.fork_rng(enabled=temperature > 0):
+        if temperature > 0:
+            torch.manual_seed(seed)
         for batch in _batches(dataset, ["images", "prompt"], collate, batch_size, "Generating answers"):
             generated = model.generate(
                 **inputs_for(model, batch),
-                **greedy,
+                **options,
                 max_new_tokens=max_new_tokens,
-                eos_token_id=model.generation_config.eos_token_id or processor.tokenizer.eos_token_id,
+                eos_token_id=ends,
                 pad_token_id=processor.tokenizer.pad_token_id,
             )
-            new_tokens = generated[:, batch["input_ids"].shape[1] :]  # (batch, new tokens)
-            answers += processor.batch_decode(new_tokens, skip_special_tokens=True)
+            new_tokens = generated[:, batch["input_ids"].shape[1] :]  # (batch · num_answers, new tokens)
+            ended = torch.isin(new_tokens, torch.as_tensor(ends, device=new_tokens.device)).any(1).tolist()
+            found = list(zip(processor.batch_decode(new_tokens, skip_special_tokens=True), ended, strict=True))
+            answers += [found[start : start + num_answers] for start in range(0, len(found), num_answers)]
     return answers
 
 
@@ -229,32 +257,6 @@ def kl_to_teacher(model, teacher, processor, dataset, *, batch_size=128, tempera
         raise ValueError(f"The {len(dataset)} rows have no answer token to compare on: give rows with a `completion`.")
     # the loss carries T² for the sake of its gradient; nats do not
     return total.item() / count / temperature**2
-
-
-def _count(model, left_out):
-    left_out = {id(parameter) for parameter in left_out}
-    total = sum(parameter.numel() for parameter in model.parameters() if id(parameter) not in left_out)
-    idle = 0
-    for module in model.modules():
-        if isinstance(module, LlavaModExperts):
-            size = sum(parameter.numel() for parameter in module.parameters()) // module.num_experts
-            idle += size * (module.num_experts - model.config.num_experts_per_tok)
-    return total, total - idle
-
-
-def count_parameters(model):
-    """
-    Parameters of a student or a stock LLaVA, vision tower, embeddings and routers included, tied weights once.
-
-    Returns:
-        `tuple[int, int]`: all, and those active for a token, which passes `num_experts_per_tok` experts of each layer.
-    """
-    return _count(model, left_out=())
-
-
-def student_parameters(model):
-    """[`count_parameters`] of the language model and the adaptor, without the vision tower."""
-    return _count(model, left_out=model.base_model.vision_tower.parameters())
 
 
 def _score(answers, dataset):

@@ -1,6 +1,9 @@
 """All the maths of the stages: tensors in, tensors out. Imports torch alone."""
 
+from typing import NamedTuple
+
 import torch
+from torch import Tensor
 from torch.nn import functional as F
 
 
@@ -21,43 +24,199 @@ def shift_for_next_token(labels):
     return keep, labels[:, 1:][keep[:, :-1]]
 
 
-def forward_kl(student_logits, teacher_logits, temperature=1.0):
+class Head(NamedTuple):
     """
-    Kullback-Leibler divergence from teacher to student, per row, in nats, times T² (paper, eq. 6).
+    How hidden states become logits: `softcap · tanh(scale · (h Wᵀ + b) / softcap)`, as the family has it.
 
-        KL = T² Σ_v p_T(v) [log p_T(v) − log p_S(v)],   p = softmax(logits / T)
+    Args:
+        weight (`torch.FloatTensor` of shape `(vocabulary, width)`).
+        bias (`torch.FloatTensor` of shape `(vocabulary,)`, *optional*).
+        softcap (`float`, *optional*): `final_logit_softcapping` of the family.
+        scale (`float`, *optional*, defaults to 1.0): before the softcap.
+    """
 
-    The factor T² keeps the gradient's size independent of the temperature (Hinton et al., 2015).
+    weight: Tensor
+    bias: Tensor | None = None
+    softcap: float | None = None
+    scale: float = 1.0
+
+    def finish(self, projected):
+        """Logits from `h Wᵀ + b`, in float32 (float64 if that is)."""
+        logits = projected.to(_loss_dtype(projected))
+        if self.scale != 1.0:
+            logits = logits * self.scale
+        return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
+
+
+class ProjectedRows(NamedTuple):
+    """
+    What a live teacher says of the student's rows: hidden states, which are projected chunk by chunk.
+
+    Args:
+        hidden (`torch.FloatTensor` of shape `(aligned rows, width)`).
+        head ([`Head`]): the teacher's, cut to the vocabulary that it shares with the student.
+        aligned (`torch.BoolTensor` of shape `(rows,)`, *optional*):
+            Which of the student's rows the teacher speaks about; all without it.
+    """
+
+    hidden: Tensor
+    head: Head
+    aligned: Tensor | None = None
+
+
+class TopKRows(NamedTuple):
+    """
+    What a cached teacher says of the student's rows.
+
+    Args:
+        index (`torch.LongTensor` of shape `(aligned rows, k)`): token ids.
+        log_probs (`torch.FloatTensor` of shape `(aligned rows, k)`):
+            At the temperature of the loss; −inf in padded entries. What is missing to 1 is one more bucket.
+        aligned (`torch.BoolTensor` of shape `(rows,)`, *optional*): as in [`ProjectedRows`].
+    """
+
+    index: Tensor  # type: ignore[assignment]  # a tuple has a method of this name, which nobody calls here
+    log_probs: Tensor
+    aligned: Tensor | None = None
+
+
+def _forward_kl(log_p_student, log_p_teacher, beta):
+    return _expected(log_p_teacher, log_p_student)
+
+
+def _reverse_kl(log_p_student, log_p_teacher, beta):
+    return _expected(log_p_student, log_p_teacher)
+
+
+def _soft_cross_entropy(log_p_student, log_p_teacher, beta):
+    p = log_p_teacher.exp()
+    return -(p * log_p_student.masked_fill(p == 0, 0)).sum(-1)
+
+
+def _jsd(log_p_student, log_p_teacher, beta):
+    mixture = (1 - beta) * log_p_student.exp() + beta * log_p_teacher.exp()
+    # where both are 0 nothing is added, and the logarithm must not make a NaN of its gradient
+    log_mixture = mixture.clamp(min=torch.finfo(mixture.dtype).tiny).log()
+    return beta * _expected(log_p_teacher, log_mixture) + (1 - beta) * _expected(log_p_student, log_mixture)
+
+
+def _expected(log_p, log_q):
+    """Σ_v p [log p − log q]; a token with p = 0 contributes 0, where 0 · −inf would be NaN, as its gradient."""
+    p = log_p.exp()
+    return (p * (log_p - log_q).masked_fill(p == 0, 0)).sum(-1)
+
+
+DIVERGENCES = {
+    "forward_kl": _forward_kl,
+    "reverse_kl": _reverse_kl,
+    "jsd": _jsd,
+    "soft_cross_entropy": _soft_cross_entropy,
+}
+
+
+def check_divergence(divergence, *, temperature=1.0, jsd_beta=0.5):
+    """
+    Raises:
+        ValueError: if the divergence is unknown, the temperature not positive or `jsd_beta` not between 0 and 1.
+    """
+    if divergence not in DIVERGENCES:
+        raise ValueError(f"`divergence` is {divergence!r}: give one of {', '.join(DIVERGENCES)}.")
+    if not temperature > 0:
+        raise ValueError(f"`temperature` is {temperature}: give a positive one.")
+    if not 0 < jsd_beta < 1:
+        raise ValueError(
+            f"`jsd_beta` is {jsd_beta}: give one between 0 and 1, or take `forward_kl` or `reverse_kl` as divergence, "
+            "which are what it tends to at either end."
+        )
+
+
+def divergence_rows(student_logits, teacher_logits, *, divergence="forward_kl", temperature=1.0, jsd_beta=0.5):
+    """
+    How far the student's distribution is from the teacher's, per row, in nats, times T².
+
+        forward_kl = Σ_v p_T [log p_T − log p_S]                  (paper, eq. 6)
+        reverse_kl = Σ_v p_S [log p_S − log p_T]
+        jsd        = β KL(p_T ‖ m) + (1 − β) KL(p_S ‖ m),  m = β p_T + (1 − β) p_S
+                     (generalised Jensen-Shannon divergence: Agarwal et al., 2023, arXiv 2306.13649, eq. 1)
+        soft_cross_entropy = −Σ_v p_T log p_S                     (what the authors' code has for a KL)
+
+    with p = softmax(logits / T). The factor T² keeps the gradient's size independent of the temperature (Hinton et
+    al., 2015).
 
     Args:
         student_logits, teacher_logits (`torch.FloatTensor` of shape `(rows, vocabulary)`): any float type.
+        divergence (`str`, *optional*, defaults to `"forward_kl"`, the paper's): of `DIVERGENCES`.
         temperature (`float`, *optional*, defaults to 1.0): T; the authors use none.
+        jsd_beta (`float`, *optional*, defaults to 0.5): β, of `jsd` alone.
 
     Returns:
         `torch.FloatTensor` of shape `(rows,)`, float32 (float64 if the inputs are).
     """
-    dtype = torch.promote_types(student_logits.dtype, torch.float32)
-    log_p_student = F.log_softmax(student_logits.to(dtype) / temperature, dim=-1)
-    log_p_teacher = F.log_softmax(teacher_logits.to(dtype) / temperature, dim=-1)
-    p_teacher = log_p_teacher.exp()
-    # a token that the teacher excludes (logit −inf) contributes 0, where 0 · −inf would be NaN
-    terms = torch.where(p_teacher > 0, p_teacher * (log_p_teacher - log_p_student), 0.0)
-    return terms.sum(-1) * temperature**2
+    log_p_student, log_p_teacher = (
+        _log_softmax(logits, _loss_dtype(student_logits), temperature) for logits in (student_logits, teacher_logits)
+    )
+    return DIVERGENCES[divergence](log_p_student, log_p_teacher, jsd_beta) * temperature**2
 
 
-def mimic_loss(student_logits, teacher_logits, labels, *, temperature=1.0, num_items=None):
+def forward_kl(student_logits, teacher_logits, temperature=1.0):
+    """[`divergence_rows`] with `forward_kl`, the paper's."""
+    return divergence_rows(student_logits, teacher_logits, temperature=temperature)
+
+
+def top_k_forward_kl(student_logits, index, log_probs, *, temperature=1.0):
+    """
+    Forward KL from a teacher of whom only the k most likely tokens are known, per row, in nats, times T².
+
+        KL = T² (Σ_{v ∈ K} p_T(v) [log p_T(v) − log p_S(v)] + r_T [log r_T − log r_S]),   r = 1 − Σ_{v ∈ K} p(v)
+
+    The remaining mass is one bucket, so that this is a divergence too: 0 for equal distributions, and never larger
+    than the full one.
+
+    Args:
+        student_logits (`torch.FloatTensor` of shape `(rows, vocabulary)`).
+        index, log_probs: as in [`TopKRows`].
+        temperature (`float`, *optional*, defaults to 1.0): T, at which `log_probs` were taken.
+
+    Returns:
+        `torch.FloatTensor` of shape `(rows,)`, float32 (float64 if the logits are).
+    """
+    dtype = _loss_dtype(student_logits)
+    tiny = torch.finfo(dtype).tiny
+    log_p_student = _log_softmax(student_logits, dtype, temperature)
+    known = log_probs > -torch.inf
+    index = torch.where(known, index, index[:, :1])  # a padded entry must not hide another token
+    listed = torch.zeros_like(log_p_student, dtype=torch.bool).scatter_(-1, index, True)
+    rest_student = log_p_student.exp().masked_fill(listed, 0).sum(-1).clamp(min=tiny)
+    p_teacher = log_probs.to(dtype).exp()
+    # rounding may leave a little less than nothing, or a little where every token is listed and nothing is left
+    rest_teacher = (1 - p_teacher.sum(-1)).clamp(min=0).masked_fill(listed.all(-1), 0)
+    gap = (log_probs.to(dtype) - log_p_student.gather(-1, index)).masked_fill(~known, 0)
+    divergence = (p_teacher * gap).sum(-1) + torch.xlogy(rest_teacher, rest_teacher.clamp(min=tiny) / rest_student)
+    return divergence * temperature**2
+
+
+def mimic_loss(
+    student_logits,
+    teacher_logits,
+    labels,
+    *,
+    divergence="forward_kl",
+    temperature=1.0,
+    jsd_beta=0.5,
+    num_items=None,
+):
     """
     Mimic distillation on the supervised response positions (paper, eq. 6).
 
-        L = Σ_t KL(p_T(·|t) ‖ p_S(·|t)) · T² / N
+        L = Σ_t D(p_T(·|t), p_S(·|t)) / N
 
-    over the positions t that predict a supervised token. `MimicTrainer` computes the same from logits that are
-    projected at those positions only.
+    over the positions t that predict a supervised token. `MimicTrainer` computes the same without full logits, by
+    [`~llava_mod_hf.chunked.chunked_mimic_loss`].
 
     Args:
         student_logits, teacher_logits (`torch.FloatTensor` of shape `(batch, sequence, vocabulary)`).
         labels (`torch.LongTensor` of shape `(batch, sequence)`): unshifted, −100 ignored.
-        temperature (`float`, *optional*, defaults to 1.0).
+        divergence, temperature, jsd_beta (*optional*): D, as in [`divergence_rows`].
         num_items (`int` or `torch.Tensor`, *optional*):
             N, the supervised tokens of the whole optimiser step; by default those of this batch.
 
@@ -65,16 +224,19 @@ def mimic_loss(student_logits, teacher_logits, labels, *, temperature=1.0, num_i
         `torch.FloatTensor`: a scalar; 0, with a gradient of 0, if nothing is supervised.
 
     Raises:
-        ValueError: if the shapes do not fit, for example because the vocabularies differ.
+        ValueError: if the shapes do not fit, for example because the vocabularies differ, or if an option is unknown.
     """
+    check_divergence(divergence, temperature=temperature, jsd_beta=jsd_beta)
     if student_logits.shape != teacher_logits.shape or student_logits.shape[:2] != labels.shape:
         raise ValueError(
             f"Student logits {tuple(student_logits.shape)}, teacher logits {tuple(teacher_logits.shape)} and labels "
             f"{tuple(labels.shape)} do not fit: expected (batch, sequence, vocabulary) twice and (batch, sequence)."
         )
     keep, _ = shift_for_next_token(labels)
-    total = forward_kl(student_logits[keep], teacher_logits[keep], temperature).sum()
-    return total / _at_least_one(keep.sum() if num_items is None else num_items)
+    rows = divergence_rows(
+        student_logits[keep], teacher_logits[keep], divergence=divergence, temperature=temperature, jsd_beta=jsd_beta
+    )
+    return rows.sum() / at_least_one(keep.sum() if num_items is None else num_items)
 
 
 def router_aux_loss(router_logits, *, num_experts, num_experts_per_tok, attention_mask=None):
@@ -110,11 +272,114 @@ def router_aux_loss(router_logits, *, num_experts, num_experts_per_tok, attentio
             logits = logits[attention_mask.reshape(-1).bool()]
         probabilities = logits.float().softmax(-1)  # (tokens, experts)
         first_choice = F.one_hot(logits.argmax(-1), num_experts).to(probabilities.dtype)
-        count = _at_least_one(len(logits))
+        count = at_least_one(len(logits))
         total = total + num_experts * (first_choice.sum(0) / count * (probabilities.sum(0) / count)).sum()
     return total
 
 
-def _at_least_one(count):
+def router_z_loss(router_logits, *, attention_mask=None):
+    """
+    Keeps router logits small (ST-MoE, arXiv 2202.08906, eq. 5), summed over layers as the load balancing is.
+
+        L = Σ_layers 1/N Σ_i (log Σ_e exp x_ie)²
+
+    Args:
+        router_logits (`tuple[torch.FloatTensor]`): per layer `(batch * sequence, num_experts)`.
+        attention_mask (`torch.Tensor` of shape `(batch, sequence)`, *optional*): padding, which does not count.
+
+    Returns:
+        `torch.FloatTensor`: a scalar.
+    """
+    total = router_logits[0].new_zeros(())
+    for logits in router_logits:
+        if attention_mask is not None:
+            logits = logits[attention_mask.reshape(-1).bool()]
+        total = total + logits.float().logsumexp(-1).square().sum() / at_least_one(len(logits))
+    return total
+
+
+def at_least_one(count):
     """A batch without any token has a loss of 0 / 1, not 0 / 0."""
     return count.clamp(min=1) if isinstance(count, torch.Tensor) else max(count, 1)
+
+
+def kto_pair_loss(chosen_logratios, rejected_logratios, *, beta, all_logratios=None, reference_compat=False):
+    """
+    KTO on pairs: each response against the mean of the other kind (paper's ICLR version; its code's `kto_pair`).
+
+        L = mean over pairs of ½ [1 − σ(β(c − KL_r))] + ½ [1 − σ(β(KL_c − r))],   KL_x = max(0, mean of x)
+
+    with c = log π_S(y⁺) − log π_T(y⁺), and r the same for y⁻. The two KL terms estimate how far the student is from its
+    reference. They carry no gradient and rest on as many pairs as can be had (Ethayarajh et al., 2024, section 4.1).
+
+    Args:
+        chosen_logratios, rejected_logratios (`torch.FloatTensor` of shape `(pairs,)`): c and r, in nats.
+        beta (`float`): β, larger is nearer to the reference.
+        all_logratios (`tuple[torch.FloatTensor, torch.FloatTensor]`, *optional*):
+            c and r of all processes, which the KL terms are estimated from; by default the given ones.
+        reference_compat (`bool`, *optional*, defaults to `False`):
+            As the authors train it: KL terms of the given pairs alone, through which the gradient flows. With one pair
+            and positive log-ratios this is 1 − σ(β(c − r)), which is no longer KTO.
+
+    Returns:
+        `torch.FloatTensor`: a scalar, float32 (float64 if the inputs are).
+
+    Raises:
+        ValueError: if the two are not of one dimension and one length, or empty.
+    """
+    chosen, rejected = _pairs(chosen_logratios, rejected_logratios)
+    if reference_compat:
+        kl_chosen, kl_rejected = (ratios.mean().clamp(min=0) for ratios in (chosen, rejected))
+    else:
+        kl_chosen, kl_rejected = (
+            ratios.detach().to(chosen.dtype).mean().clamp(min=0) for ratios in all_logratios or (chosen, rejected)
+        )
+    # 1 − σ(x) is σ(−x), without cancellation
+    towards = torch.sigmoid(-beta * (chosen - kl_rejected))
+    away = torch.sigmoid(-beta * (kl_chosen - rejected))
+    return (towards + away).mean() / 2
+
+
+def margin_loss(student_margins, teacher_margins, *, beta):
+    """
+    Hinge on the preference margin: a pair counts while the student prefers its chosen response less than the teacher.
+
+        L = β · mean over pairs of max(0, m_T − m_S),   m = log π(y⁺) − log π(y⁻)
+
+    m_S − m_T is c − r of DPO, whose reward margin is β times that. The hinge is thus at a reward margin of 0, where
+    TRL's `hinge` has its own at 1, and β is the slope: the steepest that `sigmoid` reaches, so that mixtures of the two
+    weigh alike. Where the margins are equal the gradient is 0: a student that is its own reference learns nothing.
+
+    Args:
+        student_margins, teacher_margins (`torch.FloatTensor` of shape `(pairs,)`): m_S and m_T, in nats.
+        beta (`float`): β.
+
+    Returns:
+        `torch.FloatTensor`: a scalar, float32 (float64 if the inputs are).
+
+    Raises:
+        ValueError: if the two are not of one dimension and one length, or empty.
+    """
+    student, teacher = _pairs(student_margins, teacher_margins)
+    return beta * (teacher - student).relu().mean()
+
+
+def _pairs(first, second):
+    """Two numbers per pair, in at least float32."""
+    if first.shape != second.shape or first.dim() != 1 or len(first) == 0:
+        raise ValueError(
+            f"Preference losses take two tensors with one number per pair, and got shapes {tuple(first.shape)} and "
+            f"{tuple(second.shape)}."
+        )
+    dtype = torch.promote_types(torch.promote_types(first.dtype, second.dtype), torch.float32)
+    return first.to(dtype), second.to(dtype)
+
+
+def _loss_dtype(logits):
+    """Softmax and loss are computed in float32, in float64 if the logits are."""
+    return torch.promote_types(logits.dtype, torch.float32)
+
+
+def _log_softmax(logits, dtype, temperature):
+    logits = logits.to(dtype)
+    return F.log_softmax(logits if temperature == 1 else logits / temperature, dim=-1)

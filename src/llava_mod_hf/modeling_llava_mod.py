@@ -1,14 +1,20 @@
 """The LLaVA-MoD student: a LLaVA with a sparse mixture of experts. Ships to the Hub with every checkpoint."""
 
 import functools
+import inspect
 from dataclasses import dataclass
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
-from torch.nn import functional as F
-from transformers import MODEL_MAPPING, AutoModel, AutoModelForImageTextToText, GenerationMixin, initialization
-from transformers.activations import ACT2FN
-from transformers.integrations import use_experts_implementation
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_MAPPING,
+    AutoModel,
+    AutoModelForImageTextToText,
+    GenerationMixin,
+)
+from transformers.conversion_mapping import register_checkpoint_conversion_mapping
 from transformers.modeling_utils import slice_logits_to_keep
 from transformers.models.llava.modeling_llava import (
     LlavaCausalLMOutputWithPast,
@@ -17,11 +23,11 @@ from transformers.models.llava.modeling_llava import (
     LlavaMultiModalProjector,
     LlavaPreTrainedModel,
 )
-from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 from transformers.utils import can_return_tuple
 from transformers.utils.output_capturing import OutputRecorder
 
 from .configuration_llava_mod import LlavaModConfig
+from .moe_llava_mod import LlavaModSparseMoeBlock, LlavaModTopKRouter, init_moe_weights, router_losses
 
 
 @dataclass
@@ -44,7 +50,7 @@ class LlavaModCausalLMOutputWithPast(LlavaCausalLMOutputWithPast):
 
     Args:
         aux_loss (`torch.FloatTensor`, *optional*):
-            Load-balancing loss as transformers computes it, before its coefficient; with `labels` only.
+            Load-balancing loss of the config's `router_aux_loss_type`, before its coefficient; with `labels` only.
         router_logits (`tuple[torch.FloatTensor]`, *optional*):
             One `(batch * sequence, num_experts)` float32 tensor per mixture-of-experts layer.
     """
@@ -53,68 +59,91 @@ class LlavaModCausalLMOutputWithPast(LlavaCausalLMOutputWithPast):
     router_logits: tuple[torch.FloatTensor, ...] | None = None
 
 
-class LlavaModTopKRouter(nn.Module):
-    """Linear router without bias, run in float32; the chosen gates are renormalised to sum to 1 (paper, eq. 3)."""
+def logit_transform(text_config):
+    """
+    What a family's causal language model does to its logits after the head, by the fields that TRL reads as well.
 
-    def __init__(self, config):
-        super().__init__()
-        self.top_k = config.num_experts_per_tok
-        self.weight = nn.Parameter(torch.empty(config.num_experts, config.hidden_size))
+        logits = cap · tanh(scale · head(hidden) / cap)
 
-    def forward(self, hidden_states):
-        # float32 even under autocast: a rounded logit flips the choice of expert
-        with torch.autocast(hidden_states.device.type, enabled=False):
-            router_logits = F.linear(hidden_states.float(), self.weight.float())  # (tokens, experts)
-        top_k_weights, top_k_index = router_logits.softmax(dim=-1).topk(self.top_k, dim=-1)  # (tokens, k)
-        top_k_weights = top_k_weights / top_k_weights.sum(dim=-1, keepdim=True)
-        return router_logits, top_k_weights.to(hidden_states.dtype), top_k_index
+    Args:
+        text_config (`PreTrainedConfig`): of a language model.
 
-
-@use_experts_implementation
-class LlavaModExperts(nn.Module):
-    """Gated FFNs as packed tensors: `gate_up_proj (E, 2I, H)`, `down_proj (E, H, I)`."""
-
-    def __init__(self, config, intermediate_size):
-        super().__init__()
-        self.num_experts = config.num_experts
-        self.gate_up_proj = nn.Parameter(torch.empty(config.num_experts, 2 * intermediate_size, config.hidden_size))
-        self.down_proj = nn.Parameter(torch.empty(config.num_experts, config.hidden_size, intermediate_size))
-        self.act_fn = ACT2FN[getattr(config, "hidden_activation", None) or config.hidden_act]
-
-    def forward(self, hidden_states, top_k_index, top_k_weights):
-        output = torch.zeros_like(hidden_states)
-        for expert in range(self.num_experts):
-            token_idx, choice = torch.where(top_k_index == expert)
-            gate, up = F.linear(hidden_states[token_idx], self.gate_up_proj[expert]).chunk(2, dim=-1)
-            expert_output = F.linear(self.act_fn(gate) * up, self.down_proj[expert])
-            expert_output = expert_output * top_k_weights[token_idx, choice, None]
-            output.index_add_(0, token_idx, expert_output.to(output.dtype))
-        return output
+    Returns:
+        `tuple[float, float | None]`: scale (1 for most), and cap (`None` for most; Gemma 2 has 30).
+    """
+    scale = getattr(text_config, "logit_scale", None)  # Cohere
+    if scale is None and getattr(text_config, "logits_scaling", None) is not None:
+        scale = 1 / text_config.logits_scaling  # Granite
+    return 1.0 if scale is None else scale, getattr(text_config, "final_logit_softcapping", None)
 
 
-class LlavaModSparseMoeBlock(nn.Module):
-    """Takes the place of a layer's FFN: every token goes through its `num_experts_per_tok` experts, none is dropped."""
-
-    def __init__(self, config, intermediate_size):
-        super().__init__()
-        self.gate = LlavaModTopKRouter(config)
-        self.experts = LlavaModExperts(config, intermediate_size)
-
-    def forward(self, hidden_states):
-        tokens = hidden_states.reshape(-1, hidden_states.shape[-1])  # (batch * sequence, width)
-        _, top_k_weights, top_k_index = self.gate(tokens)
-        return self.experts(tokens, top_k_index, top_k_weights).view_as(hidden_states)
+def project(hidden_states, head, text_config):
+    """Logits of `hidden_states`, as [`logit_transform`] says."""
+    scale, cap = logit_transform(text_config)
+    logits = head(hidden_states)
+    if scale != 1.0:
+        logits = logits * scale
+    return logits if cap is None else torch.tanh(logits / cap) * cap
 
 
-def _gated_ffn_size(mlp, name):
-    """Intermediate size of a layer's FFN; refuses one that the experts cannot reproduce."""
-    projections = [getattr(mlp, part, None) for part in ("gate_proj", "up_proj", "down_proj")]
-    if not all(isinstance(projection, nn.Linear) and projection.bias is None for projection in projections):
+@torch.no_grad()
+def family_head(text_config):
+    """
+    The output head of a family's own causal language model, newly initialised.
+
+    The family's model is built without layers and with few tokens, and asked for logits: what it does after the last
+    layer has to be what [`project`] does.
+
+    Args:
+        text_config (`PreTrainedConfig`): of a text model of transformers.
+
+    Returns:
+        `nn.Linear`: from `hidden_size` to `vocab_size`, with a bias if the family's has one.
+
+    Raises:
+        ValueError: if the family has no causal language model, or one that does something unknown after the last layer.
+    """
+    if type(text_config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
         raise ValueError(
-            f"`{name}` is a {type(mlp).__name__}: mixture-of-experts layers need an FFN made of `gate_proj`, `up_proj` "
-            "and `down_proj` without biases, as Llama and Qwen2 have."
+            f"transformers has no causal language model for `{text_config.model_type}`: a student needs one."
         )
-    return projections[0].out_features
+    causal_class = MODEL_FOR_CAUSAL_LM_MAPPING[type(text_config)]
+    # a new config: implementations of attention and experts were chosen for the whole student
+    small = {"num_hidden_layers": 0, "layer_types": [], "vocab_size": 8, "pad_token_id": None}
+    try:
+        config = type(text_config).from_dict({**text_config.to_dict(), **small})
+        with torch.random.fork_rng(devices=[]), torch.device("cpu"):
+            family = causal_class._from_config(config, dtype=torch.float32).eval()
+            for parameter in family.parameters():
+                parameter.normal_()
+            inputs = torch.randn(1, 2, config.hidden_size)
+            expected = family(inputs_embeds=inputs).logits
+            head = family.get_output_embeddings()
+            found = project(family.base_model(inputs_embeds=inputs).last_hidden_state, head, config)
+    except Exception as error:
+        raise ValueError(
+            f"The head of {causal_class.__name__} could not be read, so no student can have its logits: {error}"
+        ) from error
+    if not torch.allclose(found, expected, rtol=1e-4, atol=1e-4):
+        raise ValueError(
+            f"{causal_class.__name__} changes its logits after `lm_head` in a way that is not known here: a student "
+            "would not compute what it does."
+        )
+    return nn.Linear(text_config.hidden_size, text_config.vocab_size, bias=head.bias is not None)
+
+
+def _check_vision_tower(tower):
+    """LLaVA's image features are of towers that need nothing but pixels."""
+    needed = [
+        name
+        for name, parameter in inspect.signature(tower.forward).parameters.items()
+        if parameter.default is parameter.empty and parameter.kind is parameter.POSITIONAL_OR_KEYWORD
+    ]
+    if needed != ["pixel_values"] and needed:
+        raise ValueError(
+            f"The vision encoder {type(tower).__name__} needs {', '.join(needed)}: take one that needs `pixel_values` "
+            "alone, as CLIP, SigLIP and SigLIP 2 at a fixed resolution do."
+        )
 
 
 @functools.cache
@@ -134,14 +163,16 @@ def _sparse_text_model_class(text_model_class):
 
         def __init__(self, config):
             super().__init__(config)
-            if not hasattr(self, "layers"):
+            if not hasattr(self, "layers") or not hasattr(self.layers[0], "mlp"):
                 raise ValueError(
-                    f"{text_model_class.__name__} has no `layers`: mixture-of-experts layers need a language model "
-                    "whose FFNs are at `layers[i].mlp`, as those of Llama and Qwen2 are."
+                    f"{text_model_class.__name__} has no `layers[i].mlp`: mixture-of-experts layers need a language "
+                    "model whose FFNs are there, as those of Llama and Qwen2 are."
                 )
             for index in config.moe_layers:
-                size = _gated_ffn_size(self.layers[index].mlp, f"language_model.layers.{index}.mlp")
-                self.layers[index].mlp = LlavaModSparseMoeBlock(config, size)
+                layer = self.layers[index]
+                layer.mlp = LlavaModSparseMoeBlock(config, layer.mlp, f"language_model.layers.{index}.mlp")
+            conversions = getattr(layer.mlp.experts, "file_conversions", list)()
+            register_checkpoint_conversion_mapping(type(self).__name__, conversions, overwrite=True)
             self.post_init()
 
         @classmethod
@@ -152,19 +183,54 @@ def _sparse_text_model_class(text_model_class):
         @torch.no_grad()
         def _init_weights(self, module):
             super()._init_weights(module)
-            if isinstance(module, LlavaModTopKRouter):
-                initialization.normal_(module.weight, std=self.config.initializer_range)
-            elif isinstance(module, LlavaModExperts):
-                initialization.normal_(module.gate_up_proj, std=self.config.initializer_range)
-                initialization.normal_(module.down_proj, std=self.config.initializer_range)
+            init_moe_weights(module, self.config.initializer_range)
 
     SparseTextModel.__name__ = SparseTextModel.__qualname__ = f"LlavaMod{text_model_class.__name__}"
     return SparseTextModel
 
 
+def _refuse_missing(path, names):
+    if names:
+        shown = ", ".join(sorted(names)[:8]) + (", …" if len(names) > 8 else "")
+        raise ValueError(
+            f"`{path}` has {len(names)} of the model's weights not at all, in part or in another shape: {shown}. It is "
+            "cut off or of another model."
+        )
+
+
 class LlavaModPreTrainedModel(LlavaPreTrainedModel):
     config_class = LlavaModConfig
     config: LlavaModConfig
+
+    # The parent initialises what a checkpoint lacks and says so in a table: a student would answer at random.
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, *args, output_loading_info=False, **kwargs):
+        """
+        As in transformers, but a checkpoint that is cut off or lacks weights is refused.
+
+        Raises:
+            ValueError: if a file cannot be read, or weights are missing or of another shape; it names them.
+        """
+        try:
+            model, info = super().from_pretrained(
+                pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs
+            )
+        except (RuntimeError, SafetensorError) as error:
+            raise ValueError(
+                f"The weights of `{pretrained_model_name_or_path}` are cut off or of another model: {error}"
+            ) from error
+        if pretrained_model_name_or_path is not None:  # else weights were given, and whoever gave them checks
+            _refuse_missing(pretrained_model_name_or_path, info["missing_keys"])
+        return (model, info) if output_loading_info else model
+
+    # The parent's errors about other shapes, and about experts of which some are missing, name none of them.
+    @staticmethod
+    def _finalize_model_loading(model, load_config, loading_info):
+        names = set(loading_info.conversion_errors)
+        if not load_config.ignore_mismatched_sizes:
+            names |= {name for name, *_ in loading_info.mismatched_keys}
+        _refuse_missing(load_config.pretrained_model_name_or_path, names)
+        return LlavaPreTrainedModel._finalize_model_loading(model, load_config, loading_info)
 
     @classmethod
     def _can_set_experts_implementation(cls):
@@ -186,6 +252,7 @@ class LlavaModModel(LlavaModPreTrainedModel, LlavaModel):
         vision_config = config.vision_config
         vision_config._experts_implementation = None  # type: ignore[union-attr]
         self.vision_tower = AutoModel.from_config(vision_config)
+        _check_vision_tower(self.vision_tower)
         self.multi_modal_projector = LlavaMultiModalProjector(config)
         if config.moe_layers:
             text_model_class = _sparse_text_model_class(MODEL_MAPPING[type(text_config)])
@@ -193,6 +260,16 @@ class LlavaModModel(LlavaModPreTrainedModel, LlavaModel):
         else:
             self.language_model = AutoModel.from_config(text_config)
         self.post_init()
+
+    def _check_checkpointing(self, kwargs):
+        checkpoint = getattr(self.language_model, "_gradient_checkpointing_func", None)
+        reentrant = getattr(checkpoint, "keywords", {}).get("use_reentrant", False)
+        active = self.language_model.is_gradient_checkpointing and self.training and torch.is_grad_enabled()
+        if reentrant and active and kwargs.get("output_router_logits"):
+            raise ValueError(
+                "Reentrant gradient checkpointing runs the routers without a gradient, so the router's losses would "
+                "train nothing: give `gradient_checkpointing_kwargs={'use_reentrant': False}`."
+            )
 
     @can_return_tuple
     def forward(
@@ -242,6 +319,7 @@ class LlavaModModel(LlavaModPreTrainedModel, LlavaModel):
             image_mask = self.get_placeholder_mask(input_ids, inputs_embeds, image_features)
             inputs_embeds = inputs_embeds.masked_scatter(image_mask, image_features)
 
+        self._check_checkpointing(kwargs)
         outputs = self.language_model(
             attention_mask=attention_mask,
             position_ids=position_ids,
@@ -269,7 +347,7 @@ class LlavaModForConditionalGeneration(LlavaModPreTrainedModel, GenerationMixin)
         super().__init__(config)
         self.model = LlavaModModel(config)
         text_config = config.get_text_config()
-        self.lm_head = nn.Linear(text_config.hidden_size, text_config.vocab_size, bias=False)
+        self.lm_head = family_head(text_config)
         self.post_init()
 
     def get_output_embeddings(self):
@@ -302,7 +380,8 @@ class LlavaModForConditionalGeneration(LlavaModPreTrainedModel, GenerationMixin)
                 Positions to project, as in transformers: the last `n` (0: all), indices, or a boolean
                 `(batch, sequence)` mask, with which `logits` has shape `(positions, vocabulary)`.
             output_router_logits (`bool`, *optional*, defaults to the config's):
-                Return `router_logits`, and with `labels` also `aux_loss`, weighted and added to the loss.
+                Return `router_logits`, and with `labels` also `aux_loss`; it and the z-loss are weighted and added to
+                the loss.
 
         The other arguments are those of [`LlavaModModel`].
 
@@ -324,16 +403,14 @@ class LlavaModForConditionalGeneration(LlavaModPreTrainedModel, GenerationMixin)
             output_router_logits=output_router_logits,
             **kwargs,
         )
-        logits = self.lm_head(slice_logits_to_keep(outputs.last_hidden_state, logits_to_keep))
+        logits = project(slice_logits_to_keep(outputs.last_hidden_state, logits_to_keep), self.lm_head, text_config)
 
         loss = aux_loss = None
         if labels is not None:
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=text_config.vocab_size, **kwargs)
             if output_router_logits and outputs.router_logits is not None:
-                aux_loss = load_balancing_loss_func(
-                    outputs.router_logits, text_config.num_experts, text_config.num_experts_per_tok, attention_mask
-                )
-                loss = loss + text_config.router_aux_loss_coef * aux_loss
+                aux_loss, z_loss = router_losses(outputs.router_logits, text_config, attention_mask)
+                loss = loss + text_config.router_aux_loss_coef * aux_loss + text_config.router_z_loss_coef * z_loss
         return LlavaModCausalLMOutputWithPast(
             loss=loss,
             logits=logits,

@@ -15,10 +15,14 @@ from transformers import ProgressCallback, TrainerCallback
 from trl import SFTConfig, SFTTrainer
 
 from llava_mod_hf.data import DataArguments, load_rows  # noqa: F401 (the command line looks up its groups here)
+from llava_mod_hf.fitting import fit_rows
+from llava_mod_hf.grouping import GroupedBatches
 from llava_mod_hf.mimic import MimicConfig, MimicTrainer  # noqa: F401
 from llava_mod_hf.preference import PreferenceConfig, PreferenceTrainer  # noqa: F401
+from llava_mod_hf.reference import CachedReference
 from llava_mod_hf.students import build_student
 from llava_mod_hf.teacher import load_model_and_processor
+from llava_mod_hf.teacher_cache import CachedTeacher, cache_settings
 from llava_mod_hf.upcycling import PLACEMENTS, upcycle
 
 RUN_FILE = "run.json"
@@ -32,10 +36,12 @@ class StudentArguments:
     Args:
         vision_tower (`str`): CLIP- or SigLIP-like model, or a LLaVA whose encoder is taken.
         language_model (`str`): causal language model.
+        student_dtype (`str`, *optional*, defaults to `"float32"`): of its weights in memory, and in the checkpoint.
     """
 
     vision_tower: str = field(metadata={"help": "vision encoder, or a LLaVA whose encoder is taken"})
     language_model: str = field(metadata={"help": "causal language model"})
+    student_dtype: str = "float32"
 
 
 @dataclass
@@ -57,14 +63,24 @@ class DistillArguments:
 
     Args:
         student (`str`): checkpoint of the previous stage, or a LLaVA of the Hub.
-        teacher (`str`): a LLaVA that reads the same tokens and images.
+        teacher (`str`): a vision-language model of the same tokenizer; images and chat template may be its own.
         teacher_dtype (`str`, *optional*, defaults to `"float32"`): of its weights in memory.
+        teacher_quantization (`str`, *optional*):
+            `"8bit"`, `"4bit"`, or the JSON of a quantisation of transformers, with its `quant_method`.
+        teacher_device (`str`, *optional*): where its weights go, such as `cuda:1` or `auto`; by default to the student.
+        teacher_cache (`str`, *optional*):
+            Folder or Hub data set of `llava-mod cache-teacher` or, for pairs, `cache-reference`: trained from, with no
+            teacher in memory. `teacher` is then compared with what the cache was made with, as far as it is on this
+            machine.
         attn_implementation (`str`, *optional*): of both, as in transformers, such as `sdpa` or `eager`.
     """
 
     student: str = field(metadata={"help": "checkpoint of the previous stage"})
-    teacher: str = field(metadata={"help": "a LLaVA that reads the same tokens and images"})
+    teacher: str = field(metadata={"help": "a vision-language model of the same tokenizer"})
     teacher_dtype: str = "float32"
+    teacher_quantization: str | None = None
+    teacher_device: str | None = None
+    teacher_cache: str | None = None
     attn_implementation: str | None = None
 
     def load_student(self, trust_remote_code):
@@ -76,9 +92,43 @@ class DistillArguments:
         return load_model_and_processor(
             self.teacher,
             dtype=self.teacher_dtype,
+            quantization=self.teacher_quantization,
+            device=self.teacher_device,
             attn_implementation=self.attn_implementation,
             trust_remote_code=trust_remote_code,
         )
+
+
+def settings_of_cache(distill_args, args, processor, columns):
+    """What a cache of the teacher's answers has to be made with, for these arguments and the columns of the rows."""
+    completion_only = args.completion_only_loss
+    if completion_only is None:  # as the parent of the trainer decides
+        completion_only = {"prompt", "completion"} <= set(columns)
+    return {
+        "temperature": args.temperature,
+        **cache_settings(
+            distill_args.teacher,
+            processor,
+            loss_on="assistant" if args.assistant_only_loss else "completion" if completion_only else "all",
+            dtype=distill_args.teacher_dtype,
+            quantization=distill_args.teacher_quantization,
+            autocast="bf16" if args.bf16 else "fp16" if args.fp16 else None,
+            trust_remote_code=args.trust_remote_code,
+        ),
+    }
+
+
+def settings_of_reference(distill_args, args, processor):
+    """What a cache of the teacher's log-probabilities of pairs has to be made with, for these arguments."""
+    return cache_settings(
+        distill_args.teacher,
+        processor,
+        loss_on="pairs",
+        dtype=distill_args.teacher_dtype,
+        quantization=distill_args.teacher_quantization,
+        autocast="bf16" if args.bf16 else "fp16" if args.fp16 else None,
+        trust_remote_code=args.trust_remote_code,
+    )
 
 
 @dataclass
@@ -98,17 +148,22 @@ class UpcycleArguments:
     num_experts_per_tok: int = 2
 
 
-def upcycle_student(student, args, *, router_aux_loss_coef=None, seed=0):
-    """`upcycle` with the options of a recipe; the student itself if the recipe asks for no experts."""
-    if args.moe_layers is None:
-        return student
+def chosen_layers(moe_layers):
+    """`moe_layers` of a recipe as `upcycle` takes it: a placement's name, or indices."""
     # a recipe may give one value without brackets
-    layers = args.moe_layers if isinstance(args.moe_layers, list) else [args.moe_layers]
+    layers = moe_layers if isinstance(moe_layers, list) else [moe_layers]
     layers = [int(layer) if str(layer).lstrip("-").isdigit() else layer for layer in layers]
     names = [layer for layer in layers if isinstance(layer, str)]
     if names and len(layers) > 1:
         raise ValueError(f"`moe_layers` is {layers}: give one of {', '.join(PLACEMENTS)}, or indices alone.")
-    layers = names[0] if names else layers
+    return names[0] if names else layers
+
+
+def upcycle_student(student, args, *, router_aux_loss_coef=None, seed=0):
+    """`upcycle` with the options of a recipe; the student itself if the recipe asks for no experts."""
+    if args.moe_layers is None:
+        return student
+    layers = chosen_layers(args.moe_layers)
     coef = {} if router_aux_loss_coef is None else {"router_aux_loss_coef": router_aux_loss_coef}
     return upcycle(
         student,
@@ -151,33 +206,64 @@ def set_trainable(model, modules):
             part.requires_grad_(True)
 
 
+class AdaptTrainer(GroupedBatches, SFTTrainer):
+    """[`~trl.SFTTrainer`] whose `train_sampling_strategy: group_by_length` knows rows with images."""
+
+
+def fit_to_recipe(rows, processor, data_args, args):
+    """
+    [`~llava_mod_hf.fitting.fit_rows`] with the options of a recipe.
+
+    Raises:
+        ValueError: if rows are streamed without `max_steps`.
+    """
+    if data_args.streaming and args.max_steps <= 0:
+        raise ValueError("`streaming` is true, so nobody knows how many rows come: give `max_steps`.")
+    rows, _ = fit_rows(
+        rows,
+        processor,
+        max_length=args.max_length,
+        assistant_only_loss=getattr(args, "assistant_only_loss", False),  # of pairs there is no such option
+        bad_rows=data_args.bad_rows,
+        num_proc=args.dataset_num_proc,
+    )
+    return rows
+
+
 def adapt(data_args, student_args, args):
     """Adaptor initialisation: next-token cross-entropy, only the adaptor is trained (paper, stage 1)."""
     recipe = start_run(data_args, student_args, args)
-    rows = load_rows(data_args, columns=("prompt", "completion"), seed=args.seed)
+    rows = load_rows(data_args, columns=("prompt", "completion"), seed=args.seed, num_proc=args.dataset_num_proc)
     template = Path(args.chat_template_path).read_text() if args.chat_template_path else None
     args.chat_template_path = None  # read here: the parent would expect a tokenizer that has it already
     model, processor = build_student(
         student_args.vision_tower,
         student_args.language_model,
         chat_template=template,
+        dtype=student_args.student_dtype,
         trust_remote_code=args.trust_remote_code,
         seed=args.seed,
     )
+    rows = fit_to_recipe(rows, processor, data_args, args)
     set_trainable(model, args.train_modules)
-    trainer = SFTTrainer(model, args, train_dataset=rows, processing_class=processor)
+    trainer = AdaptTrainer(model, args, train_dataset=rows, processing_class=processor)
     return train_and_save(trainer, "adapt", recipe)
 
 
 def mimic(data_args, distill_args, upcycle_args, args):
     """Mimic distillation, dense-to-dense or, with `moe_layers`, dense-to-sparse (paper, stage 2)."""
     recipe = start_run(data_args, distill_args, upcycle_args, args)
-    rows = load_rows(data_args, columns=("prompt", "completion"), seed=args.seed)
+    rows = load_rows(data_args, columns=("prompt", "completion"), seed=args.seed, num_proc=args.dataset_num_proc)
     student, processor = distill_args.load_student(args.trust_remote_code)
+    rows = fit_to_recipe(rows, processor, data_args, args)
     student = upcycle_student(student, upcycle_args, router_aux_loss_coef=args.router_aux_loss_coef, seed=args.seed)
     set_trainable(student, args.train_modules)
     teacher, teacher_processor = None, None
-    if args.kl_weight:
+    if args.kl_weight and distill_args.teacher_cache:
+        expected = settings_of_cache(distill_args, args, processor, rows.column_names)
+        teacher = CachedTeacher(distill_args.teacher_cache, expected=expected)
+        teacher.check_rows(rows)
+    elif args.kl_weight:
         teacher, teacher_processor = distill_args.load_teacher(args.trust_remote_code)
     trainer = MimicTrainer(
         student,
@@ -192,12 +278,20 @@ def mimic(data_args, distill_args, upcycle_args, args):
 
 
 def prefer(data_args, distill_args, args):
-    """Preference distillation with the teacher as reference (paper, stage 3)."""
+    """Preference distillation with the teacher as reference, or the student as it was (paper, stage 3)."""
     recipe = start_run(data_args, distill_args, args)
-    rows = load_rows(data_args, columns=("prompt", "chosen", "rejected"), seed=args.seed)
+    columns = ("prompt", "chosen", "rejected")
+    rows = load_rows(data_args, columns=columns, seed=args.seed, num_proc=args.dataset_num_proc)
     student, processor = distill_args.load_student(args.trust_remote_code)
+    rows = fit_to_recipe(rows, processor, data_args, args)
     set_trainable(student, args.train_modules)
-    teacher, teacher_processor = distill_args.load_teacher(args.trust_remote_code)
+    teacher, teacher_processor = None, None
+    if args.reference == "teacher" and distill_args.teacher_cache:
+        expected = settings_of_reference(distill_args, args, processor)
+        teacher = CachedReference(distill_args.teacher_cache, expected=expected)
+        teacher.check_rows(rows)
+    elif args.reference == "teacher":
+        teacher, teacher_processor = distill_args.load_teacher(args.trust_remote_code)
     trainer = PreferenceTrainer(
         student,
         teacher,

@@ -1,43 +1,234 @@
 """A student from a pretrained vision encoder and a pretrained language model, as in the paper."""
 
+import contextlib
+import copy
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from PIL import Image
 from transformers import (
+    MODEL_MAPPING,
     AutoConfig,
     AutoImageProcessor,
-    AutoModel,
     AutoModelForCausalLM,
-    AutoModelForImageTextToText,
-    AutoProcessor,
     AutoTokenizer,
     LlavaProcessor,
 )
+from transformers.models.llava.modeling_llava import LlavaMultiModalProjector
+from transformers.utils import logging
 
 from llava_mod_hf.configuration_llava_mod import LlavaModConfig
 from llava_mod_hf.embedded import resolve
 from llava_mod_hf.modeling_llava_mod import LlavaModForConditionalGeneration
 
 IMAGE_TOKEN = "<image>"
+# where a LLaVA, a CLIP or a SigLIP keeps its vision encoder
+TOWER_PREFIX = r"^(?:(?:model\.)?vision_tower\.(?:vision_model\.)?|vision_model\.)"
 
 
-def _load_vision_tower(name, trust_remote_code):
+@dataclass(frozen=True)
+class VisionLayout:
     """
-    Vision encoder, image processor, feature layer and selection of a CLIP- or SigLIP-like model, or of a LLaVA.
+    What of a vision encoder the language model reads.
+
+    Args:
+        patch_size (`int`): side of a patch in pixels.
+        feature_layer (`int` or `list[int]`): whose hidden states are read.
+        select_strategy (`str`): `"default"` leaves the first token, the CLS, out; `"full"` reads all.
+        num_additional_tokens (`int`): tokens of the encoder that are no patches: CLS and registers.
+        num_image_tokens (`int`): features of an image, and so its placeholders.
     """
-    path = resolve(name)
-    config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
-    kwargs = {"dtype": "float32", "trust_remote_code": trust_remote_code}
-    if hasattr(config, "vision_feature_layer"):  # a LLaVA: its encoder is shared, as in the paper
-        tower = AutoModelForImageTextToText.from_pretrained(path, **kwargs).model.vision_tower
-        image_processor = AutoProcessor.from_pretrained(path, trust_remote_code=trust_remote_code).image_processor
-        return tower, image_processor, config.vision_feature_layer, config.vision_feature_select_strategy
-    model = AutoModel.from_pretrained(path, **kwargs)
-    tower = getattr(model, "vision_model", model)
-    image_processor = AutoImageProcessor.from_pretrained(path, trust_remote_code=trust_remote_code)
-    # LLaVA reads CLIP's layer −2 without its CLS token; SigLIP has none, and its last layer is read whole.
-    has_cls = hasattr(tower, "embeddings") and hasattr(tower.embeddings, "class_embedding")
-    return tower, image_processor, *((-2, "default") if has_cls else (-1, "full"))
+
+    patch_size: int
+    feature_layer: int | list[int]
+    select_strategy: str
+    num_additional_tokens: int
+    num_image_tokens: int
+
+
+def first_sentence(error):
+    """The first line of what a library says, which often goes on with a list of all that it knows."""
+    lines = str(error).strip().splitlines()
+    return lines[0].rstrip(" .:") if lines else type(error).__name__
+
+
+def load_part(role, name, load, *args, **kwargs):
+    """
+    `load(*args, **kwargs)`, where what transformers or the Hub say of a bad name is one sentence.
+
+    Raises:
+        ValueError: if the part cannot be loaded.
+    """
+    try:
+        return load(*args, **kwargs)
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        raise ValueError(f"The {role} `{name}` could not be loaded: {first_sentence(error)}.") from error
+
+
+@contextlib.contextmanager
+def _quietly():
+    """Without the report on keys that are missing or left over on purpose; the caller checks them."""
+    verbosity, progress = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if progress:
+            logging.enable_progress_bar()
+
+
+def vision_config_of(config):
+    """The config of the encoder itself, of that of a CLIP, a SigLIP, a LLaVA or of an encoder alone."""
+    return getattr(config, "vision_config", config)
+
+
+def _vision_class(vision_config, name):
+    if type(vision_config) not in MODEL_MAPPING:
+        raise ValueError(
+            f"The vision tower `{name}` is of type `{vision_config.model_type}`, which is no model of transformers: "
+            "give a CLIP, a SigLIP, a DINOv2 or a LLaVA."
+        )
+    return MODEL_MAPPING[type(vision_config)]
+
+
+def _processed_size(image_processor, name):
+    """Height and width that the image processor makes of any image."""
+    # one wide and one tall: a processor that keeps their shape is told by it
+    sizes = {
+        tuple(image_processor(images=Image.new("RGB", size), return_tensors="pt")["pixel_values"].shape[1:])
+        for size in ((96, 64), (64, 96))
+    }
+    (size, *others) = sizes
+    if others or len(size) != 3:
+        raise ValueError(
+            f"The image processor of `{name}`, {type(image_processor).__name__}, gives `pixel_values` of the shapes "
+            f"{sorted(sizes)} for a wide and a tall image: the number of image tokens must not depend on the image, so "
+            "take an encoder of fixed resolution."
+        )
+    return size[1:]
+
+
+def vision_layout(vision_config, image_size, *, name=None, feature_layer=None, select_strategy=None):
+    """
+    How the features of a vision encoder are read, found by running it on the meta device.
+
+    An encoder with a CLS token, such as CLIP and DINOv2, is read at layer −2 without it, as in LLaVA and the paper;
+    another, such as SigLIP, at its last layer. Registers, which DINOv2 may have, are read as the patches are.
+
+    Args:
+        vision_config (`PreTrainedConfig`): of the encoder.
+        image_size (`tuple[int, int]`): height and width of its images in pixels.
+        name (`str`, *optional*): what an error calls it.
+        feature_layer (`int` or `list[int]`, *optional*): by default as above.
+        select_strategy (`str`, *optional*): `"default"` or `"full"`; by default as above.
+
+    Returns:
+        [`VisionLayout`].
+
+    Raises:
+        ValueError: if the encoder does not give one row of features per patch of such images.
+    """
+    name = name or vision_config.model_type
+    tower_class = _vision_class(vision_config, name)
+    described = f"The vision encoder {tower_class.__name__} of `{name}`"
+    try:
+        with torch.device("meta"), torch.no_grad():
+            tower = tower_class._from_config(copy.deepcopy(vision_config))
+            output = tower(pixel_values=torch.empty(2, 3, *image_size), output_hidden_states=True)
+        hidden_states = output.hidden_states
+    except (TypeError, ValueError, RuntimeError, AttributeError, NotImplementedError) as error:
+        raise ValueError(
+            f"{described} does not read the images of {image_size[0]}×{image_size[1]} pixels that its image processor "
+            f"gives ({first_sentence(error)}): take an encoder of fixed resolution, with its own processor."
+        ) from error
+    patch_size = getattr(vision_config, "patch_size", None)
+    if isinstance(patch_size, (list, tuple)) and len(set(patch_size)) == 1:
+        (patch_size,) = set(patch_size)
+    if not isinstance(patch_size, int):
+        raise ValueError(f"{described} has the `patch_size` {patch_size}: LLaVA's processor needs square patches.")
+
+    num_patches = (image_size[0] // patch_size) * (image_size[1] // patch_size)
+    shape = tuple(hidden_states[-1].shape) if hidden_states else None
+    if shape is None or len(shape) != 3 or shape[0] != 2 or shape[1] < num_patches:
+        raise ValueError(
+            f"{described} gives features of shape {shape} for 2 images of {num_patches} patches: LLaVA needs one that "
+            "keeps a row of features for each patch, such as CLIP, SigLIP or DINOv2."
+        )
+    additional = shape[1] - num_patches
+    if feature_layer is None:
+        feature_layer = -2 if additional else -1
+    for layer in feature_layer if isinstance(feature_layer, (list, tuple)) else [feature_layer]:
+        if not -len(hidden_states) <= layer < len(hidden_states):
+            raise ValueError(
+                f"`vision_feature_layer` is {feature_layer}, and {described[0].lower()}{described[1:]} has "
+                f"{len(hidden_states)} hidden states: give one from {-len(hidden_states)} to {len(hidden_states) - 1}."
+            )
+    select_strategy = select_strategy or ("default" if additional else "full")
+    return VisionLayout(
+        patch_size=patch_size,
+        feature_layer=feature_layer,
+        select_strategy=select_strategy,
+        num_additional_tokens=additional,
+        num_image_tokens=shape[1] - (select_strategy == "default"),
+    )
+
+
+def load_vision_layout(config, path, *, name, vision_feature_layer=None, trust_remote_code=False):
+    """
+    Image processor and [`VisionLayout`] of a vision tower; without an image processor in the folder, the config's size.
+
+    Returns:
+        `tuple[BaseImageProcessor or None, VisionLayout]`.
+    """
+    vision_config = vision_config_of(config)
+    try:
+        image_processor = AutoImageProcessor.from_pretrained(path, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError) as error:
+        image_size = getattr(vision_config, "image_size", None)
+        if not isinstance(image_size, int):
+            raise ValueError(
+                f"The vision tower `{name}` has no image processor ({first_sentence(error)}), and its config no single "
+                "`image_size`: give a folder with a `preprocessor_config.json`."
+            ) from error
+        image_processor, size = None, (image_size, image_size)
+    else:
+        size = _processed_size(image_processor, name)
+    # a LLaVA's encoder is read as that LLaVA reads it: the paper's student sees what its teacher sees
+    feature_layer = vision_feature_layer if vision_feature_layer is not None else _of_llava(config, "feature_layer")
+    strategy = _of_llava(config, "feature_select_strategy")
+    return image_processor, vision_layout(
+        vision_config, size, name=name, feature_layer=feature_layer, select_strategy=strategy
+    )
+
+
+def _of_llava(config, field):
+    return getattr(config, f"vision_{field}", None)
+
+
+def load_tower(config, path, name, dtype):
+    """The encoder alone, of which a LLaVA's or a CLIP's other weights are never read."""
+    vision_config = vision_config_of(config)
+    with _quietly():
+        tower, info = load_part(
+            "vision tower",
+            name,
+            _vision_class(vision_config, name).from_pretrained,
+            path,
+            config=vision_config,
+            dtype=dtype,
+            key_mapping=None if vision_config is config else {TOWER_PREFIX: ""},
+            output_loading_info=True,
+        )
+    missing = info["missing_keys"]
+    if missing:
+        raise ValueError(
+            f"The vision tower `{name}` lacks {len(missing)} weights of {type(tower).__name__}, among them "
+            f"`{min(missing)}`: give a whole checkpoint."
+        )
+    return tower
 
 
 def _check_chat_template(tokenizer, name):
@@ -56,72 +247,167 @@ def _check_chat_template(tokenizer, name):
         )
 
 
-def build_student(vision_tower, language_model, *, tokenizer=None, chat_template=None, trust_remote_code=False, seed=0):
+def _prepare_tokenizer(tokenizer, language_model, name, chat_template):
+    """The tokenizer with an `<image>` token and a template that writes it, and a row of embeddings for each token."""
+    rows = language_model.get_input_embeddings().num_embeddings
+    if len(tokenizer) > rows:
+        raise ValueError(
+            f"The tokenizer of `{name}` has {len(tokenizer)} tokens and its embeddings have {rows} rows: take the "
+            "tokenizer that the language model was trained with."
+        )
+    tokenizer.chat_template = chat_template or tokenizer.chat_template
+    if IMAGE_TOKEN not in tokenizer.get_vocab():
+        tokenizer.add_special_tokens({"additional_special_tokens": [IMAGE_TOKEN]}, replace_extra_special_tokens=False)
+    _check_chat_template(tokenizer, name)
+    if len(tokenizer) > rows:
+        with _quietly():
+            language_model.resize_token_embeddings(len(tokenizer))
+
+
+def _load_language_model(language_model, tokenizer, dtype, trust_remote_code):
+    """The language model, its tokenizer and what an error calls it; what is given already is copied."""
+    if not isinstance(language_model, str):
+        name = type(language_model).__name__
+        if tokenizer is None:
+            raise ValueError(f"The {name} was given without a tokenizer: give `tokenizer` as well.")
+        return copy.deepcopy(language_model).to(getattr(torch, dtype)), copy.deepcopy(tokenizer), name
+    path, remote = resolve(language_model), {"trust_remote_code": trust_remote_code}
+    config = load_part("language model", language_model, AutoConfig.from_pretrained, path, **remote)
+    loaded = load_part(
+        "language model",
+        language_model,
+        AutoModelForCausalLM.from_pretrained,
+        path,
+        config=config,
+        dtype=dtype,
+        **remote,
+    )
+    if tokenizer is None:
+        tokenizer = load_part("tokenizer of", language_model, AutoTokenizer.from_pretrained, path, **remote)
+    return loaded, copy.deepcopy(tokenizer), language_model
+
+
+def _new_adaptor(config):
+    """The adaptor with the weights that the student's class draws for new ones."""
+    with torch.device("meta"):
+        student = LlavaModForConditionalGeneration._from_config(config)
+    adaptor = LlavaMultiModalProjector(config)
+    for module in adaptor.modules():
+        student._init_weights(module)
+    return adaptor
+
+
+def _assemble(config, tower, language_model, dtype):
+    """The student with the weights of both parts, which are not copied, and a new adaptor."""
+    parts = {
+        "model.vision_tower.": tower,
+        "model.multi_modal_projector.": _new_adaptor(config).to(getattr(torch, dtype)),
+        "model.language_model.": language_model.base_model,
+        "lm_head.": language_model.get_output_embeddings(),
+    }
+    weights = {prefix + key: value for prefix, part in parts.items() for key, value in part.state_dict().items()}
+    with _quietly():
+        # on the meta device first, then the given tensors take their places
+        model, info = LlavaModForConditionalGeneration.from_pretrained(
+            None, config=config, state_dict=weights, dtype=dtype, output_loading_info=True
+        )
+    if info["missing_keys"] or info["unexpected_keys"]:
+        raise ValueError(
+            f"{type(language_model).__name__} cannot become a student: weights without a place are "
+            f"{sorted(info['unexpected_keys'])[:3]}, and places without weights {sorted(info['missing_keys'])[:3]}."
+        )
+    return model
+
+
+def student_config(vision_config, text_config, layout, **fields):
+    """[`LlavaModConfig`] of a vision encoder and a language model; `fields` are further ones of it."""
+    return LlavaModConfig(
+        vision_config=vision_config,
+        text_config=text_config,
+        image_seq_length=layout.num_image_tokens,
+        vision_feature_layer=layout.feature_layer,
+        vision_feature_select_strategy=layout.select_strategy,
+        **fields,
+    )
+
+
+def build_student(
+    vision_tower,
+    language_model,
+    *,
+    tokenizer=None,
+    chat_template=None,
+    vision_feature_layer=None,
+    dtype="float32",
+    trust_remote_code=False,
+    seed=0,
+):
     """
     A dense student: the given vision encoder and language model, and a new adaptor between them.
 
+    Each weight is in memory once: it is read from its file in the wanted precision and then taken over, not copied.
+
     Args:
         vision_tower (`str`):
-            Hub name, folder or `embedded:…` name of a CLIP- or SigLIP-like model, or of a LLaVA whose encoder is taken.
+            Hub name, folder or `embedded:…` name of a CLIP, SigLIP (SigLIP 2 of fixed resolution too), DINOv2 or
+            another encoder with a row of features per patch, or of a LLaVA whose encoder is taken.
         language_model (`str` or `PreTrainedModel`):
-            Hub name, folder or `embedded:…` name of a causal language model, or the model itself.
+            Hub name, folder or `embedded:…` name of a causal language model, or the model itself, left unchanged.
         tokenizer (`PreTrainedTokenizerBase`, *optional*):
-            Its tokenizer; by default loaded from where the language model is. An `<image>` token is added if missing.
+            Its tokenizer; by default loaded from where the language model is. The student's copy has `<image>`.
         chat_template (`str`, *optional*):
             Jinja template that writes `<image>` for an image; by default the tokenizer's.
+        vision_feature_layer (`int` or `list[int]`, *optional*):
+            Which hidden states of the encoder are read; by default a LLaVA's own, else see [`vision_layout`].
+        dtype (`str`, *optional*, defaults to `"float32"`):
+            Of all weights, such as `"bfloat16"`.
         trust_remote_code (`bool`, *optional*, defaults to `False`):
             Whether code from those repositories may run.
         seed (`int`, *optional*, defaults to 0):
-            Of the adaptor's weights.
+            Of the new weights: the adaptor's, and an added token's.
 
     Returns:
         `tuple[LlavaModForConditionalGeneration, LlavaProcessor]`.
 
     Raises:
-        ValueError: if the chat template cannot render an image.
+        ValueError: if a part cannot be loaded, the encoder does not give one row of features per patch, the tokenizer
+            has more tokens than the language model, or the chat template cannot render an image.
     """
-    tower, image_processor, feature_layer, select_strategy = _load_vision_tower(vision_tower, trust_remote_code)
-    name = language_model if isinstance(language_model, str) else type(language_model).__name__
-    if isinstance(language_model, str):
-        path = resolve(language_model)
-        language_model = AutoModelForCausalLM.from_pretrained(
-            path, dtype="float32", trust_remote_code=trust_remote_code
-        )
-        tokenizer = tokenizer or AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
-
-    tokenizer.chat_template = chat_template or tokenizer.chat_template
-    if IMAGE_TOKEN not in tokenizer.get_vocab():
-        tokenizer.add_special_tokens({"additional_special_tokens": [IMAGE_TOKEN]}, replace_extra_special_tokens=False)
-    _check_chat_template(tokenizer, name)
-    if len(tokenizer) > language_model.config.vocab_size:
-        language_model.resize_token_embeddings(len(tokenizer))
-
-    for part in (tower, language_model):
-        if Path(part.config.name_or_path).exists():
-            part.config.name_or_path = ""  # it is saved with the student, and is a folder of this machine
-    patch_size, image_size = tower.config.patch_size, tower.config.image_size
-    config = LlavaModConfig(
-        vision_config=tower.config,
-        text_config=language_model.config,
-        image_token_index=tokenizer.convert_tokens_to_ids(IMAGE_TOKEN),
-        image_seq_length=(image_size // patch_size) ** 2,
-        vision_feature_layer=feature_layer,
-        vision_feature_select_strategy=select_strategy,
+    if not isinstance(getattr(torch, str(dtype), None), torch.dtype):
+        raise ValueError(f"`dtype` is {dtype!r}: give a floating-point type of torch, such as float32 or bfloat16.")
+    path, remote = resolve(vision_tower), {"trust_remote_code": trust_remote_code}
+    tower_config = load_part("vision tower", vision_tower, AutoConfig.from_pretrained, path, **remote)
+    image_processor, layout = load_vision_layout(
+        tower_config, path, name=vision_tower, vision_feature_layer=vision_feature_layer, **remote
     )
+    if image_processor is None:
+        raise ValueError(f"The vision tower `{vision_tower}` has no image processor: save it beside the weights.")
+    language_model, tokenizer, name = _load_language_model(language_model, tokenizer, dtype, trust_remote_code)
+    if language_model.get_output_embeddings() is None:
+        raise ValueError(f"`{name}` is a {type(language_model).__name__} without an output head: give a causal one.")
+    tower = load_tower(tower_config, path, vision_tower, dtype)
+
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        model = LlavaModForConditionalGeneration(config)
-    model.model.vision_tower.load_state_dict(tower.state_dict())
-    model.model.language_model.load_state_dict(language_model.base_model.state_dict())
-    model.lm_head.load_state_dict(language_model.get_output_embeddings().state_dict())
+        _prepare_tokenizer(tokenizer, language_model, name, chat_template)
+        for part in (tower, language_model):
+            if Path(part.config.name_or_path).exists():
+                part.config.name_or_path = ""  # it is saved with the student, and is a folder of this machine
+        config = student_config(
+            tower.config,
+            language_model.config,
+            layout,
+            image_token_index=tokenizer.convert_tokens_to_ids(IMAGE_TOKEN),
+        )
+        model = _assemble(config, tower, language_model, dtype)
     model.generation_config.eos_token_id = tokenizer.eos_token_id
     model.generation_config.pad_token_id = tokenizer.pad_token_id
     processor = LlavaProcessor(
         image_processor=image_processor,
         tokenizer=tokenizer,
-        patch_size=patch_size,
-        vision_feature_select_strategy=select_strategy,
-        num_additional_image_tokens=int(select_strategy == "default"),
+        patch_size=layout.patch_size,
+        vision_feature_select_strategy=layout.select_strategy,
+        num_additional_image_tokens=layout.num_additional_tokens,
         chat_template=tokenizer.chat_template,
         image_token=IMAGE_TOKEN,
     )

@@ -35,8 +35,57 @@ def moe_layer_indices(layers, num_layers):
     return sorted(layers)
 
 
+def sparse_config(model, **moe_fields):
+    """The config of a sparse student with the given mixture-of-experts fields, from a dense LLaVA's."""
+    known = LlavaModConfig.known_fields() - {"architectures"}
+    values = {name: value for name, value in model.config.to_dict().items() if name in known}
+    return LlavaModConfig(**values, **moe_fields)
+
+
+def _expert_weights(block, prefix, weights):
+    """The block's parameters that the dense FFN determines: identical experts, or the one that they share."""
+    dense = {name: weights.pop(name) for name in list(weights) if name.startswith(prefix)}
+    block_weights = {}
+    if hasattr(block.experts, "shared"):
+        block_weights |= {name.replace(prefix, f"{prefix}experts.shared."): value for name, value in dense.items()}
+    else:
+        for packed, parts in block.experts.sources(prefix).items():
+            stacked = torch.cat([dense[part] for part in parts])
+            block_weights[f"{prefix}experts.{packed}"] = stacked.expand(block.experts.num_experts, *stacked.shape)
+    if hasattr(block, "residual_mlp"):
+        block_weights |= {name.replace(prefix, f"{prefix}residual_mlp."): value for name, value in dense.items()}
+    return block_weights
+
+
+def _check_block(block, mlp, name):
+    """The experts are read from the FFN's parts: what it does between them shows in its output alone."""
+    parameter = next(mlp.parameters())
+    generator = torch.Generator().manual_seed(0)
+    probe = torch.randn(4, block.gate.weight.shape[1], generator=generator).to(parameter.device, parameter.dtype)
+    training, (found, expected) = mlp.training, (block.eval()(probe), mlp.eval()(probe))
+    mlp.train(training)
+    tolerance = max(1e-4, 10 * torch.finfo(parameter.dtype).eps) * expected.abs().max()
+    if (found - expected).abs().max() > tolerance:
+        raise ValueError(
+            f"`{name}` is a {type(mlp).__name__} that does more than its linear layers and its activation: experts "
+            "cannot take its place."
+        )
+
+
 @torch.no_grad()
-def upcycle(model, *, layers="alternate", num_experts=4, num_experts_per_tok=2, router_aux_loss_coef=0.01, seed=0):
+def upcycle(
+    model,
+    *,
+    layers="alternate",
+    num_experts=4,
+    num_experts_per_tok=2,
+    expert_rank=None,
+    use_residual=False,
+    router_aux_loss_coef=0.01,
+    router_aux_loss_type="switch",
+    router_z_loss_coef=0.0,
+    seed=0,
+):
     """
     A sparse student whose experts are all copies of the dense FFN (Komatsuzaki et al., 2023; paper, section 3.1).
 
@@ -49,50 +98,59 @@ def upcycle(model, *, layers="alternate", num_experts=4, num_experts_per_tok=2, 
             Which layers: `"alternate"` (0, 2, 4, …; the paper's), `"all"`, `"first_half"`, `"second_half"`, or indices.
         num_experts (`int`, *optional*, defaults to 4): experts per layer (paper, table 1).
         num_experts_per_tok (`int`, *optional*, defaults to 2): experts per token (paper, table 1).
+        expert_rank (`int`, *optional*):
+            The experts share the dense FFN and differ from it by matrices of this rank; by default they are whole FFNs.
+        use_residual (`bool`, *optional*, defaults to `False`): keep the dense FFN beside the experts.
         router_aux_loss_coef (`float`, *optional*, defaults to 0.01): the authors' scripts'.
-        seed (`int`, *optional*, defaults to 0): of the new routers, the only new weights.
+        router_aux_loss_type (`str`, *optional*, defaults to `"switch"`): `"switch"` (the authors') or `"pooled"`.
+        router_z_loss_coef (`float`, *optional*, defaults to 0.0): the authors have none.
+        seed (`int`, *optional*, defaults to 0): of the new weights: routers, low-rank differences, residual weights.
 
     Returns:
         `LlavaModForConditionalGeneration`: a new model, on the same device and of the same dtype.
 
     Raises:
         ValueError: if the model is sparse already, `layers` selects nothing or an index out of range, there are fewer
-            experts than `num_experts_per_tok`, or an FFN is not a gated one without biases.
+            experts than `num_experts_per_tok`, `expert_rank` is below 1, or an FFN is one that experts cannot
+            reproduce.
     """
     if getattr(model.config.get_text_config(), "moe_layers", []):
         raise ValueError(
             f"The model is sparse already, in layers {model.config.get_text_config().moe_layers}: upcycle a dense one."
         )
-    config_values = copy.deepcopy(model.config).to_dict()
-    for name in ("model_type", "architectures", "auto_map"):
-        config_values.pop(name, None)
-    config = LlavaModConfig(
-        **config_values,
+    config = sparse_config(
+        model,
         moe_layers=moe_layer_indices(layers, model.config.get_text_config().num_hidden_layers),
         num_experts=num_experts,
         num_experts_per_tok=num_experts_per_tok,
+        expert_rank=expert_rank,
+        use_residual=use_residual,
         router_aux_loss_coef=router_aux_loss_coef,
+        router_aux_loss_type=router_aux_loss_type,
+        router_z_loss_coef=router_z_loss_coef,
     )
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        # with the input's attention, which a config does not store
-        sparse = LlavaModForConditionalGeneration._from_config(
-            config, attn_implementation=model.config._attn_implementation
-        )
+        # with the input's attention, which a config does not store, and which Gemma 2 has another of than its tower
+        parts = {"": model.config, "text_config": model.config.text_config, "vision_config": model.config.vision_config}
+        attention = {name: part._attn_implementation for name, part in parts.items()}
+        sparse = LlavaModForConditionalGeneration._from_config(config, attn_implementation=attention)
 
     weights = dict(model.state_dict())
+    new_weights = sparse.state_dict()
     for index in config.moe_layers:
-        prefix = f"model.language_model.layers.{index}.mlp"
-        gate, up, down = (weights.pop(f"{prefix}.{part}_proj.weight") for part in ("gate", "up", "down"))
-        weights[f"{prefix}.experts.gate_up_proj"] = torch.cat([gate, up]).expand(num_experts, -1, -1)
-        weights[f"{prefix}.experts.down_proj"] = down.expand(num_experts, -1, -1)
-        weights[f"{prefix}.gate.weight"] = sparse.get_parameter(f"{prefix}.gate.weight")
+        path = f"model.language_model.layers.{index}.mlp"
+        weights |= _expert_weights(sparse.get_submodule(path), f"{path}.", weights)
+        # what the dense FFN does not determine stays as it was drawn
+        weights = {name: value for name, value in new_weights.items() if name.startswith(f"{path}.")} | weights
     sparse.load_state_dict(weights)
     sparse.generation_config = copy.deepcopy(model.generation_config)
-    sparse.train(model.training)
     sparse.to(device=model.device, dtype=model.dtype)
     # `to` rounds the rotary frequencies too, which a model loaded in bfloat16 has in float32
     buffers = dict(model.named_buffers())
     for name, buffer in sparse.named_buffers():
         buffer.data = buffers[name].detach().clone()
-    return sparse
+    for index in config.moe_layers:
+        path = f"model.language_model.layers.{index}.mlp"
+        _check_block(sparse.get_submodule(path), model.get_submodule(path), path)
+    return sparse.train(model.training)

@@ -1,0 +1,196 @@
+"""
+Tokens per second of a dense-to-sparse step: forward and backward pass of one batch, without the optimiser.
+
+    python benchmarks/mimic_step.py --size tiny
+    python benchmarks/mimic_step.py --size qwen2-0.5b [--layers 24]
+
+One student, four ways, taken in turns in one process; medians:
+
+- `live`: `MimicTrainer` with the teacher in memory;
+- `cached`: `MimicTrainer` with the teacher's 32 most likely tokens, which `llava-mod cache-teacher` would have read;
+- `authors`: full logits of student and teacher at all positions, experts one after the other, both vision towers run;
+- `sft`: no teacher; the student's cross-entropy at the supervised positions.
+
+`tiny` is a batch of `recipes/tiny/3_mimic_sparse.yaml`. `qwen2-0.5b` has random weights of Qwen2-0.5B's sizes behind
+CLIP-L/14-336, four experts in every second layer and a teacher of twice the width; one row of 704 tokens, 576 of them
+an image's, 64 supervised. Collation is not part of the time.
+"""
+
+import argparse
+import json
+import statistics
+import time
+
+import torch
+from torch.nn import functional as F
+from transformers import CLIPVisionConfig, Qwen2Config
+
+from llava_mod_hf import LlavaModConfig, LlavaModForConditionalGeneration, MimicConfig, MimicTrainer, embedded
+from llava_mod_hf.losses import TopKRows, router_aux_loss, shift_for_next_token
+from llava_mod_hf.stages import set_trainable
+from llava_mod_hf.students import build_student
+from llava_mod_hf.teacher import load_model_and_processor
+from llava_mod_hf.teacher_cache import top_k_log_probs
+from llava_mod_hf.upcycling import upcycle
+
+TEACHER = "embedded:tiny-teacher"
+CONTENDERS = ("live", "cached", "authors", "sft")
+
+
+def tiny_models(args):
+    """The embedded teacher and a student as the recipe makes it, and a batch of its rows."""
+    teacher, processor = load_model_and_processor(TEACHER, attn_implementation="eager")
+    student, _ = build_student(TEACHER, "embedded:tiny-student-lm")
+    student.set_attn_implementation("eager")
+    return upcycle(student), teacher, processor, None
+
+
+def qwen_models(args):
+    """Random weights of the real shapes."""
+    vision = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16}
+    vision_config = CLIPVisionConfig(**vision, image_size=336, patch_size=14, projection_dim=768)
+
+    def model(width, **experts):
+        text_config = Qwen2Config(
+            vocab_size=151936,
+            hidden_size=896 * width,
+            intermediate_size=4864 * width,
+            num_hidden_layers=args.layers,
+            num_attention_heads=14 * width,
+            num_key_value_heads=2 * width,
+            tie_word_embeddings=True,
+        )
+        config = LlavaModConfig(
+            vision_config=vision_config, text_config=text_config, image_token_index=1, image_seq_length=576, **experts
+        )
+        return LlavaModForConditionalGeneration(config)
+
+    student = model(1, moe_layers=list(range(0, args.layers, 2)), num_experts=4, num_experts_per_tok=2)
+    teacher = model(2)
+    teacher.model.vision_tower.load_state_dict(student.model.vision_tower.state_dict())
+    ids = torch.randint(2, 300, (1, 704))
+    ids[:, 10:586] = 1
+    labels = torch.where(torch.arange(704) >= 640, ids, -100)
+    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}
+    batch["pixel_values"] = torch.randn(1, 3, 336, 336)
+    return student, teacher, load_model_and_processor(TEACHER)[1], batch
+
+
+class Remembered:
+    """A cached teacher whose rows are in memory."""
+
+    shared_vocab_size = None
+
+    def __init__(self, rows):
+        self.rows_ = rows
+
+    def rows(self, student_inputs, own_inputs, labels):
+        return self.rows_
+
+
+def authors_step(student, teacher, batch, aux_coef, autocast):
+    """The same step as the authors' code does it."""
+    batch = dict(batch)
+    labels = batch.pop("labels")
+    with autocast():
+        # around the head that TRL puts in the place of `forward`
+        outputs = type(student).forward(student, **batch, output_router_logits=True, use_cache=False)
+        with torch.no_grad():
+            teacher_logits = teacher(**batch, use_cache=False).logits
+    logits = outputs.logits.float()
+    soft_targets = F.softmax(teacher_logits.float(), dim=-1)
+    cross_entropy = -(soft_targets * F.log_softmax(logits, dim=-1)).sum(-1)
+    mask = labels != -100
+    kl = (cross_entropy * mask).sum() / mask.sum()
+    lm = F.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), ignore_index=-100)
+    config = student.config.get_text_config()
+    aux = router_aux_loss(
+        outputs.router_logits, num_experts=config.num_experts, num_experts_per_tok=config.num_experts_per_tok
+    )
+    (kl + lm + aux_coef * aux).backward()
+
+
+def contenders(args):
+    """`{name: function of no arguments}`, each of which does one step."""
+    student, teacher, processor, batch = {"tiny": tiny_models, "qwen2-0.5b": qwen_models}[args.size](args)
+    set_trainable(student, None)
+    rows = embedded.load("mixture", "train").select(range(64))
+    config = MimicConfig(
+        "unused", lm_weight=1.0, use_cpu=True, bf16=args.size == "tiny", gradient_checkpointing=False, report_to="none"
+    )
+    tower = teacher.model.vision_tower
+    trainer = MimicTrainer(student, teacher, config, train_dataset=rows, processing_class=processor)
+    trainer.current_gradient_accumulation_steps = 1
+    (live,) = trainer.teachers
+    shared_tower = teacher.model.vision_tower
+    if batch is None:
+        batch = dict(trainer.data_collator([rows[i] for i in range(64)]))
+        batch = {name: value for name, value in batch.items() if torch.is_tensor(value)}
+    _, targets = shift_for_next_token(batch["labels"])
+    inputs = {name: value for name, value in batch.items() if name != "labels"}
+    with torch.no_grad():
+        answers = live.rows(inputs, {}, batch["labels"])
+        index, log_probs = top_k_log_probs(answers, 32, 1.0)
+    remembered = Remembered(TopKRows(index, log_probs))
+
+    def step(teachers, kl_weight):
+        trainer.teachers, trainer.teacher_weights, trainer.args.kl_weight = teachers, [1.0] * len(teachers), kl_weight
+        trainer.training_step(student, dict(batch), torch.tensor(len(targets)))
+
+    def authors():
+        default = student.config.get_text_config()._experts_implementation
+        student.set_experts_implementation("eager")
+        teacher.model.vision_tower = tower
+        authors_step(student, teacher, batch, trainer.router_aux_loss_coef, trainer.accelerator.autocast)
+        teacher.model.vision_tower = shared_tower
+        student.set_experts_implementation(default)
+
+    steps = {
+        "live": lambda: step([live], 1.0),
+        "cached": lambda: step([remembered], 1.0),
+        "authors": authors,
+        "sft": lambda: step([], 0.0),
+    }
+    return steps, student, batch["attention_mask"].sum().item()
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--size", choices=["tiny", "qwen2-0.5b"], default="tiny")
+    parser.add_argument("--layers", type=int, default=24, help="of both language models; with --size qwen2-0.5b")
+    parser.add_argument("--repeats", type=int, default=None, help="of each way; 15 for tiny, else 3")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--json", action="store_true")
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    torch.manual_seed(0)
+    steps, student, tokens = contenders(args)
+    seconds = {name: [] for name in steps}
+    for _ in range((args.repeats or (15 if args.size == "tiny" else 3)) + 1):
+        for name, step in steps.items():
+            student.zero_grad()
+            start = time.perf_counter()
+            step()
+            seconds[name].append(time.perf_counter() - start)
+    medians = {name: statistics.median(times[1:]) for name, times in seconds.items()}  # the first warms up
+    result = {
+        name: {
+            "seconds": round(value, 4),
+            "tokens_per_second": round(tokens / value, 1),
+            "speed_over_authors": round(medians["authors"] / value, 3),
+            "time_over_sft": round(value / medians["sft"], 3),
+        }
+        for name, value in medians.items()
+    }
+    if args.json:
+        print(json.dumps({"size": args.size, "tokens": tokens, **result}))
+        return
+    print(f"{args.size}: {tokens} tokens a step, {args.threads} threads")
+    print(f"{'':8} {'seconds':>9} {'tokens/s':>9} {'speed/authors':>14} {'time/sft':>9}")
+    for name, values in result.items():
+        numbers = values["seconds"], values["tokens_per_second"], values["speed_over_authors"], values["time_over_sft"]
+        print("{:8} {:9.3f} {:9.1f} {:14.2f} {:9.2f}".format(name, *numbers))
+
+
+if __name__ == "__main__":
+    main()

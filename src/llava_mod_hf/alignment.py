@@ -1,0 +1,68 @@
+"""Which tokens of a response two chat templates have in common: the positions that a teacher can speak about."""
+
+import itertools
+from collections import Counter
+
+import torch
+from torch.nn import functional as F
+
+
+def align_response(ours, theirs):
+    """
+    Which tokens of a response stand at the same place of the text for both templates.
+
+    A template may put a space before the answer, or end the turn in its own way. The shift in characters that most
+    tokens agree upon is taken; tokens that then differ, or are cut differently, have no counterpart.
+
+    Args:
+        ours, theirs (`list[str]`): the tokens of one response, as the tokenizer spells them.
+
+    Returns:
+        `list[tuple[int, int]]`: places in `ours` and in `theirs`, in order.
+    """
+    starts, their_starts = ([0, *itertools.accumulate(map(len, tokens))] for tokens in (ours, theirs))
+    places: dict[str, list[int]] = {}
+    for place, token in enumerate(theirs):
+        places.setdefault(token, []).append(place)
+    shifts = Counter(starts[i] - their_starts[j] for i, token in enumerate(ours) for j in places.get(token, ()))
+    if not shifts:
+        return []
+    # a word that is repeated agrees with itself upon several: the smallest is the template's
+    shift = min(shifts, key=lambda value: (-shifts[value], abs(value)))
+    at = {start + shift: j for j, start in enumerate(their_starts[:-1])}
+    return [(i, j) for i, token in enumerate(ours) if (j := at.get(starts[i])) is not None and theirs[j] == token]
+
+
+def align_labels(labels, their_labels, tokenizer):
+    """
+    The positions that predict the same token of the same response, for the student and for the teacher.
+
+    Args:
+        labels (`torch.LongTensor` of shape `(batch, sequence)`): the student's, unshifted; −100 is not supervised.
+        their_labels (`torch.LongTensor` of shape `(batch, teacher sequence)`): the teacher's of the same rows.
+        tokenizer (`PreTrainedTokenizerBase`): what both are made by.
+
+    Returns:
+        `tuple[torch.BoolTensor, torch.BoolTensor]`: of the shapes of `labels` and `their_labels`, with equally many
+        marked positions, in the same order. A row with another number of responses has none.
+    """
+    aligned, keep = (torch.zeros_like(values, dtype=torch.bool) for values in (labels, their_labels))
+    for row in range(len(labels)):
+        runs, their_runs = _responses(labels[row]), _responses(their_labels[row])
+        if len(runs) != len(their_runs):
+            continue
+        for (start, ids), (their_start, their_ids) in zip(runs, their_runs, strict=True):
+            pairs = align_response(tokenizer.convert_ids_to_tokens(ids), tokenizer.convert_ids_to_tokens(their_ids))
+            for i, j in pairs:
+                # the position before a token predicts it; nothing predicts the first of a sequence
+                if start + i and their_start + j:
+                    aligned[row, start + i - 1] = True
+                    keep[row, their_start + j - 1] = True
+    return aligned, keep
+
+
+def _responses(labels):
+    """`(start, token ids)` of each run of supervised positions of a row."""
+    edges = F.pad((labels != -100).int(), (1, 1)).diff()
+    starts, ends = ((edges == value).nonzero().flatten().tolist() for value in (1, -1))
+    return [(start, labels[start:end].tolist()) for start, end in zip(starts, ends, strict=True)]

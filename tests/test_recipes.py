@@ -1,0 +1,296 @@
+"""The recipes of published students: each parses, and each README's commands train small models of the same classes."""
+
+import importlib
+import itertools
+import json
+import os
+import re
+import runpy
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from accelerate.commands.config.config_args import load_config_from_file
+from datasets import Dataset, Features, Value
+from datasets import Image as ImageFeature
+from PIL import Image
+from published_models import PUBLISHED, published_config, save_small, without_video
+from safetensors.torch import load_file
+from transformers import AutoConfig
+
+from llava_mod_hf import recipes
+from llava_mod_hf.cli import COMMANDS, main
+
+ROOT = Path(__file__).parents[1]
+RECIPES = ["qwen2-0.5b", "qwen2-1.5b", "qwen3-0.6b"]
+STAGES = {"1_adapt": "adapt", "2_mimic_dense": "mimic", "3_mimic_sparse": "mimic", "4_prefer": "prefer"}
+DATA = {
+    "1_adapt": "captions.json",
+    "2_mimic_dense": "conversations.json",
+    "3_mimic_sparse": "conversations.json",
+    "4_prefer": "rlaif-v.parquet",
+}
+ACCELERATE = {"single_gpu": "NO", "ddp": "MULTI_GPU", "fsdp2": "FSDP", "zero2": "DEEPSPEED", "zero3": "DEEPSPEED"}
+LAUNCHER = ["-m", "llava_mod_hf.cli"]
+# What a machine for tests lacks: a GPU and time
+SHORT = {
+    "max_steps": 2,
+    "per_device_train_batch_size": 2,
+    "gradient_accumulation_steps": 1,
+    "dataloader_num_workers": 0,
+    "logging_steps": 1,
+    "use_cpu": True,
+}
+WORDS = ["a red circle.", "two blue squares and a dog.", "no, there is none.", "is there a dog?", "describe it."]
+
+
+def commands(recipe):
+    """The launch commands of a README, split into accelerate's part and that of `llava-mod`."""
+    text = (ROOT / "recipes" / recipe / "README.md").read_text()
+    blocks = "".join(re.findall(r"```bash\n(.*?)```", text, re.DOTALL)).replace("\\\n", " ")
+    found = {}
+    for line in blocks.splitlines():
+        words = shlex.split(line, comments=True)
+        if words[:2] == ["accelerate", "launch"]:
+            end = next(i for i in range(len(words)) if words[i : i + 2] == LAUNCHER)
+            argv = words[end + 2 :]
+            found[Path(argv[argv.index("--config") + 1]).stem] = (words[:end], argv)
+    return found
+
+
+def parse(command, argv):
+    module_name, _, groups, _ = COMMANDS[command]
+    module = importlib.import_module(f"llava_mod_hf.{module_name}")
+    return recipes.parse([getattr(module, name) for name in groups], argv)
+
+
+# What recipes say
+
+
+@pytest.mark.parametrize(("recipe", "stage"), itertools.product(RECIPES, STAGES))
+def test_a_recipe_parses_and_its_values_arrive(recipe, stage, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    path = f"recipes/{recipe}/{stage}.yaml"
+    values = yaml.safe_load(Path(path).read_text())
+    groups = parse(STAGES[stage], ["--config", path, "--use_cpu", "true"])
+    assert values.pop("report_to") == "none"  # which the trainer's options turn into an empty list
+    for name, value in values.items():
+        found = next(getattr(group, name) for group in groups if hasattr(group, name))
+        assert found == value, name
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_the_readme_launches_every_stage_in_order(recipe):
+    launched = commands(recipe)
+    assert list(launched) == list(STAGES)
+    for stage, (launcher, argv) in launched.items():
+        assert argv[:3] == [STAGES[stage], "--config", f"recipes/{recipe}/{stage}.yaml"]
+        assert launcher[2] == "--config_file"
+        assert (ROOT / launcher[3]).is_file()
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_the_readmes_caches_are_made_of_the_stages_own_options(recipe, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    text = (ROOT / "recipes" / recipe / "README.md").read_text()
+    lines = [shlex.split(line) for line in re.findall(r"^llava-mod .*$", text, re.MULTILINE)]
+    assert [words[3] for words in lines] == [f"recipes/{recipe}/{stage}.yaml" for stage in list(STAGES)[1:3]]
+    for words in lines:
+        groups = parse(words[1], [*words[2:], "--use_cpu", "true"])
+        teacher = yaml.safe_load(Path(words[3]).read_text())["teacher"]
+        (distill,) = [group for group in groups if hasattr(group, "teacher_cache")]
+        assert (distill.teacher, distill.teacher_cache) == (teacher, words[words.index("--teacher_cache") + 1])
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_each_stage_goes_on_where_the_last_one_saved(recipe):
+    values = [yaml.safe_load((ROOT / "recipes" / recipe / f"{stage}.yaml").read_text()) for stage in STAGES]
+    assert [later["student"] for later in values[1:]] == [earlier["output_dir"] for earlier in values[:-1]]
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_batches_are_the_papers_on_the_machine_of_the_readme(recipe):
+    launched = commands(recipe)
+    for stage, expected in zip(STAGES, (512, 256, 256, 256), strict=True):
+        processes = load_config_from_file(str(ROOT / launched[stage][0][3])).num_processes
+        values = yaml.safe_load((ROOT / "recipes" / recipe / f"{stage}.yaml").read_text())
+        batch = values["per_device_train_batch_size"] * values["gradient_accumulation_steps"]
+        assert batch * processes == expected
+
+
+@pytest.mark.parametrize("name", ACCELERATE)
+def test_accelerate_reads_its_configs(name):
+    config = load_config_from_file(str(ROOT / "recipes" / "accelerate" / f"{name}.yaml"))
+    assert config.distributed_type.value == ACCELERATE[name]
+    assert config.mixed_precision == "bf16"
+    assert config.num_processes == (1 if name == "single_gpu" else 8)
+    if name == "fsdp2":
+        # with it only the first process would read a teacher's weights
+        assert config.fsdp_config["fsdp_cpu_ram_efficient_loading"] is False
+        assert config.fsdp_config["fsdp_version"] == 2
+    if name.startswith("zero"):
+        assert config.deepspeed_config["zero_stage"] == int(name[-1])
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_the_memory_in_the_readme_is_what_its_command_prints(recipe, tmp_path, capsys):
+    values = yaml.safe_load((ROOT / "recipes" / recipe / "1_adapt.yaml").read_text())
+    teacher = yaml.safe_load((ROOT / "recipes" / recipe / "2_mimic_dense.yaml").read_text())["teacher"]
+    for name in (values["vision_tower"], values["language_model"], teacher):
+        published_config(name).save_pretrained(tmp_path / name)
+    runpy.run_path(str(ROOT / "recipes" / "memory.py"))["main"](
+        [str(ROOT / "recipes" / recipe), "--models", str(tmp_path)]
+    )
+    readme = (ROOT / "recipes" / recipe / "README.md").read_text()
+    assert f"```bash\npython recipes/memory.py recipes/{recipe}\n```\n\n{capsys.readouterr().out}" in readme
+
+
+# Two steps of every stage
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """Rows as they are published: LLaVA's JSON with a folder of images, and RLAIF-V's Parquet."""
+    root = tmp_path_factory.mktemp("data")
+    (root / "images").mkdir()
+    for index, size in enumerate([(40, 30), (20, 50), (64, 64)]):
+        Image.new("RGB", size, ("red", "green", "blue")[index]).save(root / "images" / f"{index}.jpg")
+    rows = [conversation(index) for index in range(6)]
+    (root / "conversations.json").write_text(json.dumps(rows))
+    (root / "captions.json").write_text(json.dumps([row for row in rows if "image" in row]))  # all have one
+    features = Features(
+        {
+            **{name: Value("string") for name in ("ds_name", "question", "chosen", "rejected", "origin_dataset")},
+            "image": ImageFeature(),
+            **{name: Value("string") for name in ("origin_split", "idx", "image_path")},
+        }
+    )
+    pairs = [
+        {
+            "ds_name": "RLAIF-V",
+            "image": {"bytes": (root / "images" / f"{index % 3}.jpg").read_bytes(), "path": f"{index}.jpg"},
+            "question": WORDS[3 + index % 2],
+            "chosen": WORDS[index % 3],
+            "rejected": WORDS[(index + 1) % 3],
+            "origin_dataset": "OK-VQA",
+            "origin_split": "{}",
+            "idx": str(index),
+            "image_path": f"RLAIF-V-Dataset/{index}.jpg",
+        }
+        for index in range(4)
+    ]
+    Dataset.from_list(pairs, features=features).to_parquet(root / "rlaif-v.parquet")
+    return root
+
+
+def conversation(index):
+    """With one turn, with two, or about no image."""
+    turns = [
+        {"from": "human", "value": f"<image>\n{WORDS[3]}" if index % 2 else f"{WORDS[4]}\n<image>"},
+        {"from": "gpt", "value": WORDS[index % 3]},
+    ]
+    if index % 3 == 1:
+        turns += [{"from": "human", "value": WORDS[4]}, {"from": "gpt", "value": WORDS[1]}]
+    row = {"id": index if index % 2 else f"row-{index}", "image": f"{index % 3}.jpg", "conversations": turns}
+    if index % 3 == 2:
+        turns[0]["value"] = WORDS[3]
+        del row["image"]
+    return row
+
+
+@pytest.fixture(scope="module")
+def small_models(tmp_path_factory):
+    """Folder with a small random model under the name of each published one."""
+    root = tmp_path_factory.mktemp("models")
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        without_video(monkeypatch)
+        for name in PUBLISHED:
+            save_small(name, root)
+    return root
+
+
+def overrides(path, small_models, data, output, student):
+    """Options that take names of the Hub, data and lengths out of a recipe; all others stay."""
+    values = yaml.safe_load(Path(path).read_text())
+    changed = {**SHORT, "output_dir": output}
+    for name in ("vision_tower", "language_model", "teacher"):
+        if name in values:
+            changed[name] = small_models / values[name]
+    if student:
+        changed["student"] = student
+    changed["dataset_name"] = data / DATA[Path(path).stem]
+    if "image_folder" in values:
+        changed["image_folder"] = data / "images"
+    return [part for name, value in changed.items() for part in (f"--{name}", str(value))]
+
+
+def run_chain(recipe, small_models, data, output):
+    """Runs a README's commands one after the other, and returns the folders that they write."""
+    folders = {}
+    for stage, (_, argv) in commands(recipe).items():
+        student = next(reversed(folders.values()), None)
+        options = overrides(argv[2], small_models, data, output / stage, student)
+        assert main([*argv, *options]) == 0, stage
+        folders[stage] = output / stage
+    return folders
+
+
+@pytest.mark.parametrize("recipe", ["qwen2-0.5b", pytest.param("qwen2-1.5b", marks=pytest.mark.slow), "qwen3-0.6b"])
+def test_two_steps_of_each_stage_as_the_readme_launches_them(recipe, small_models, data, tmp_path, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    without_video(monkeypatch)
+    folders = run_chain(recipe, small_models, data, tmp_path)
+
+    weights = {}
+    for (stage, folder), name in zip(folders.items(), ("adapt", "mimic_dense", "mimic_sparse", "prefer"), strict=True):
+        run = json.loads((folder / "run.json").read_text())
+        assert (run["stage"], run["steps"]) == (name, 2)
+        norms = [entry["grad_norm"] for entry in run["log_history"] if "grad_norm" in entry]
+        assert len(norms) == 2
+        assert all(0 < norm < float("inf") for norm in norms), (stage, norms)
+        weights[stage] = load_file(folder / "model.safetensors")
+    text_config = AutoConfig.from_pretrained(folders["4_prefer"]).get_text_config()
+    assert (text_config.moe_layers, text_config.num_experts, text_config.num_experts_per_tok) == ([0, 2], 4, 2)
+    assert text_config.model_type == recipe.split("-")[0]
+
+    # what the paper trains in each stage
+    expected = [{"multi_modal_projector"}, {"multi_modal_projector", "language_model"}, None, {"mlp", "projector"}]
+    for (before, after), parts in zip(itertools.pairwise(weights.values()), expected[1:], strict=True):
+        changed = {name for name in before.keys() & after.keys() if not before[name].equal(after[name])}
+        assert changed
+        if parts is not None:
+            assert all(any(part in name for part in parts) for name in changed), changed
+        assert not any("vision_tower" in name for name in changed)
+
+
+# Launched
+
+
+@pytest.mark.slow
+def test_accelerate_launches_the_readmes_commands_in_two_processes(small_models, data, tmp_path):
+    student = None
+    for stage in ("1_adapt", "2_mimic_dense"):
+        launcher, argv = commands("qwen2-0.5b")[stage]
+        options = overrides(argv[2], small_models, data, tmp_path / stage, student)
+        if student:  # the recipe's own teacher needs torchvision; this one reads what the student reads
+            options += ["--teacher", str(student)]
+        two = ["--num_processes", "2", "--mixed_precision", "no"]
+        module = ["-m", "accelerate.commands.accelerate_cli"]
+        process = subprocess.run(
+            [sys.executable, *module, *launcher[1:], *two, *LAUNCHER, *argv, *options],
+            cwd=ROOT,
+            env={**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
+            capture_output=True,
+            text=True,
+        )
+        assert process.returncode == 0, process.stderr[-4000:]
+        student = tmp_path / stage
+        run = json.loads((student / "run.json").read_text())
+        assert run["steps"] == 2
+        # two steps of 2 rows in each of 2 processes
+        assert run["log_history"][-1]["train_samples_per_second"] * run["log_history"][-1][
+            "train_runtime"
+        ] == pytest.approx(8, rel=0.05)
