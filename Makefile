@@ -8,6 +8,9 @@ SEED ?= 0
 export HF_HUB_OFFLINE ?= 1
 export HF_HUB_DISABLE_TELEMETRY ?= 1
 export TOKENIZERS_PARALLELISM ?= false
+# Two test processes of one thread each are faster than one of two: the models are tiny.
+WORKERS := -n 2 --dist loadfile
+test test-all: export OMP_NUM_THREADS ?= 1
 
 .PHONY: setup quickstart test test-all lint typecheck weights clean
 
@@ -22,10 +25,10 @@ quickstart: setup
 	$(BIN)/llava-mod quickstart --output-dir $(OUT) --seed $(SEED)
 
 test: setup
-	$(BIN)/python -m pytest -q
+	$(BIN)/python -m pytest -q $(WORKERS)
 
 test-all: setup
-	$(BIN)/python -m pytest -q -m ''
+	$(BIN)/python -m pytest -q $(WORKERS) -m ''
 
 lint: setup
 	$(BIN)/ruff check .

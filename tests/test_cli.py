@@ -78,7 +78,7 @@ def test_help_of_a_command_names_its_options(capsys, command):
     assert exit_info.value.code == 0
     help_text = capsys.readouterr().out
     assert f"usage: llava-mod {command} " in help_text
-    required = {"upcycle": "--student", "evaluate": "--model", "publish": "--checkpoint"}
+    required = {"upcycle": "--student", "evaluate": "--model", "info": "--vision_tower", "publish": "--checkpoint"}
     assert required.get(command, "--output_dir") in help_text
 
 

@@ -147,12 +147,13 @@ def _check_vision_tower(tower):
 
 
 @functools.cache
-def _sparse_text_model_class(text_model_class):
+def _sparse_text_model_class(text_model_class, low_rank):
     """
     Subclass of a text model of transformers whose FFNs in `config.moe_layers` are mixtures of experts.
 
     A class of its own, since transformers keeps what a model can record (`router_logits`) by class: changing the stock
-    class would change it for everybody.
+    class would change it for everybody. Low-rank experts have another, since how a file names the experts is kept by
+    the class's name.
     """
 
     class SparseTextModel(text_model_class):
@@ -185,7 +186,8 @@ def _sparse_text_model_class(text_model_class):
             super()._init_weights(module)
             init_moe_weights(module, self.config.initializer_range)
 
-    SparseTextModel.__name__ = SparseTextModel.__qualname__ = f"LlavaMod{text_model_class.__name__}"
+    name = f"LlavaMod{'LowRank' if low_rank else ''}{text_model_class.__name__}"
+    SparseTextModel.__name__ = SparseTextModel.__qualname__ = name
     return SparseTextModel
 
 
@@ -255,7 +257,8 @@ class LlavaModModel(LlavaModPreTrainedModel, LlavaModel):
         _check_vision_tower(self.vision_tower)
         self.multi_modal_projector = LlavaMultiModalProjector(config)
         if config.moe_layers:
-            text_model_class = _sparse_text_model_class(MODEL_MAPPING[type(text_config)])
+            low_rank = config.expert_rank is not None
+            text_model_class = _sparse_text_model_class(MODEL_MAPPING[type(text_config)], low_rank)
             self.language_model = text_model_class._from_config(text_config)
         else:
             self.language_model = AutoModel.from_config(text_config)
