@@ -10,9 +10,9 @@ export HF_HUB_DISABLE_TELEMETRY ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 # Two test processes of one thread each are faster than one of two: the models are tiny.
 WORKERS := -n 2 --dist loadfile
-test test-all: export OMP_NUM_THREADS ?= 1
+test test-quantisation test-all: export OMP_NUM_THREADS ?= 1
 
-.PHONY: setup quickstart test test-all lint typecheck weights clean
+.PHONY: setup quickstart test test-quantisation test-all lint typecheck weights clean
 
 setup: $(VENV)/.installed
 
@@ -27,7 +27,17 @@ quickstart: setup
 test: setup
 	$(BIN)/python -m pytest -q $(WORKERS)
 
-test-all: setup
+# In a folder of their own: transformers imports torchao in every process where it is installed.
+QUANTISATION := $(VENV)/quantisation
+
+$(QUANTISATION): $(VENV)/.installed
+	rm -rf $@
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps -c constraints.txt --target $@ torchao bitsandbytes
+
+test-quantisation: $(QUANTISATION)
+	PYTHONPATH=$(QUANTISATION) $(BIN)/python -m pytest -q tests/test_quantisation.py
+
+test-all: setup test-quantisation
 	$(BIN)/python -m pytest -q $(WORKERS) -m ''
 
 lint: setup
