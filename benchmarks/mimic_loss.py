@@ -1,12 +1,12 @@
 """
 Seconds and peak memory of the mimic loss, forward and backward, at the sizes of a Qwen2-0.5B student.
 
-    python benchmarks/mimic_loss.py [--json FILE] [--repeats 3] [--threads 2]
+    python benchmarks/mimic_loss.py [--json FILE] [--repeats 12] [--threads 2]
 
 One row of 704 positions (576 image tokens, 64 of a prompt, 64 of a supervised response), a vocabulary of 151,936,
-widths 896 and 1,536, float32. Each contender has a process of its own. CPU seconds are those of all threads together:
-they suffer less from what else runs on the machine. Memory is the highest resident size above that of the inputs
-(hidden states and heads), gradients included: that of the student's head alone is 519 MiB.
+widths 896 and 1,536, float32. Times are medians of runs in turns, so that all see the same machine. Memory, of a
+process each, is the highest resident size above that of the inputs (hidden states and heads), gradients included: that
+of the student's head alone is 519 MiB.
 
 - `floor`: the four matrix products that nobody can avoid: student and teacher forward on the 64 supervised rows, and
   the gradients of hidden states and head.
@@ -20,6 +20,7 @@ they suffer less from what else runs on the machine. Memory is the highest resid
 
 import argparse
 import json
+import statistics
 import subprocess
 import sys
 import time
@@ -117,6 +118,7 @@ CONTENDERS = {
     "trl": (trl, POSITIONS),
     "authors": (authors, POSITIONS),
 }
+SLOW = ("trl", "authors")
 
 
 def resident(name):
@@ -125,51 +127,60 @@ def resident(name):
     return int(line.split()[1]) * 1024
 
 
-def measure(contender, repeats, threads):
-    """Seconds of the fastest run; the peak is that of the first, in which nothing has been freed before."""
+def peak_memory(contender, threads):
+    """Highest resident size of this process above that of the inputs, in bytes."""
     torch.set_num_threads(threads)
     function, positions = CONTENDERS[contender]
     inputs = make_inputs(positions)
     Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts anew
     before = resident("VmRSS")
-    seconds, cpu_seconds, loss, peak = [], [], None, 0
-    for _ in range(repeats):
-        inputs["student"].grad = inputs["student_head"].grad = None
-        start, cpu_start = time.perf_counter(), time.process_time()
-        loss = function(**inputs)
-        seconds.append(time.perf_counter() - start)
-        cpu_seconds.append(time.process_time() - cpu_start)
-        peak = peak or resident("VmHWM") - before
-    return {"seconds": min(seconds), "cpu_seconds": min(cpu_seconds), "peak_mib": peak / MIB, "loss": loss}
+    function(**inputs)
+    return resident("VmHWM") - before
+
+
+def seconds_of(contenders, repeats):
+    """`{name: (median seconds, loss)}`; taken in turns, so that all of them see the same machine."""
+    inputs = {positions: make_inputs(positions) for positions in {CONTENDERS[name][1] for name in contenders}}
+    seconds, losses = {name: [] for name in contenders}, {}
+    for turn in range(repeats + 1):
+        for name in contenders:
+            function, positions = CONTENDERS[name]
+            given = inputs[positions]
+            if name in SLOW and turn > max(1, repeats // 4):
+                continue
+            given["student"].grad = given["student_head"].grad = None
+            start = time.perf_counter()
+            losses[name] = function(**given)
+            seconds[name].append(time.perf_counter() - start)
+    return {name: (statistics.median(times[1:]), losses[name]) for name, times in seconds.items()}  # after a warm-up
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path, help="file that the figures are written to")
-    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--repeats", type=int, default=12, help="a quarter of it for the two slow ones")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--only", nargs="+", choices=CONTENDERS, default=list(CONTENDERS))
-    parser.add_argument("--contender", choices=CONTENDERS, help=argparse.SUPPRESS)  # in a process of its own
+    parser.add_argument("--peak-of", choices=CONTENDERS, help=argparse.SUPPRESS)  # in a process of its own
     args = parser.parse_args()
-    if args.contender:
-        json.dump(measure(args.contender, args.repeats, args.threads), sys.stdout)
+    if args.peak_of:
+        sys.stdout.write(str(peak_memory(args.peak_of, args.threads)))
         return
-    results = {}
-    sys.stdout.write(
-        f"{'':>14} {'seconds':>9} {'x floor':>8} {'CPU s':>8} {'x floor':>8} {'peak MiB':>9} {'loss':>9}\n"
-    )
-    for name in ["floor", *(name for name in args.only if name != "floor")]:
-        command = [sys.executable, __file__, "--contender", name]
-        command += ["--repeats", str(args.repeats), "--threads", str(args.threads)]
-        results[name] = found = json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout)
-        found.update({f"{key}_ratio": found[key] / results["floor"][key] for key in ("seconds", "cpu_seconds")})
-        loss = "" if found["loss"] is None else f"{found['loss']:9.4f}"
-        sys.stdout.write(
-            f"{name:>14} {found['seconds']:9.3f} {found['seconds_ratio']:8.2f} {found['cpu_seconds']:8.3f} "
-            f"{found['cpu_seconds_ratio']:8.2f} {found['peak_mib']:9.0f} {loss:>9}\n"
-        )
+    torch.set_num_threads(args.threads)
+    names = ["floor", *(name for name in args.only if name != "floor")]
+    command = [sys.executable, __file__, "--threads", str(args.threads), "--peak-of"]
+    peaks = {name: int(subprocess.run([*command, name], check=True, stdout=subprocess.PIPE).stdout) for name in names}
+    found = seconds_of(names, args.repeats)
+    results = {
+        name: {"seconds": s, "ratio": s / found["floor"][0], "peak_mib": peaks[name] / MIB, "loss": loss}
+        for name, (s, loss) in found.items()
+    }
+    sys.stdout.write(f"{'':>14} {'seconds':>9} {'x floor':>8} {'peak MiB':>9} {'loss':>9}\n")
+    for name, each in results.items():
+        loss = "" if each["loss"] is None else f"{each['loss']:9.4f}"
+        sys.stdout.write(f"{name:>14} {each['seconds']:9.3f} {each['ratio']:8.2f} {each['peak_mib']:9.0f} {loss:>9}\n")
     if {"ours", "ours_4x"} <= results.keys():
-        growth = results["ours_4x"]["peak_mib"] - results["ours"]["peak_mib"]
+        growth = (peaks["ours_4x"] - peaks["ours"]) / MIB
         added = 3 * POSITIONS * STUDENT_WIDTH * 4 / MIB
         sys.stdout.write(
             f"{3 * POSITIONS} more unsupervised positions: {growth:+.1f} MiB, of which {added:.1f} MiB are the "
