@@ -83,7 +83,12 @@ class GenerationArguments:
         settings = cache_settings(
             name, processor, loss_on="answers", dtype=self.dtype, trust_remote_code=self.trust_remote_code
         )
-        return {f"{role}": content_hash(settings)}
+        return {role: content_hash(settings)}
+
+    def sampling(self):
+        """How answers are sampled, for `shards.yaml`."""
+        names = ("temperature", "top_p", "max_new_tokens", "keep_unfinished", "batch_size", "seed")
+        return {name: getattr(self, name) for name in names}
 
 
 def load_prompts(data_args, args, *, columns=()):
@@ -218,12 +223,7 @@ def run_generate_completions(data_args: DataArguments, args: GenerationArguments
 
     settings = {
         **args.identity("model", args.model, processor),
-        "temperature": args.temperature,
-        "top_p": args.top_p,
-        "max_new_tokens": args.max_new_tokens,
-        "keep_unfinished": args.keep_unfinished,
-        "batch_size": args.batch_size,
-        "seed": args.seed,
+        **args.sampling(),
     }
     counts = write_answers(args.output_dir, prompts, settings, make, shard_size=args.shard_size)
     if counts["rows"] < counts["prompts"]:

@@ -13,7 +13,6 @@ from transformers import (
     AutoProcessor,
     AutoTokenizer,
     LlavaForConditionalGeneration,
-    LlavaProcessor,
 )
 from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
 
@@ -27,6 +26,7 @@ from llava_mod_hf.students import (
     load_part,
     load_tower,
     load_vision_layout,
+    make_processor,
     student_config,
     vision_config_of,
 )
@@ -137,16 +137,7 @@ def convert_checkpoint(
     _add_rows(model, tokenizer)
     model.generation_config.eos_token_id = ends
     model.generation_config.pad_token_id = tokenizer.pad_token_id
-    processor = LlavaProcessor(
-        image_processor=image_processor,
-        tokenizer=tokenizer,
-        patch_size=vision.patch_size,
-        vision_feature_select_strategy=vision.select_strategy,
-        num_additional_image_tokens=vision.num_additional_tokens,
-        chat_template=tokenizer.chat_template,
-        image_token=IMAGE_TOKEN,
-    )
-    return model.eval(), processor
+    return model.eval(), make_processor(image_processor, tokenizer, vision)
 
 
 def _load_tokenizer(name, template, conversation):

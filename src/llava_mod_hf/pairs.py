@@ -233,12 +233,7 @@ def run_make_preferences(data_args: DataArguments, args: PairArguments):
             else {}
         ),
         "num_answers": args.num_answers,
-        "temperature": args.temperature,
-        "top_p": args.top_p,
-        "max_new_tokens": args.max_new_tokens,
-        "keep_unfinished": args.keep_unfinished,
-        "batch_size": args.batch_size,
-        "seed": args.seed,
+        **args.sampling(),
     }
     counts = write_answers(args.output_dir, prompts, settings, make, shard_size=args.shard_size)
     if counts["rows"] < counts["prompts"]:

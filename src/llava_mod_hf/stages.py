@@ -104,26 +104,20 @@ def settings_of_cache(distill_args, args, processor, columns):
     completion_only = args.completion_only_loss
     if completion_only is None:  # as the parent of the trainer decides
         completion_only = {"prompt", "completion"} <= set(columns)
-    return {
-        "temperature": args.temperature,
-        **cache_settings(
-            distill_args.teacher,
-            processor,
-            loss_on="assistant" if args.assistant_only_loss else "completion" if completion_only else "all",
-            dtype=distill_args.teacher_dtype,
-            quantization=distill_args.teacher_quantization,
-            autocast="bf16" if args.bf16 else "fp16" if args.fp16 else None,
-            trust_remote_code=args.trust_remote_code,
-        ),
-    }
+    loss_on = "assistant" if args.assistant_only_loss else "completion" if completion_only else "all"
+    return {"temperature": args.temperature, **_settings(distill_args, args, processor, loss_on)}
 
 
 def settings_of_reference(distill_args, args, processor):
     """What a cache of the teacher's log-probabilities of pairs has to be made with, for these arguments."""
+    return _settings(distill_args, args, processor, "pairs")
+
+
+def _settings(distill_args, args, processor, loss_on):
     return cache_settings(
         distill_args.teacher,
         processor,
-        loss_on="pairs",
+        loss_on=loss_on,
         dtype=distill_args.teacher_dtype,
         quantization=distill_args.teacher_quantization,
         autocast="bf16" if args.bf16 else "fp16" if args.fp16 else None,

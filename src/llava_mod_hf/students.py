@@ -331,6 +331,19 @@ def student_config(vision_config, text_config, layout, **fields):
     )
 
 
+def make_processor(image_processor, tokenizer, layout):
+    """`LlavaProcessor` whose placeholders are as many as the features of an encoder of this layout."""
+    return LlavaProcessor(
+        image_processor=image_processor,
+        tokenizer=tokenizer,
+        patch_size=layout.patch_size,
+        vision_feature_select_strategy=layout.select_strategy,
+        num_additional_image_tokens=layout.num_additional_tokens,
+        chat_template=tokenizer.chat_template,
+        image_token=IMAGE_TOKEN,
+    )
+
+
 def build_student(
     vision_tower,
     language_model,
@@ -402,13 +415,4 @@ def build_student(
         model = _assemble(config, tower, language_model, dtype)
     model.generation_config.eos_token_id = tokenizer.eos_token_id
     model.generation_config.pad_token_id = tokenizer.pad_token_id
-    processor = LlavaProcessor(
-        image_processor=image_processor,
-        tokenizer=tokenizer,
-        patch_size=layout.patch_size,
-        vision_feature_select_strategy=layout.select_strategy,
-        num_additional_image_tokens=layout.num_additional_tokens,
-        chat_template=tokenizer.chat_template,
-        image_token=IMAGE_TOKEN,
-    )
-    return model, processor
+    return model, make_processor(image_processor, tokenizer, layout)
