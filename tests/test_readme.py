@@ -1,12 +1,15 @@
-"""The README's Python runs as it stands, and what it saves loads as it says."""
+"""The README's Python runs as it stands, what it saves loads as it says, and its picture is what its script draws."""
 
 import re
+import runpy
+import xml.etree.ElementTree as ET
 from pathlib import Path
 
 import torch
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
-README = Path(__file__).parents[1] / "README.md"
+ROOT = Path(__file__).parents[1]
+README = ROOT / "README.md"
 
 
 def test_the_python_example_trains_and_saves_a_sparse_student(tmp_path, monkeypatch):
@@ -21,3 +24,11 @@ def test_the_python_example_trains_and_saves_a_sparse_student(tmp_path, monkeypa
     trained = names["student"].state_dict()
     assert all(torch.equal(tensor, trained[name]) for name, tensor in model.state_dict().items())
     assert names["trainer"].state.global_step == 2
+
+
+def test_the_picture_is_what_its_script_draws():
+    drawn = runpy.run_path(str(ROOT / "docs" / "draw_overview.py"))["draw"]()
+    assert (ROOT / "docs" / "overview.svg").read_text() == drawn
+    svg = "{http://www.w3.org/2000/svg}"
+    texts = {element.text for element in ET.fromstring(drawn).iter(svg + "text")}
+    assert {"image", "vision encoder", "adaptor", "router", "small language model"} <= texts
