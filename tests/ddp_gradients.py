@@ -37,6 +37,8 @@ RUN = {
     "logging_steps": 1,
     "max_steps": 1,
 }
+# for trainers whose gradients are compared: those of every parameter
+EVERYTHING = ["vision_tower", "adaptor", "language_model"]
 
 
 @functools.cache
@@ -50,6 +52,11 @@ def rows(config="mixture", count=4):
 def text_rows():
     """Rows without images: nothing of the vision tower or the adaptor is used."""
     return rows().map(lambda row: {"images": []})
+
+
+def half_text_rows():
+    """Two rows without images, and two with them."""
+    return rows().map(lambda row, index: {"images": row["images"] if index > 1 else []}, with_indices=True)
 
 
 def sharpened(model):
@@ -108,7 +115,14 @@ def mimic_trainer(student, teacher, processor, folder, *, dataset=None, callback
         output_dir=str(folder),
         per_device_train_batch_size=batch,
         gradient_accumulation_steps=accumulation,
-        **{**RUN, "lm_weight": 0.5, "temperature": 2.0, "router_aux_loss_coef": 0.0, **args},
+        **{
+            **RUN,
+            "train_modules": EVERYTHING,
+            "lm_weight": 0.5,
+            "temperature": 2.0,
+            "router_aux_loss_coef": 0.0,
+            **args,
+        },
     )
     return MimicTrainer(
         student,
@@ -174,7 +188,7 @@ def sharded_gradients(folder, processor):
 
 
 def main(folder, *modes):
-    """`modes`: `plain` with and without the router aux, `other` processor, `text` alone, `fsdp2`."""
+    """`modes`: `plain` with and without the router aux, `other` processor, `text` alone, `adaptor` alone, `fsdp2`."""
     processor = AutoProcessor.from_pretrained(folder / "student")
     gradients = {}
 
@@ -195,6 +209,8 @@ def main(folder, *modes):
             trainer = keep(mode, mode, teacher_processor=AutoProcessor.from_pretrained(folder / mode))
         elif mode == "text":
             trainer = keep(mode, "teacher", dataset=text_rows(), gradient_checkpointing=True)
+        elif mode == "adaptor":  # which the first process's rows do not reach
+            trainer = keep(mode, "teacher", dataset=half_text_rows(), train_modules=["adaptor"])
         else:
             trainer, gradients[mode] = sharded_gradients(folder, processor)
     if trainer.is_world_process_zero():

@@ -1,7 +1,7 @@
 """A preference trainer of the shortest run, and its loss written out from the logits of every position."""
 
 import torch
-from ddp_gradients import RUN, rows
+from ddp_gradients import EVERYTHING, RUN, rows
 from torch.nn import functional as F
 
 from llava_mod_hf import PreferenceConfig, PreferenceTrainer
@@ -20,7 +20,7 @@ def preference_trainer(
         output_dir=str(folder),
         per_device_train_batch_size=batch,
         gradient_accumulation_steps=accumulation,
-        **{**RUN, "beta": BETA, "router_aux_loss_coef": 0.0, **args},
+        **{**RUN, "train_modules": EVERYTHING, "beta": BETA, "router_aux_loss_coef": 0.0, **args},
     )
     dataset = rows("preferences") if dataset is None else dataset
     return trainer(student, teacher, config, train_dataset=dataset, processing_class=processor, **kwargs)

@@ -8,6 +8,8 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
+from llava_mod_hf import load_model_and_processor
+
 ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
 
@@ -24,6 +26,8 @@ def test_the_python_example_trains_and_saves_a_sparse_student(tmp_path, monkeypa
     trained = names["student"].state_dict()
     assert all(torch.equal(tensor, trained[name]) for name, tensor in model.state_dict().items())
     assert names["trainer"].state.global_step == 2
+    encoder = load_model_and_processor("embedded:tiny-teacher")[0].model.vision_tower.state_dict()
+    assert all(torch.equal(tensor, trained["model.vision_tower." + name]) for name, tensor in encoder.items())
 
 
 def test_the_picture_is_what_its_script_draws():

@@ -62,6 +62,7 @@ LAYERS = [
         "quantisation",
         "chunked",
         "sharding",
+        "trainable",
     },
     {"modeling_llava_mod"},
     {"moe_llava_mod"},

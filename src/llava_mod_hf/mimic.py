@@ -23,6 +23,7 @@ from llava_mod_hf.on_policy import answer_batches, check_on_policy
 from llava_mod_hf.reference_compat import ReferenceCompat
 from llava_mod_hf.sharding import shard_layers, whole
 from llava_mod_hf.teacher import LiveTeacher, head_of
+from llava_mod_hf.trainable import check_train_modules, train_only
 from llava_mod_hf.vision_sharing import share_vision_tower
 
 logger = logging.getLogger(__name__)
@@ -61,7 +62,8 @@ class MimicConfig(SFTConfig):
         reference_vocab_size (`int`, *optional*): the slice of `vocab_slice`, in tokens; the authors have 151936.
         train_modules (`list[str]`, *optional*):
             Parts that are trained, of `vision_tower`, `adaptor`, `language_model`, `ffn` (FFNs, experts and routers);
-            by default the paper's: language model and adaptor of a dense student, FFNs and adaptor of a sparse one.
+            by default the paper's: language model and adaptor of a dense student, FFNs and adaptor of a sparse one, or
+            with peft the adapter alone. Parameters that were frozen before stay frozen.
     """
 
     divergence: str = "forward_kl"
@@ -81,6 +83,7 @@ class MimicConfig(SFTConfig):
 
     def __post_init__(self):
         super().__post_init__()
+        check_train_modules(self.train_modules)
         check_divergence(self.divergence, temperature=self.temperature, jsd_beta=self.jsd_beta)
         ReferenceCompat(self.reference_compat, vocab_size=self.reference_vocab_size)
         if self.loss_type != "nll" or self.label_smoothing_factor:
@@ -129,6 +132,7 @@ class MimicTrainer(GroupedBatches, SFTTrainer):
     def __init__(self, model, teacher_model, args=None, *, processing_class=None, teacher_processor=None, **kwargs):
         args = args or MimicConfig()
         super().__init__(model, args=args, processing_class=processing_class, **kwargs)
+        train_only(self.model, args.train_modules)
         self.compat = ReferenceCompat(args.reference_compat, vocab_size=args.reference_vocab_size)
         self.teachers = self._make_teachers(teacher_model, teacher_processor) if args.kl_weight else []
         if args.kl_weight and not self.teachers:

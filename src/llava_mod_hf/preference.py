@@ -22,6 +22,7 @@ from llava_mod_hf.reference import (
     row_sets,
     teachers_collator,
 )
+from llava_mod_hf.trainable import check_train_modules, train_only
 
 # `_norm`: log-probabilities per response token instead of summed, as in the parent's `sigmoid_norm`
 OWN_LOSSES = ("kto_pair", "kto_pair_norm", "margin", "margin_norm")
@@ -52,7 +53,7 @@ class PreferenceConfig(DPOConfig):
             `kto_pair` as the authors train it: KL terms of each process's micro-batch alone, not detached.
         train_modules (`list[str]`, *optional*):
             Parts that are trained, of `vision_tower`, `adaptor`, `language_model`, `ffn` (FFNs, experts and routers);
-            by default the paper's, FFNs and adaptor.
+            by default as in [`~llava_mod_hf.MimicConfig`]. Parameters that were frozen before stay frozen.
     """
 
     reference: str = "teacher"
@@ -61,6 +62,7 @@ class PreferenceConfig(DPOConfig):
 
     def __post_init__(self):
         super().__post_init__()
+        check_train_modules(self.train_modules)
         self._check_choices()
         own = [name for name in self.loss_type if name in OWN_LOSSES]
         if own and (self.ld_alpha is not None or self.use_weighting or self.f_divergence_type != "reverse_kl"):
@@ -172,6 +174,7 @@ class PreferenceTrainer(GroupedBatches, DPOTrainer):
             peft_config=peft_config,
             **kwargs,
         )
+        train_only(self.model, args.train_modules)
         if without_model:
             self.ref_model = None
         collate_for_teacher = None

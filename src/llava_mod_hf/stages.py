@@ -23,6 +23,7 @@ from llava_mod_hf.reference import CachedReference
 from llava_mod_hf.students import build_student
 from llava_mod_hf.teacher import load_model_and_processor
 from llava_mod_hf.teacher_cache import CachedTeacher, cache_settings
+from llava_mod_hf.trainable import check_train_modules, set_trainable, train_only  # noqa: F401 (found here before)
 from llava_mod_hf.upcycling import PLACEMENTS, upcycle
 
 RUN_FILE = "run.json"
@@ -50,10 +51,15 @@ class AdaptConfig(SFTConfig):
     [`~trl.SFTConfig`] of the adaptor stage.
 
     Args:
-        train_modules (`list[str]`, *optional*, defaults to `["adaptor"]`): parts that are trained (paper, stage 1).
+        train_modules (`list[str]`, *optional*):
+            Parts that are trained, as in [`~llava_mod_hf.MimicConfig`]; by default the paper's, the adaptor alone.
     """
 
-    train_modules: list[str] | None = field(default_factory=lambda: ["adaptor"])
+    train_modules: list[str] | None = field(default=None)
+
+    def __post_init__(self):
+        super().__post_init__()
+        check_train_modules(self.train_modules)
 
 
 @dataclass
@@ -169,39 +175,16 @@ def upcycle_student(student, args, *, router_aux_loss_coef=None, seed=0):
     )
 
 
-def set_trainable(model, modules):
-    """
-    Freezes everything but the named parts.
-
-    Args:
-        model (`LlavaModForConditionalGeneration`).
-        modules (`list[str]` or `None`):
-            Of `vision_tower`, `adaptor`, `language_model` (with its head) and `ffn` (dense FFNs, experts, routers).
-            `None`: as in the paper, language model and adaptor of a dense student, FFNs and adaptor of a sparse one.
-
-    Raises:
-        ValueError: if a name is unknown.
-    """
-    if modules is None:
-        modules = ["ffn" if model.config.moe_layers else "language_model", "adaptor"]
-    llava = model.model
-    parts = {
-        "vision_tower": [llava.vision_tower],
-        "adaptor": [llava.multi_modal_projector],
-        "language_model": [llava.language_model, model.lm_head],
-        "ffn": [layer.mlp for layer in llava.language_model.layers],
-    }
-    unknown = sorted(set(modules) - set(parts))
-    if unknown or not modules:
-        raise ValueError(f"`train_modules` is {modules}: name at least one of {', '.join(parts)}, and nothing else.")
-    model.requires_grad_(False)
-    for name in modules:
-        for part in parts[name]:
-            part.requires_grad_(True)
-
-
 class AdaptTrainer(GroupedBatches, SFTTrainer):
-    """[`~trl.SFTTrainer`] whose `train_sampling_strategy: group_by_length` knows rows with images."""
+    """
+    [`~trl.SFTTrainer`] that trains the adaptor alone, or what [`AdaptConfig`] names, and whose
+    `train_sampling_strategy: group_by_length` knows rows with images.
+    """
+
+    def __init__(self, model, args=None, **kwargs):
+        args = args or AdaptConfig()
+        super().__init__(model, args, **kwargs)
+        train_only(self.model, args.train_modules, default=["adaptor"])
 
 
 def fit_to_recipe(rows, processor, data_args, args):
@@ -239,7 +222,6 @@ def adapt(data_args, student_args, args):
         seed=args.seed,
     )
     rows = fit_to_recipe(rows, processor, data_args, args)
-    set_trainable(model, args.train_modules)
     trainer = AdaptTrainer(model, args, train_dataset=rows, processing_class=processor)
     return train_and_save(trainer, "adapt", recipe)
 
@@ -251,7 +233,6 @@ def mimic(data_args, distill_args, upcycle_args, args):
     student, processor = distill_args.load_student(args.trust_remote_code)
     rows = fit_to_recipe(rows, processor, data_args, args)
     student = upcycle_student(student, upcycle_args, router_aux_loss_coef=args.router_aux_loss_coef, seed=args.seed)
-    set_trainable(student, args.train_modules)
     teacher, teacher_processor = None, None
     if args.kl_weight and distill_args.teacher_cache:
         expected = settings_of_cache(distill_args, args, processor, rows.column_names)
@@ -278,7 +259,6 @@ def prefer(data_args, distill_args, args):
     rows = load_rows(data_args, columns=columns, seed=args.seed, num_proc=args.dataset_num_proc)
     student, processor = distill_args.load_student(args.trust_remote_code)
     rows = fit_to_recipe(rows, processor, data_args, args)
-    set_trainable(student, args.train_modules)
     teacher, teacher_processor = None, None
     if args.reference == "teacher" and distill_args.teacher_cache:
         expected = settings_of_reference(distill_args, args, processor)
