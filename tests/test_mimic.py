@@ -199,6 +199,28 @@ def test_router_aux_is_counted_once_per_step(models, trainer_of, batch, accumula
         assert not torch.allclose(expected[name], coef * whole[name], rtol=1e-2)
 
 
+@pytest.mark.parametrize("aux_coef", [0.0, 0.1])
+def test_router_z_loss_is_trained_and_logged_without_an_aux_too(models, trainer_of, aux_coef):
+    coef, found, logs = 0.5, {}, {}
+    for value in (0.0, coef):
+        student, teacher = models()
+        student.config.router_z_loss_coef = value
+        trainer = trainer_of(student, teacher, batch=2, accumulation=2, router_aux_loss_coef=aux_coef)
+        expected = 0.0
+        for indices in ((0, 1), (2, 3)):
+            inputs = {name: x for name, x in batch_of(trainer, indices).items() if name != "labels"}
+            layers = student(**inputs, output_router_logits=True).router_logits
+            real = inputs["attention_mask"].flatten().bool()
+            expected += sum(logits[real].logsumexp(-1).square().mean() for logits in layers) / 2
+        z_loss = expected.item()
+        expected = gradients_of(student, coef * expected)
+        found[value] = raw_gradients(trainer)
+        logs[value] = trainer.state.log_history[0]
+    assert_gradients_close(differences(found[coef], found[0.0], expected.keys()), expected)
+    assert logs[coef]["z_loss"] == pytest.approx(z_loss, rel=1e-4)
+    assert logs[coef]["loss"] - logs[0.0]["loss"] == pytest.approx(coef * z_loss, rel=1e-3)
+
+
 @pytest.mark.parametrize("logging_steps", [1, 2])
 def test_logged_values_are_those_of_all_tokens_since_the_last_log(models, trainer_of, logging_steps):
     student, teacher = models()

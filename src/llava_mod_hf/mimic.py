@@ -240,7 +240,7 @@ class MimicTrainer(GroupedBatches, SFTTrainer):
         student = self._base_student(student)
         inputs, labels, kl_labels = self.compat.mimic_positions(inputs, labels)
         with self.accelerator.autocast():  # the redirection goes around accelerate's own
-            router = {"output_router_logits": True} if self.aux_loss_enabled else {}
+            router = {"output_router_logits": True} if self._has_router_term else {}
             outputs = student.base_model(**inputs, **router, use_cache=False)
             # after the student, whose image features a teacher may take over
             rows = [
@@ -250,7 +250,7 @@ class MimicTrainer(GroupedBatches, SFTTrainer):
             terms = self._mimic_terms(
                 student, outputs.last_hidden_state, labels, kl_labels, rows, num_items, on_policy=on_policy
             )
-        if not self.aux_loss_enabled:
+        if not self._has_router_term:
             return terms, None
         return terms, router_losses(
             outputs.router_logits, student.config.get_text_config(), inputs.get("attention_mask")
@@ -357,7 +357,7 @@ class MimicTrainer(GroupedBatches, SFTTrainer):
             terms["loss"] += self.args.kl_weight * terms["kl"]
         if len(divergences) > 1:
             terms.update({f"kl_teacher_{i}": value for i, value in enumerate(divergences)})
-        if self.aux_loss_enabled:
+        if self._has_router_term:
             terms["aux_loss"], terms["z_loss"] = (total[name] / total["batches"] for name in ("aux", "z"))
             terms["loss"] += self._router_term(terms["aux_loss"], terms["z_loss"])
         if total["empty"]:
@@ -367,8 +367,15 @@ class MimicTrainer(GroupedBatches, SFTTrainer):
         return terms
 
     def _router_term(self, aux, z):
-        z_coef = getattr(self.model.config.get_text_config(), "router_z_loss_coef", 0.0)
-        return self.router_aux_loss_coef * self.compat.aux_factor * aux + z_coef * z
+        return self.router_aux_loss_coef * self.compat.aux_factor * aux + self._z_coef * z
+
+    @property
+    def _z_coef(self):
+        return getattr(self.model.config.get_text_config(), "router_z_loss_coef", 0.0)
+
+    @property
+    def _has_router_term(self):
+        return self.aux_loss_enabled or self._z_coef != 0
 
     # TRL's card names no base model and another task; `llava-mod publish` writes ours, from measured results.
     def create_model_card(self, *args, **kwargs):
