@@ -63,6 +63,7 @@ LAYERS = [
         "chunked",
         "sharding",
         "trainable",
+        "trainer_options",
     },
     {"modeling_llava_mod"},
     {"moe_llava_mod"},

@@ -24,6 +24,7 @@ from llava_mod_hf.reference_compat import ReferenceCompat
 from llava_mod_hf.sharding import shard_layers, whole
 from llava_mod_hf.teacher import LiveTeacher, head_of
 from llava_mod_hf.trainable import check_train_modules, train_only
+from llava_mod_hf.trainer_options import check_dependent_options, check_options, check_trainer, check_weights
 from llava_mod_hf.vision_sharing import share_vision_tower
 
 logger = logging.getLogger(__name__)
@@ -82,15 +83,14 @@ class MimicConfig(SFTConfig):
     train_modules: list[str] | None = field(default=None)
 
     def __post_init__(self):
+        check_options(self, "mimic")
         super().__post_init__()
+        check_dependent_options(self, "mimic")
         check_train_modules(self.train_modules)
+        check_weights("`kl_weight`, `lm_weight`", [self.kl_weight, self.lm_weight])
+        check_weights("`teacher_weights`", self.teacher_weights)
         check_divergence(self.divergence, temperature=self.temperature, jsd_beta=self.jsd_beta)
         ReferenceCompat(self.reference_compat, vocab_size=self.reference_vocab_size)
-        if self.loss_type != "nll" or self.label_smoothing_factor:
-            raise ValueError(
-                f"Mimic distillation has its own loss: leave out `loss_type` ({self.loss_type}) and "
-                f"`label_smoothing_factor` ({self.label_smoothing_factor})."
-            )
         if self.rows_per_chunk < 1 or self.on_policy_max_new_tokens < 1:
             raise ValueError(
                 f"`rows_per_chunk` is {self.rows_per_chunk} and `on_policy_max_new_tokens` is "
@@ -131,17 +131,15 @@ class MimicTrainer(GroupedBatches, SFTTrainer):
 
     def __init__(self, model, teacher_model, args=None, *, processing_class=None, teacher_processor=None, **kwargs):
         args = args or MimicConfig()
+        check_trainer(args, MimicConfig, model, **kwargs)
         super().__init__(model, args=args, processing_class=processing_class, **kwargs)
         train_only(self.model, args.train_modules)
         self.compat = ReferenceCompat(args.reference_compat, vocab_size=args.reference_vocab_size)
         self.teachers = self._make_teachers(teacher_model, teacher_processor) if args.kl_weight else []
         if args.kl_weight and not self.teachers:
             raise ValueError(f"`kl_weight` is {args.kl_weight}, and there is no `teacher_model`: give one, or 0.")
+        check_weights("`teacher_weights`", args.teacher_weights, count=len(self.teachers))
         self.teacher_weights = args.teacher_weights or [1 / len(self.teachers) for _ in self.teachers]
-        if len(self.teacher_weights) != len(self.teachers):
-            raise ValueError(
-                f"`teacher_weights` is {self.teacher_weights}, for {len(self.teachers)} teachers: give one each."
-            )
         student = self._base_student(self.model)
         sizes = [teacher.shared_vocab_size for teacher in self.teachers if teacher.shared_vocab_size]
         vocab_size = student.config.get_text_config().vocab_size

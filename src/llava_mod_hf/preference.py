@@ -23,6 +23,7 @@ from llava_mod_hf.reference import (
     teachers_collator,
 )
 from llava_mod_hf.trainable import check_train_modules, train_only
+from llava_mod_hf.trainer_options import check_dependent_options, check_options, check_trainer, check_weights
 
 # `_norm`: log-probabilities per response token instead of summed, as in the parent's `sigmoid_norm`
 OWN_LOSSES = ("kto_pair", "kto_pair_norm", "margin", "margin_norm")
@@ -61,9 +62,12 @@ class PreferenceConfig(DPOConfig):
     train_modules: list[str] | None = field(default=None)
 
     def __post_init__(self):
+        check_options(self, "prefer")
         super().__post_init__()
         check_train_modules(self.train_modules)
         self._check_choices()
+        check_dependent_options(self, "prefer")
+        check_weights("`loss_weights`", self.loss_weights, count=len(self.loss_type))
         own = [name for name in self.loss_type if name in OWN_LOSSES]
         if own and (self.ld_alpha is not None or self.use_weighting or self.f_divergence_type != "reverse_kl"):
             raise ValueError(
@@ -77,11 +81,6 @@ class PreferenceConfig(DPOConfig):
                 f"`label_smoothing` is {self.label_smoothing}, which {self.loss_type} does not read: give one of "
                 f"{', '.join(sorted(SMOOTHED_LOSSES))} as `loss_type` (`robust` is `sigmoid` with smoothing)."
             )
-        if self.label_smoothing_factor:
-            raise ValueError(
-                f"`label_smoothing_factor` is {self.label_smoothing_factor}, which preference losses do not read: give "
-                "`label_smoothing`."
-            )
         if self.sync_ref_model and self.reference != "self":
             raise ValueError(
                 '`sync_ref_model` moves the reference towards the student: give `reference="self"` with it.'
@@ -92,6 +91,8 @@ class PreferenceConfig(DPOConfig):
     def _check_choices(self):
         if self.reference not in REFERENCES:
             raise ValueError(f"`reference` is `{self.reference}`: give one of {', '.join(REFERENCES)}.")
+        if not self.loss_type:
+            raise ValueError(f"`loss_type` is {self.loss_type}: give one loss or more, or leave it out for `sigmoid`.")
         unknown = [name for name in self.loss_type if name not in (*OWN_LOSSES, *PARENT_LOSSES)]
         if unknown:
             raise ValueError(
@@ -150,6 +151,7 @@ class PreferenceTrainer(GroupedBatches, DPOTrainer):
         **kwargs,
     ):
         args = args or PreferenceConfig()
+        check_trainer(args, PreferenceConfig, model, peft_config=peft_config, train_dataset=train_dataset, **kwargs)
         precomputed = [has_reference(rows) for rows in row_sets(train_dataset, eval_dataset)]
         check_reference(args, ref_model, precomputed)
         cache = ref_model if isinstance(ref_model, CachedReference) else None

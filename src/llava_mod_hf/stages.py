@@ -24,6 +24,7 @@ from llava_mod_hf.students import build_student
 from llava_mod_hf.teacher import load_model_and_processor
 from llava_mod_hf.teacher_cache import CachedTeacher, cache_settings
 from llava_mod_hf.trainable import check_train_modules, set_trainable, train_only  # noqa: F401 (found here before)
+from llava_mod_hf.trainer_options import check_options, check_trainer
 from llava_mod_hf.upcycling import PLACEMENTS, upcycle
 
 RUN_FILE = "run.json"
@@ -58,6 +59,7 @@ class AdaptConfig(SFTConfig):
     train_modules: list[str] | None = field(default=None)
 
     def __post_init__(self):
+        check_options(self, "adapt")
         super().__post_init__()
         check_train_modules(self.train_modules)
 
@@ -183,6 +185,7 @@ class AdaptTrainer(GroupedBatches, SFTTrainer):
 
     def __init__(self, model, args=None, **kwargs):
         args = args or AdaptConfig()
+        check_trainer(args, AdaptConfig, model, **kwargs)
         super().__init__(model, args, **kwargs)
         train_only(self.model, args.train_modules, default=["adaptor"])
 
