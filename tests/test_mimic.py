@@ -1,7 +1,6 @@
 """The mimic trainer: raw gradients against plain losses on full logits, whatever the split."""
 
 import copy
-import inspect
 
 import pytest
 import torch
@@ -18,7 +17,6 @@ from ddp_gradients import (
 )
 from torch.nn import functional as F
 from transformers import LlavaConfig, LlavaForConditionalGeneration
-from trl import DPOTrainer, SFTTrainer
 
 from llava_mod_hf import MimicConfig, mimic
 from llava_mod_hf.chunked import chunked_mimic_loss
@@ -28,15 +26,6 @@ from llava_mod_hf.stages import set_trainable
 TEMPERATURE, KL_WEIGHT, LM_WEIGHT = 2.0, 0.7, 0.5
 TERMS = {"temperature": TEMPERATURE, "kl_weight": KL_WEIGHT, "lm_weight": LM_WEIGHT}
 SPLITS = [(4, 1), (2, 2), (1, 4)]
-
-_INIT = (
-    "self model {} args data_collator train_dataset eval_dataset processing_class {} compute_metrics callbacks "
-    "optimizers {} quantization_config peft_config {}"
-)
-SFT_INIT = _INIT.format(
-    "", "compute_loss_func", "optimizer_cls_and_kwargs preprocess_logits_for_metrics", "formatting_func"
-).split()
-DPO_INIT = _INIT.format("ref_model", "", "", "").split()
 
 
 @pytest.fixture
@@ -379,21 +368,6 @@ def test_arguments_that_cannot_be_are_refused(tmp_path, arguments):
     (name,) = arguments
     with pytest.raises(ValueError, match=name):
         MimicConfig(output_dir=str(tmp_path), use_cpu=True, bf16=False, **arguments)
-
-
-def parameter_names(function):
-    return list(inspect.signature(function).parameters)
-
-
-def test_what_we_override_or_rely_on_in_trl_has_not_moved():
-    assert str(inspect.signature(SFTTrainer.compute_loss)) == (
-        "(self, model, inputs, return_outputs=False, num_items_in_batch=None)"
-    )
-    assert parameter_names(SFTTrainer.log) == ["self", "logs", "start_time"]
-    assert parameter_names(SFTTrainer.create_model_card)[:2] == ["self", "model_name"]
-    assert parameter_names(DPOTrainer.create_model_card) == parameter_names(SFTTrainer.create_model_card)
-    assert parameter_names(SFTTrainer.__init__) == SFT_INIT
-    assert parameter_names(DPOTrainer.__init__) == DPO_INIT
 
 
 def test_default_of_the_trained_parts_is_the_papers(models):

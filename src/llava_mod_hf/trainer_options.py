@@ -121,7 +121,7 @@ def check_options(args, stage):
     """
     defaults = {item.name: _default(item) for item in dataclasses.fields(args)}
     for name, why in _refused(stage):
-        if getattr(args, name) != defaults[name]:
+        if name in defaults and getattr(args, name) != defaults[name]:  # other versions of TRL have not all of them
             raise ValueError(f"`{name}` is {getattr(args, name)!r}, which would do nothing: {why}. Leave it out.")
     parents = {item.name for item in dataclasses.fields(TrainingArguments)}
     hints = typing.get_type_hints(type(args))
