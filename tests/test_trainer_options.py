@@ -117,7 +117,7 @@ def test_what_another_option_makes_read_is_taken_with_it(stage, name):
         ("mimic", {"teacher_weights": [0.0, 0.0]}, r"`teacher_weights` is \[0.0, 0.0\]"),
         ("mimic", {"teacher_weights": [1.0, -0.5]}, r"`teacher_weights` is \[1.0, -0.5\]"),
         ("mimic", {"teacher_weights": []}, r"`teacher_weights` is \[\]"),
-        ("mimic", {"teacher_weights": 1.0}, "`teacher_weights` is 1.0: give a list"),
+        ("mimic", {"teacher_weights": 1.0}, r"`teacher_weights` is 1.0: give a value of list\[float\]"),
         ("prefer", {"loss_weights": [0.0]}, r"`loss_weights` is \[0.0\]"),
         ("prefer", {"loss_weights": [-1.0]}, r"`loss_weights` is \[-1.0\]"),
         ("prefer", {"loss_weights": [1.0, 1.0]}, "`loss_weights` must have the same length"),
@@ -126,7 +126,19 @@ def test_what_another_option_makes_read_is_taken_with_it(stage, name):
         ("prefer", {"loss_type": None}, "`loss_type` is None"),
         ("prefer", {"beta": None}, "`beta` is None.*leave it out for 0.1"),
         ("mimic", {"kl_weight": None}, "`kl_weight` is None.*leave it out for 1.0"),
-        ("mimic", {"rows_per_chunk": None}, "`rows_per_chunk` is None.*leave it out for 256"),
+        ("mimic", {"rows_per_chunk": None}, "`rows_per_chunk` is None: give a value of int, or leave it out for 256"),
+        ("mimic", {"rows_per_chunk": 2.5}, "`rows_per_chunk` is 2.5: give a value of int"),
+        ("mimic", {"divergence": ["jsd"]}, r"`divergence` is \['jsd'\]: give a value of str"),
+        ("mimic", {"reference_compat": 5}, r"`reference_compat` is 5: give a value of list\[str\] . None"),
+        ("mimic", {"teacher_weights": [None]}, r"`teacher_weights` is \[None\]: give a value of list\[float\]"),
+        ("prefer", {"loss_weights": 1.0}, "`loss_weights` is 1.0"),
+        ("prefer", {"beta": [0.1]}, r"`beta` is \[0.1\]: give a value of float"),
+        ("prefer", {"beta": float("inf")}, "`beta` is inf"),
+        *(
+            (stage, {"train_modules": modules}, re.escape(f"`train_modules` is {modules!r}"))
+            for stage in CONFIGS
+            for modules in ([], [None], "adaptor", 5)
+        ),
     ],
 )
 def test_weights_and_empty_values_are_refused_by_the_config_and_in_a_recipe(stage, args, message, tmp_path):

@@ -2,6 +2,7 @@
 
 import copy
 import itertools
+import math
 import warnings
 from dataclasses import dataclass, field
 
@@ -85,7 +86,7 @@ class PreferenceConfig(DPOConfig):
             raise ValueError(
                 '`sync_ref_model` moves the reference towards the student: give `reference="self"` with it.'
             )
-        if not self.beta > 0:
+        if not 0 < self.beta < math.inf:
             raise ValueError(f"`beta` is {self.beta}: give a positive one.")
 
     def _check_choices(self):

@@ -6,6 +6,9 @@ A test holds the tables against the installed transformers and TRL, so that an o
 
 import dataclasses
 import math
+import numbers
+import os
+import types
 import typing
 
 from peft import PeftModel
@@ -57,7 +60,8 @@ READ_HERE_OF = {
 }
 LAUNCHERS = "local_rank"  # some write it on the command line, and the environment says it again: not read, not refused
 
-ALL, SFT, DISTILL = ("adapt", "mimic", "prefer"), ("adapt", "mimic"), ("mimic", "prefer")
+ACCEPTED = {int: numbers.Integral, float: numbers.Real, str: (str, os.PathLike)}
+ALL, SFT = ("adapt", "mimic", "prefer"), ("adapt", "mimic")
 # (of which trainers, options, why they would do nothing)
 REFUSED = (
     (ALL, "torch_compile torch_compile_backend torch_compile_mode",
@@ -117,17 +121,35 @@ def check_options(args, stage):
         stage (`str`): `adapt`, `mimic` or `prefer`.
 
     Raises:
-        ValueError: naming the option and why it does nothing; or if an option that needs a value is `None`.
+        ValueError: naming the option and why it does nothing; or if a value of TRL's or ours is of another type.
     """
     defaults = {item.name: _default(item) for item in dataclasses.fields(args)}
     for name, why in _refused(stage):
         if name in defaults and getattr(args, name) != defaults[name]:  # other versions of TRL have not all of them
             raise ValueError(f"`{name}` is {getattr(args, name)!r}, which would do nothing: {why}. Leave it out.")
-    parents = {item.name for item in dataclasses.fields(TrainingArguments)}
     hints = typing.get_type_hints(type(args))
-    for name in defaults.keys() - parents:
-        if getattr(args, name) is None and type(None) not in typing.get_args(hints[name]):
-            raise ValueError(f"`{name}` is None: give a value, or leave it out for {defaults[name]!r}.")
+    for name in defaults.keys() - {item.name for item in dataclasses.fields(TrainingArguments)}:
+        value, hint = getattr(args, name), hints[name]
+        if not _fits(value, hint):
+            kind = hint.__name__ if isinstance(hint, type) else hint
+            raise ValueError(f"`{name}` is {value!r}: give a value of {kind}, or leave it out for {defaults[name]!r}.")
+
+
+def _fits(value, hint):
+    kinds = typing.get_args(hint) if typing.get_origin(hint) in (types.UnionType, typing.Union) else (hint,)
+    return any(_is(value, kind) for kind in kinds)
+
+
+def _is(value, kind):
+    origin = typing.get_origin(kind) or kind
+    if origin is list:  # of one name alone, the option's own check speaks, or TRL makes a list
+        (part,) = typing.get_args(kind)
+        return (part is str and isinstance(value, str)) or (
+            isinstance(value, list | tuple) and all(_is(item, part) for item in value)
+        )
+    if isinstance(value, bool):  # which is an `int` to Python
+        return origin is bool
+    return isinstance(value, ACCEPTED.get(origin, origin))
 
 
 def check_dependent_options(args, stage):
@@ -164,7 +186,7 @@ def check_weights(name, weights, *, count=None):
     if not isinstance(weights, list | tuple) or not weights or (count is not None and len(weights) != count):
         number = "one or more numbers" if count is None else f"{count} numbers"
         raise ValueError(f"{name} is {weights!r}: give a list of {number}.")
-    right = [isinstance(weight, int | float) and math.isfinite(weight) and weight >= 0 for weight in weights]
+    right = [math.isfinite(weight) and weight >= 0 for weight in weights]
     if not all(right) or not any(weights):
         raise ValueError(f"{name} is {weights!r}: give weights of 0 or more, not all of them 0.")
 
