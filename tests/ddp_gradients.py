@@ -108,8 +108,10 @@ def assert_gradients_close(actual, expected):
         )
 
 
-def mimic_trainer(student, teacher, processor, folder, *, dataset=None, callbacks=None, teacher_processor=None, **args):
-    """A trainer of the shortest run; `batch` and `accumulation` are short for the arguments' names."""
+def mimic_trainer(student, teacher, processor, folder, *, dataset=None, **args):
+    """`batch` and `accumulation` are short for the arguments' names; what the trainer itself takes goes to it."""
+    own = ("teacher_processor", "peft_config", "callbacks")
+    kwargs = {name: args.pop(name) for name in own if name in args}
     batch, accumulation = args.pop("batch", 4), args.pop("accumulation", 1)
     config = MimicConfig(
         output_dir=str(folder),
@@ -130,8 +132,7 @@ def mimic_trainer(student, teacher, processor, folder, *, dataset=None, callback
         config,
         train_dataset=rows() if dataset is None else dataset,
         processing_class=processor,
-        teacher_processor=teacher_processor,
-        callbacks=callbacks,
+        **kwargs,
     )
 
 

@@ -100,8 +100,6 @@ def test_of_an_adapted_student_the_adapter_alone(make_student, trainer_of, kind,
     student, args = make_student(), {"peft_config": LoraConfig(**LORA)}
     if given == "adapted model":
         student, args = get_peft_model(student, LoraConfig(**LORA)), {}
-    elif kind == "mimic":
-        pytest.skip("`mimic_trainer` passes no `peft_config` on")
     model = trainer_of(kind, student, **args).model
     assert trained(model)
     assert all("lora_" in name for name in trained(model))

@@ -86,6 +86,10 @@ class PreferenceConfig(DPOConfig):
             raise ValueError(
                 '`sync_ref_model` moves the reference towards the student: give `reference="self"` with it.'
             )
+        if "selective" in (self.gradient_checkpointing_kwargs or {}):
+            raise ValueError(
+                "`gradient_checkpointing_kwargs` has `selective`, which TRL's DPO does not know: leave it out."
+            )
         if not 0 < self.beta < math.inf:
             raise ValueError(f"`beta` is {self.beta}: give a positive one.")
 

@@ -24,7 +24,7 @@ from llava_mod_hf.students import build_student
 from llava_mod_hf.teacher import load_model_and_processor
 from llava_mod_hf.teacher_cache import CachedTeacher, cache_settings
 from llava_mod_hf.trainable import check_train_modules, set_trainable, train_only  # noqa: F401 (found here before)
-from llava_mod_hf.trainer_options import check_options, check_trainer
+from llava_mod_hf.trainer_options import check_dependent_options, check_options, check_trainer
 from llava_mod_hf.upcycling import PLACEMENTS, upcycle
 
 RUN_FILE = "run.json"
@@ -61,6 +61,7 @@ class AdaptConfig(SFTConfig):
     def __post_init__(self):
         check_options(self, "adapt")
         super().__post_init__()
+        check_dependent_options(self, "adapt")
         check_train_modules(self.train_modules)
 
 

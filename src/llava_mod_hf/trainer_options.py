@@ -11,6 +11,7 @@ import os
 import types
 import typing
 
+import torch
 from peft import PeftModel
 from transformers import TrainingArguments
 
@@ -37,7 +38,7 @@ READ_BY_PARENT = {
     "ddp_broadcast_buffers ddp_static_graph ddp_backend ddp_timeout",
     "loader": "dataloader_drop_last dataloader_num_workers dataloader_pin_memory dataloader_persistent_workers "
     "dataloader_prefetch_factor dataloader_multiprocessing_context dataloader_in_order remove_unused_columns",
-    "rows": "truncation_mode pad_to_multiple_of pad_token",
+    "rows": "truncation_mode pad_token",
     "model": "model_init_kwargs",  # of a model that is given by its name; see `check_trainer`
 }
 READ_BY_PARENT_OF = {
@@ -71,6 +72,7 @@ REFUSED = (
     (ALL, "length_column_name", "lengths are in the column that `fit_rows` writes"),
     (ALL, "do_train do_predict", "the trainer's methods are called by name, and a stage always trains"),
     (ALL, "padding_free", "rows with images are padded"),
+    (ALL, "pad_to_multiple_of", "rows with images are padded to the longest of the batch"),
     (SFT, "packing packing_strategy eval_packing", "rows with images are not packed"),
     (SFT, "shuffle_dataset", "rows with images are shuffled by `train_sampling_strategy` alone"),
     (SFT, "dataset_kwargs", "rows with images are prepared batch by batch"),
@@ -82,14 +84,16 @@ REFUSED = (
     (("prefer",), "precompute_ref_log_probs precompute_ref_batch_size",
      "of rows with images `llava-mod cache-reference` computes them"),
 )  # fmt: skip
-# (of which trainer, options, what makes them read, whether that is so)
+# (of which trainers, options, what makes them read, whether that is so)
 DEPENDENT = (
-    ("mimic", "jsd_beta", "divergence: jsd", lambda args: args.divergence == "jsd"),
-    ("mimic", "on_policy_max_new_tokens", "on_policy_share", lambda args: args.on_policy_share != 0),
-    ("prefer", "f_alpha_divergence_coef", "f_divergence_type: alpha_divergence",
+    (ALL, "activation_offloading", "an accelerator",
+     lambda args: torch.accelerator.is_available() and not args.use_cpu),
+    (("mimic",), "jsd_beta", "`divergence: jsd`", lambda args: args.divergence == "jsd"),
+    (("mimic",), "on_policy_max_new_tokens", "`on_policy_share`", lambda args: args.on_policy_share != 0),
+    (("prefer",), "f_alpha_divergence_coef", "`f_divergence_type: alpha_divergence`",
      lambda args: args.f_divergence_type == "alpha_divergence"),
-    ("prefer", "discopop_tau", "loss_type: discopop", lambda args: "discopop" in args.loss_type),
-    ("prefer", "ref_model_mixup_alpha ref_model_sync_steps", "sync_ref_model", lambda args: args.sync_ref_model),
+    (("prefer",), "discopop_tau", "`loss_type: discopop`", lambda args: "discopop" in args.loss_type),
+    (("prefer",), "ref_model_mixup_alpha ref_model_sync_steps", "`sync_ref_model`", lambda args: args.sync_ref_model),
 )  # fmt: skip
 
 
@@ -160,11 +164,14 @@ def check_dependent_options(args, stage):
         ValueError: naming both.
     """
     defaults = {item.name: _default(item) for item in dataclasses.fields(args)}
-    for owner, names, needed, is_read in DEPENDENT:
-        changed = [name for name in names.split() if owner == stage and getattr(args, name) != defaults[name]]
+    for stages, names, needed, is_read in DEPENDENT:
+        known = [name for name in names.split() if stage in stages and name in defaults]
+        changed = [name for name in known if getattr(args, name) != defaults[name]]
         if changed and not is_read(args):
             value = getattr(args, changed[0])
-            raise ValueError(f"`{changed[0]}` is {value!r}, which only `{needed}` reads: give that too, or neither.")
+            raise ValueError(
+                f"`{changed[0]}` is {value!r}, which does nothing without {needed}: give that too, or neither."
+            )
 
 
 def _default(item):
