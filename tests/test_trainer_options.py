@@ -8,8 +8,9 @@ import pytest
 import transformers
 import trl.trainer
 import yaml
-from ddp_gradients import RUN, rows
-from peft import PromptTuningConfig, get_peft_model
+from ddp_gradients import RUN, mimic_trainer, rows
+from peft import LoraConfig, PromptTuningConfig, get_peft_model
+from preference_trainers import preference_trainer
 from transformers import TrainingArguments
 
 import llava_mod_hf
@@ -202,3 +203,15 @@ def test_a_learnt_prompt_is_refused(make_student, trainer_of, kind):
 def test_what_a_trainer_would_not_use_is_refused(trainer_of, kind, args, kwargs, message):
     with pytest.raises(ValueError, match=message):
         trainer_of(kind, args=args, **kwargs)
+
+
+@pytest.mark.parametrize("kind", ["mimic", "prefer"])
+@pytest.mark.parametrize("adapted", [False, True], ids=["student", "adapted student"])
+def test_a_student_is_not_its_own_teacher(make_student, processor, tmp_path, kind, adapted):
+    teacher = make_student(moe_layers=[])
+    student = get_peft_model(teacher, LoraConfig(target_modules=["q_proj"])) if adapted else teacher
+    make = mimic_trainer if kind == "mimic" else preference_trainer
+    trainable = [parameter.requires_grad for parameter in student.parameters()]
+    with pytest.raises(ValueError, match="teacher is the student itself"):
+        make(student, teacher, processor, tmp_path)
+    assert [parameter.requires_grad for parameter in student.parameters()] == trainable

@@ -131,7 +131,8 @@ class MimicTrainer(GroupedBatches, SFTTrainer):
 
     def __init__(self, model, teacher_model, args=None, *, processing_class=None, teacher_processor=None, **kwargs):
         args = args or MimicConfig()
-        check_trainer(args, MimicConfig, model, **kwargs)
+        teachers = teacher_model if isinstance(teacher_model, list | tuple) else [teacher_model]
+        check_trainer(args, MimicConfig, model, teachers=teachers, **kwargs)
         super().__init__(model, args=args, processing_class=processing_class, **kwargs)
         train_only(self.model, args.train_modules)
         self.compat = ReferenceCompat(args.reference_compat, vocab_size=args.reference_vocab_size)

@@ -156,7 +156,8 @@ class PreferenceTrainer(GroupedBatches, DPOTrainer):
         **kwargs,
     ):
         args = args or PreferenceConfig()
-        check_trainer(args, PreferenceConfig, model, peft_config=peft_config, train_dataset=train_dataset, **kwargs)
+        given = {"peft_config": peft_config, "train_dataset": train_dataset, **kwargs}
+        check_trainer(args, PreferenceConfig, model, teachers=[ref_model], **given)
         precomputed = [has_reference(rows) for rows in row_sets(train_dataset, eval_dataset)]
         check_reference(args, ref_model, precomputed)
         cache = ref_model if isinstance(ref_model, CachedReference) else None

@@ -198,7 +198,7 @@ def check_weights(name, weights, *, count=None):
         raise ValueError(f"{name} is {weights!r}: give weights of 0 or more, not all of them 0.")
 
 
-def check_trainer(args, config_class, model, *, peft_config=None, train_dataset=None, **arguments):
+def check_trainer(args, config_class, model, *, teachers=(), peft_config=None, train_dataset=None, **arguments):
     """
     Refuses what a trainer is given and would not use.
 
@@ -206,6 +206,7 @@ def check_trainer(args, config_class, model, *, peft_config=None, train_dataset=
         args (`TrainingArguments`).
         config_class (`type`): what they have to be.
         model (`PreTrainedModel`, `PeftModel` or `str`).
+        teachers (`list`, *optional*): models and other teachers, whose kind does not matter here.
         peft_config, train_dataset, arguments: the trainer's own.
 
     Raises:
@@ -213,6 +214,9 @@ def check_trainer(args, config_class, model, *, peft_config=None, train_dataset=
     """
     if not isinstance(args, config_class):
         raise ValueError(f"`args` is a {type(args).__name__}: give a {config_class.__name__}.")
+    student = model.get_base_model() if isinstance(model, PeftModel) else model
+    if any(getattr(teacher, "model", teacher) is student or teacher is student for teacher in teachers):
+        raise ValueError("The teacher is the student itself, which would be frozen: give another model, or a copy.")
     configs = [*(model.peft_config.values() if isinstance(model, PeftModel) else ()), peft_config]
     for config in configs:
         if getattr(config, "is_prompt_learning", False):
