@@ -103,6 +103,7 @@ def make_models(folder, args):
 def config_of(folder, args):
     return PreferenceConfig(
         str(folder / "run"),
+        train_modules=["vision_tower", "adaptor", "language_model"],  # all, as TRL's trainer does
         per_device_train_batch_size=args.batch,
         max_steps=args.steps,
         use_cpu=True,
