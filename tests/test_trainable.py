@@ -122,6 +122,19 @@ def test_of_an_adapted_student_the_named_part_of_the_adapter(make_student, train
         trainer_of("mimic", get_peft_model(make_student(), LoraConfig(**LORA)), train_modules=["vision_tower"])
 
 
+@pytest.mark.parametrize("given", ["peft_config", "adapted model"])
+def test_the_reference_of_an_adapted_student_does_not_unfreeze_its_adapter(make_student, processor, tmp_path, given):
+    student = make_student()
+    args = {"peft_config": LoraConfig(**LORA, modules_to_save=["multi_modal_projector"])}
+    if given == "adapted model":
+        student, args = get_peft_model(student, args["peft_config"]), {}
+    args = {"reference": "self", "train_modules": ["adaptor"], **args}
+    trainer = preference_trainer(student, None, processor, tmp_path, **args)
+    before = trained(trainer.model)
+    assert raw_gradients(trainer).keys() == before == trained(trainer.model)
+    assert before == names_with(trainer.model, "modules_to_save.default")
+
+
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("modules", [["experts"], ["adaptor", "everything"], [], "adaptor"])
 def test_unknown_parts_are_refused_by_the_config(make_student, trainer_of, kind, modules):

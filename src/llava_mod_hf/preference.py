@@ -23,7 +23,7 @@ from llava_mod_hf.reference import (
     row_sets,
     teachers_collator,
 )
-from llava_mod_hf.trainable import check_train_modules, train_only
+from llava_mod_hf.trainable import check_train_modules, train_only, trained_as_before
 from llava_mod_hf.trainer_options import check_dependent_options, check_options, check_trainer, check_weights
 
 # `_norm`: log-probabilities per response token instead of summed, as in the parent's `sigmoid_norm`
@@ -246,7 +246,8 @@ class PreferenceTrainer(GroupedBatches, DPOTrainer):
                 f"These rows have no columns {', '.join(REFERENCE_COLUMNS)}, and there is no `ref_model`: compute them "
                 "with `llava-mod cache-reference` too."
             )
-        return self.compute_ref_log_probs(self.ref_model or self.model, inputs)
+        with trained_as_before(self.model):
+            return self.compute_ref_log_probs(self.ref_model or self.model, inputs)
 
     def _base_model(self):
         model = self.accelerator.unwrap_model(self.model)

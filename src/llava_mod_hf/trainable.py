@@ -1,5 +1,7 @@
 """Which parameters of a student are trained: its parts by name, in every stage."""
 
+import contextlib
+
 import torch
 from accelerate.utils import is_peft_model
 from torch import nn
@@ -81,6 +83,17 @@ def train_only(model, modules, default=None):
         parameter.requires_grad_(id(parameter) in chosen)
         setattr(parameter, FROZEN_BY_TRAINER, id(parameter) not in chosen)
     keep_graph(model)
+
+
+@contextlib.contextmanager
+def trained_as_before(model):
+    """Undoes what peft does when an adapter is switched off and on again: it sets all of it to be trained."""
+    trained = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    try:
+        yield
+    finally:
+        for parameter, requires_grad in trained:
+            parameter.requires_grad_(requires_grad)
 
 
 def default_modules(model):
