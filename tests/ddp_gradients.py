@@ -7,6 +7,7 @@ environment, reads `student/` and `teacher/` there and writes the gradients of t
 
 import copy
 import functools
+import gc
 import os
 import socket
 import subprocess
@@ -137,7 +138,7 @@ def mimic_trainer(student, teacher, processor, folder, *, dataset=None, **args):
 
 
 def gradients_of_two_processes(folder, script=__file__, modes=()):
-    """Runs this file, or another script, in two processes and returns what it writes; `modes` are those of `main`."""
+    """Runs this file, or another script, in two processes and returns what it writes; `modes` are those of `train`."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -188,7 +189,7 @@ def sharded_gradients(folder, processor):
     return trainer, {name: whole(p.grad) for name, p in student.named_parameters() if p.grad is not None}
 
 
-def main(folder, *modes):
+def train(folder, *modes):
     """`modes`: `plain` with and without the router aux, `other` processor, `text` alone, `adaptor` alone, `fsdp2`."""
     processor = AutoProcessor.from_pretrained(folder / "student")
     gradients = {}
@@ -216,6 +217,11 @@ def main(folder, *modes):
             trainer, gradients[mode] = sharded_gradients(folder, processor)
     if trainer.is_world_process_zero():
         torch.save(gradients, folder / "gradients.pt")
+
+
+def main(folder, *modes):
+    train(folder, *modes)
+    gc.collect()  # a wrapped model that is freed after its process group may wait for ever
     torch.distributed.destroy_process_group()
 
 

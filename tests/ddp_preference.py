@@ -2,6 +2,7 @@
 Raw gradients of the preference trainer in two processes: `python ddp_preference.py FOLDER`, as `ddp_gradients.py`.
 """
 
+import gc
 import sys
 from pathlib import Path
 
@@ -18,7 +19,7 @@ LOSSES = {
 }
 
 
-def main(folder):
+def train(folder):
     processor = AutoProcessor.from_pretrained(folder / "student")
     found = {}
     for name, options in LOSSES.items():
@@ -39,6 +40,11 @@ def main(folder):
         found[f"log {name}"] = trainer.state.log_history[0]
     if trainer.is_world_process_zero():
         torch.save(found, folder / "gradients.pt")
+
+
+def main(folder):
+    train(folder)
+    gc.collect()  # a wrapped model that is freed after its process group may wait for ever
     torch.distributed.destroy_process_group()
 
 
