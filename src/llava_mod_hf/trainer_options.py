@@ -128,8 +128,8 @@ def check_options(args, stage):
         ValueError: naming the option and why it does nothing; or if a value of TRL's or ours is of another type.
     """
     defaults = {item.name: _default(item) for item in dataclasses.fields(args)}
-    for name, why in _refused(stage):
-        if name in defaults and getattr(args, name) != defaults[name]:  # other versions of TRL have not all of them
+    for name, why in _refused(stage):  # other versions of TRL have not all of them
+        if name in defaults and getattr(args, name) not in (defaults[name], None):  # None: what "auto" resolves to
             raise ValueError(f"`{name}` is {getattr(args, name)!r}, which would do nothing: {why}. Leave it out.")
     hints = typing.get_type_hints(type(args))
     for name in defaults.keys() - {item.name for item in dataclasses.fields(TrainingArguments)}:
