@@ -35,7 +35,7 @@ $(QUANTISATION): $(VENV)/.installed
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps -c constraints.txt --target $@ torchao bitsandbytes
 
 test-quantisation: $(QUANTISATION)
-	PYTHONPATH=$(QUANTISATION) $(BIN)/python -m pytest -q tests/test_quantisation.py
+	PYTHONPATH=$(QUANTISATION) $(BIN)/python -m pytest -q tests/students/test_quantisation.py
 
 test-all: setup test-quantisation
 	$(BIN)/python -m pytest -q $(WORKERS) -m ''

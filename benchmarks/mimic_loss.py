@@ -10,7 +10,7 @@ of the student's head alone is 519 MiB.
 
 - `floor`: the four matrix products that nobody can avoid: student and teacher forward on the 64 supervised rows, and
   the gradients of hidden states and head.
-- `ours`: `llava_mod_hf.chunked.chunked_mimic_loss`.
+- `ours`: `llava_mod_hf.losses.chunked_mimic.chunked_mimic_loss`.
 - `selection`: `losses.divergence_rows` on the logits of the supervised rows, by autograd.
 - `trl`: TRL's `_chunked_divergence_loss` with a mask over all positions; without Triton it projects every one of them.
 - `trl_response`: the same, given the hidden states of the response alone, as TRL's own trainer cuts them.
@@ -30,8 +30,9 @@ import torch
 from torch.nn import functional as F
 from trl.trainer.distillation_trainer import _chunked_divergence_loss
 
-from llava_mod_hf.chunked import chunked_mimic_loss
-from llava_mod_hf.losses import Head, ProjectedRows, divergence_rows, shift_for_next_token
+from llava_mod_hf.losses.chunked_mimic import chunked_mimic_loss
+from llava_mod_hf.losses.divergences import divergence_rows
+from llava_mod_hf.losses.rows import Head, ProjectedRows, shift_for_next_token
 
 VOCABULARY, STUDENT_WIDTH, TEACHER_WIDTH = 151_936, 896, 1_536
 POSITIONS, SUPERVISED = 704, 64

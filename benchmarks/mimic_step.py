@@ -25,13 +25,15 @@ import torch
 from torch.nn import functional as F
 from transformers import CLIPVisionConfig, Qwen2Config
 
-from llava_mod_hf import LlavaModConfig, LlavaModForConditionalGeneration, MimicConfig, MimicTrainer, embedded
-from llava_mod_hf.losses import TopKRows, router_aux_loss, shift_for_next_token
-from llava_mod_hf.stages import set_trainable
-from llava_mod_hf.students import build_student
-from llava_mod_hf.teacher import load_model_and_processor
-from llava_mod_hf.teacher_cache import top_k_log_probs
-from llava_mod_hf.upcycling import upcycle
+from llava_mod_hf import LlavaModConfig, LlavaModForConditionalGeneration, MimicConfig, MimicTrainer
+from llava_mod_hf.data import easy_vqa
+from llava_mod_hf.loading import load_model_and_processor
+from llava_mod_hf.losses.divergences import router_aux_loss
+from llava_mod_hf.losses.rows import TopKRows, shift_for_next_token
+from llava_mod_hf.students.build import build_student
+from llava_mod_hf.students.upcycling import upcycle
+from llava_mod_hf.teachers.answer_cache import top_k_log_probs
+from llava_mod_hf.training.run_folder import set_trainable
 
 TEACHER = "embedded:tiny-teacher"
 CONTENDERS = ("live", "cached", "authors", "sft")
@@ -114,7 +116,7 @@ def contenders(args):
     """`{name: function of no arguments}`, each of which does one step."""
     student, teacher, processor, batch = {"tiny": tiny_models, "qwen2-0.5b": qwen_models}[args.size](args)
     set_trainable(student, None)
-    rows = embedded.load("mixture", "train").select(range(64))
+    rows = easy_vqa.load("mixture", "train").select(range(64))
     config = MimicConfig(
         "unused", lm_weight=1.0, use_cpu=True, bf16=args.size == "tiny", gradient_checkpointing=False, report_to="none"
     )

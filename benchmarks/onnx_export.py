@@ -21,8 +21,8 @@ from torch import nn
 from torch.export import Dim
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
-from llava_mod_hf import embedded
-from llava_mod_hf.fresh_process import conversation
+from llava_mod_hf.data import easy_vqa
+from llava_mod_hf.publishing.fresh_process import conversation
 
 
 class Vision(nn.Module):
@@ -119,8 +119,8 @@ def main():
     seconds = time.perf_counter() - start
 
     ends = np.atleast_1d(model.generation_config.eos_token_id).tolist()
-    paths = embedded.image_paths("test")
-    rows = [row | {"image": paths[row["image_id"]]} for row in embedded.questions("test")[:: args.stride]]
+    paths = easy_vqa.image_paths("test")
+    rows = [row | {"image": paths[row["image_id"]]} for row in easy_vqa.questions("test")[:: args.stride]]
     largest, difference, same = 0.0, 0.0, 0
     for row in rows:
         inputs = processor.apply_chat_template(

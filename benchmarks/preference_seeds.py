@@ -22,11 +22,14 @@ from pathlib import Path
 import datasets
 from transformers.utils import logging as hf_logging
 
-from llava_mod_hf import embedded, recipes, stages
-from llava_mod_hf import quickstart as qs
-from llava_mod_hf.evaluation import evaluate_blind, evaluate_model
-from llava_mod_hf.stages import write_json
-from llava_mod_hf.teacher import load_model_and_processor
+from llava_mod_hf import recipes
+from llava_mod_hf.commands import mimic, prefer
+from llava_mod_hf.commands import quickstart as qs
+from llava_mod_hf.data import easy_vqa
+from llava_mod_hf.evaluation.answers import evaluate_blind, evaluate_model
+from llava_mod_hf.loading import load_model_and_processor
+from llava_mod_hf.training import run_folder
+from llava_mod_hf.training.run_folder import write_json
 
 BEFORE = ("adapt", "mimic_dense", "mimic_sparse")
 REFERENCES, LOSSES = ("teacher", "self"), ("sigmoid", "kto_pair", "margin")
@@ -48,9 +51,9 @@ T_QUANTILES = (
 def student_of(seed, args):
     """Folder of the dense-to-sparse student of a seed, made if no finished quickstart is there."""
     folder = Path(args.runs.format(seed=seed))
-    if not (folder / "mimic_sparse" / stages.RUN_FILE).is_file():
+    if not (folder / "mimic_sparse" / run_folder.RUN_FILE).is_file():
         for name in BEFORE:
-            if not (folder / name / stages.RUN_FILE).is_file():
+            if not (folder / name / run_folder.RUN_FILE).is_file():
                 steps = args.steps or qs.parse_stage(name, folder, seed)[-1].max_steps
                 qs.run_stage(name, folder, seed, steps)
     return folder
@@ -74,11 +77,11 @@ def train(variant, folder, seed, args, output_dir):
             qs.STAGES["mimic_sparse"].groups, [*argv, "--student", str(folder / "mimic_sparse"), *chosen, *options]
         )
         groups[2].moe_layers = None  # the student has its experts
-        run = stages.mimic(*groups)
+        run = mimic.mimic(*groups)
     else:
         reference, loss = variant.split()
         options += ["--reference", reference, "--loss_type", loss]
-        run = stages.prefer(*qs.parse_stage("prefer", folder, seed, *options))
+        run = prefer.prefer(*qs.parse_stage("prefer", folder, seed, *options))
     last = [entry for entry in run["log_history"] if "loss" in entry][-1]
     return {name: last[name] for name in LOGGED if name in last}
 
@@ -100,13 +103,13 @@ def run_seed(seed, args):
     missing = [name for name in ("blind", "teacher", "before", *args.variants) if name not in models]
     if not missing:
         return
-    rows = embedded.load("questions", "test", seed)
+    rows = easy_vqa.load("questions", "test", seed)
     rows = rows.select(range(min(args.num_questions, len(rows))))
     folder = student_of(seed, args)
     for name in missing:
         logged = {}
         if name == "blind":
-            result = evaluate_blind(embedded.balanced(embedded.questions("train"), seed), rows)
+            result = evaluate_blind(easy_vqa.balanced(easy_vqa.questions("train"), seed), rows)
         else:
             with tempfile.TemporaryDirectory() as temporary:
                 checkpoint = {"teacher": qs.TEACHER, "before": str(folder / "mimic_sparse")}.get(name, temporary)

@@ -27,13 +27,15 @@ import torch
 from transformers import LlavaProcessor, Qwen2Config, SiglipVisionConfig
 from trl import DPOTrainer
 
-from llava_mod_hf import LlavaModConfig, LlavaModForConditionalGeneration, PreferenceConfig, PreferenceTrainer, embedded
-from llava_mod_hf.data import DataArguments
-from llava_mod_hf.pretraining import image_processor, train_tokenizer
-from llava_mod_hf.reference import REFERENCE_COLUMNS, CachedReference, NoReference
-from llava_mod_hf.reference_cache import ReferenceCommand, run_cache_reference
-from llava_mod_hf.stages import DistillArguments, StepTimer
-from llava_mod_hf.teacher import load_model_and_processor
+from llava_mod_hf import LlavaModConfig, LlavaModForConditionalGeneration, PreferenceConfig, PreferenceTrainer
+from llava_mod_hf.commands.arguments import DistillArguments
+from llava_mod_hf.commands.cache_reference import ReferenceCommand, run_cache_reference
+from llava_mod_hf.commands.pretrain import image_processor, train_tokenizer
+from llava_mod_hf.data import easy_vqa
+from llava_mod_hf.data.load import DataArguments
+from llava_mod_hf.loading import load_model_and_processor
+from llava_mod_hf.teachers.reference_model import REFERENCE_COLUMNS, CachedReference, NoReference
+from llava_mod_hf.training.run_folder import StepTimer
 
 CONTENDERS = ("student", "precomputed", "live", "trl")
 IMAGE_SIZE, PATCH_SIZE = 128, 16
@@ -129,7 +131,7 @@ def without_reference(collate):
 def measure(contender, folder, args):
     """Seconds of a step without the first, CPU seconds of one, and the peak of the whole training."""
     torch.set_num_threads(args.threads)
-    rows = embedded.load("preferences", "train", 0).select(range(args.batch * args.steps))
+    rows = easy_vqa.load("preferences", "train", 0).select(range(args.batch * args.steps))
     before = resident("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts anew
     student, processor = load_model_and_processor(str(folder / "student"))

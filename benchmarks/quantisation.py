@@ -21,8 +21,8 @@ from rich.table import Table
 from transformers import AutoModelForImageTextToText, CLIPVisionConfig, Qwen2Config
 
 from llava_mod_hf import LlavaModConfig, LlavaModForConditionalGeneration
-from llava_mod_hf.embedded import resolve
-from llava_mod_hf.quantisation import bytes_in_memory, load_quantised
+from llava_mod_hf.loading import resolve
+from llava_mod_hf.students.quantisation import bytes_in_memory, load_quantised
 
 
 def random_student(folder):

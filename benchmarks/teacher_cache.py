@@ -18,12 +18,14 @@ from datasets import disable_progress_bars
 from torch.utils.data import DataLoader
 
 from llava_mod_hf import MimicConfig, build_student
-from llava_mod_hf.caching import CacheCommand, response_collator, run_cache_teacher
-from llava_mod_hf.data import DataArguments, load_rows
-from llava_mod_hf.losses import divergence_rows, shift_for_next_token, top_k_forward_kl
-from llava_mod_hf.stages import DistillArguments, UpcycleArguments, save_checkpoint
-from llava_mod_hf.teacher import load_model_and_processor
-from llava_mod_hf.teacher_cache import CachedTeacher
+from llava_mod_hf.commands.arguments import DistillArguments, UpcycleArguments
+from llava_mod_hf.commands.cache_teacher import CacheCommand, response_collator, run_cache_teacher
+from llava_mod_hf.data.load import DataArguments, load_rows
+from llava_mod_hf.loading import load_model_and_processor
+from llava_mod_hf.losses.divergences import divergence_rows, top_k_forward_kl
+from llava_mod_hf.losses.rows import shift_for_next_token
+from llava_mod_hf.teachers.cached_teacher import CachedTeacher
+from llava_mod_hf.training.run_folder import save_checkpoint
 
 TEACHER = "embedded:tiny-teacher"
 

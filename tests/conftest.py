@@ -4,12 +4,13 @@ import time
 
 import pytest
 import torch
-from hub_server import HubServer
 from huggingface_hub import constants
 from transformers import CONFIG_MAPPING, LlavaProcessor, SiglipVisionConfig
 
+from helpers.hub_server import HubServer
+from helpers.teachers import make_teacher  # noqa: F401 (a fixture)
 from llava_mod_hf import LlavaModConfig, LlavaModForConditionalGeneration
-from llava_mod_hf.pretraining import image_processor, train_tokenizer
+from llava_mod_hf.commands.pretrain import image_processor, train_tokenizer
 
 IMAGE_SIZE, PATCH_SIZE = 64, 16
 

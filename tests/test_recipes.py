@@ -1,6 +1,5 @@
 """The recipes of published students: each parses, and each README's commands train small models of the same classes."""
 
-import importlib
 import itertools
 import json
 import os
@@ -17,12 +16,12 @@ from accelerate.commands.config.config_args import load_config_from_file
 from datasets import Dataset, Features, Value
 from datasets import Image as ImageFeature
 from PIL import Image
-from published_models import PUBLISHED, published_config, save_small, without_video
 from safetensors.torch import load_file
 from transformers import AutoConfig
 
+from helpers.published_models import PUBLISHED, published_config, save_small, without_video
 from llava_mod_hf import recipes
-from llava_mod_hf.cli import COMMANDS, main
+from llava_mod_hf.cli import COMMANDS, main, named
 
 ROOT = Path(__file__).parents[1]
 RECIPES = ["qwen2-0.5b", "qwen2-1.5b", "qwen3-0.6b"]
@@ -62,9 +61,7 @@ def commands(recipe):
 
 
 def parse(command, argv):
-    module_name, _, groups, _ = COMMANDS[command]
-    module = importlib.import_module(f"llava_mod_hf.{module_name}")
-    return recipes.parse([getattr(module, name) for name in groups], argv)
+    return recipes.parse([named(group) for group in COMMANDS[command][2]], argv)
 
 
 # What recipes say

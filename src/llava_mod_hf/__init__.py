@@ -2,24 +2,24 @@
 
 import importlib
 
-from llava_mod_hf.configuration_llava_mod import LlavaModConfig
-from llava_mod_hf.modeling_llava_mod import LlavaModForConditionalGeneration, LlavaModModel
+from llava_mod_hf.model.configuration_llava_mod import LlavaModConfig
+from llava_mod_hf.model.modeling_llava_mod import LlavaModForConditionalGeneration, LlavaModModel
 
 __version__ = "0.1.0"
 
 # The trainers pull in TRL, which takes seconds: they are imported when asked for.
 _LAZY = {
-    "MimicConfig": "mimic",
-    "MimicTrainer": "mimic",
-    "PreferenceConfig": "preference",
-    "PreferenceTrainer": "preference",
-    "build_student": "students",
-    "convert_checkpoint": "conversion",
-    "export_stock": "merging",
-    "load_model_and_processor": "teacher",
-    "merge_experts": "merging",
-    "push_checkpoint": "hub",
-    "upcycle": "upcycling",
+    "MimicConfig": "training.mimic_trainer",
+    "MimicTrainer": "training.mimic_trainer",
+    "PreferenceConfig": "training.preference_trainer",
+    "PreferenceTrainer": "training.preference_trainer",
+    "build_student": "students.build",
+    "convert_checkpoint": "students.conversion",
+    "export_stock": "students.stock_export",
+    "load_model_and_processor": "loading",
+    "merge_experts": "students.stock_export",
+    "push_checkpoint": "publishing.push",
+    "upcycle": "students.upcycling",
 }
 
 __all__ = ["LlavaModConfig", "LlavaModForConditionalGeneration", "LlavaModModel", *sorted(_LAZY)]

@@ -7,56 +7,141 @@ import sys
 # so that `--help` and a mistyped command answer at once
 COMMANDS = {
     "adapt": (
-        "stages",
+        "commands.adapt",
         "adapt",
-        ("DataArguments", "StudentArguments", "AdaptConfig"),
+        (
+            "data.load:DataArguments",
+            "commands.arguments:StudentArguments",
+            "training.adapt_trainer:AdaptConfig",
+        ),
         "initialise the adaptor between vision encoder and language model",
     ),
     "mimic": (
-        "stages",
+        "commands.mimic",
         "mimic",
-        ("DataArguments", "DistillArguments", "UpcycleArguments", "MimicConfig"),
+        (
+            "data.load:DataArguments",
+            "commands.arguments:DistillArguments",
+            "commands.arguments:UpcycleArguments",
+            "training.mimic_trainer:MimicConfig",
+        ),
         "distil the teacher, dense-to-dense or dense-to-sparse",
     ),
     "prefer": (
-        "stages",
+        "commands.prefer",
         "prefer",
-        ("DataArguments", "DistillArguments", "PreferenceConfig"),
+        (
+            "data.load:DataArguments",
+            "commands.arguments:DistillArguments",
+            "training.preference_trainer:PreferenceConfig",
+        ),
         "preference distillation with the teacher as reference",
     ),
     "cache-teacher": (
-        "caching",
+        "commands.cache_teacher",
         "run_cache_teacher",
-        ("DataArguments", "DistillArguments", "UpcycleArguments", "MimicConfig", "CacheCommand"),
+        (
+            "data.load:DataArguments",
+            "commands.arguments:DistillArguments",
+            "commands.arguments:UpcycleArguments",
+            "training.mimic_trainer:MimicConfig",
+            "commands.cache_teacher:CacheCommand",
+        ),
         "write the teacher's answers once, to train from",
     ),
     "cache-reference": (
-        "reference_cache",
+        "commands.cache_reference",
         "run_cache_reference",
-        ("DataArguments", "DistillArguments", "PreferenceConfig", "ReferenceCommand"),
+        (
+            "data.load:DataArguments",
+            "commands.arguments:DistillArguments",
+            "training.preference_trainer:PreferenceConfig",
+            "commands.cache_reference:ReferenceCommand",
+        ),
         "write the teacher's log-probabilities of pairs once, to train from",
     ),
     "generate-completions": (
-        "completions",
+        "commands.generate_completions",
         "run_generate_completions",
-        ("DataArguments", "GenerationArguments"),
+        (
+            "data.load:DataArguments",
+            "commands.generate_completions:GenerationArguments",
+        ),
         "write a model's own answers, to train on",
     ),
     "make-preferences": (
-        "pairs",
+        "commands.make_preferences",
         "run_make_preferences",
-        ("DataArguments", "PairArguments"),
+        (
+            "data.load:DataArguments",
+            "commands.make_preferences:PairArguments",
+        ),
         "pairs of a model's best and worst answers",
     ),
-    "convert": ("commands", "run_convert", ("ConvertCommand",), "checkpoint of another layout → student"),
-    "upcycle": ("commands", "run_upcycle", ("UpcycleArguments", "UpcycleCommand"), "dense student → sparse student"),
-    "export": ("commands", "run_export", ("ExportCommand",), "student → stock model, without its code"),
-    "evaluate": ("commands", "run_evaluate", ("DataArguments", "EvaluateCommand"), "measure answers and hallucination"),
-    "info": ("info", "run_info", ("UpcycleArguments", "InfoCommand"), "parameters of a model, a recipe or two parts"),
-    "publish": ("commands", "run_publish", ("PublishCommand",), "write a whole Hub repository, and push it"),
-    "quickstart": ("quickstart", "quickstart", ("QuickstartArguments",), "the whole job on embedded data"),
-    "pretrain": ("pretraining", "pretrain", ("PretrainConfig",), "regenerate the embedded weights"),
+    "convert": (
+        "commands.convert",
+        "run_convert",
+        ("commands.convert:ConvertCommand",),
+        "checkpoint of another layout → student",
+    ),
+    "upcycle": (
+        "commands.upcycle",
+        "run_upcycle",
+        (
+            "commands.arguments:UpcycleArguments",
+            "commands.upcycle:UpcycleCommand",
+        ),
+        "dense student → sparse student",
+    ),
+    "export": (
+        "commands.export",
+        "run_export",
+        ("commands.export:ExportCommand",),
+        "student → stock model, without its code",
+    ),
+    "evaluate": (
+        "commands.evaluate",
+        "run_evaluate",
+        (
+            "data.load:DataArguments",
+            "commands.evaluate:EvaluateCommand",
+        ),
+        "measure answers and hallucination",
+    ),
+    "info": (
+        "commands.info",
+        "run_info",
+        (
+            "commands.arguments:UpcycleArguments",
+            "commands.info:InfoCommand",
+        ),
+        "parameters of a model, a recipe or two parts",
+    ),
+    "publish": (
+        "commands.publish",
+        "run_publish",
+        ("commands.publish:PublishCommand",),
+        "write a whole Hub repository, and push it",
+    ),
+    "quickstart": (
+        "commands.quickstart",
+        "quickstart",
+        ("commands.quickstart:QuickstartArguments",),
+        "the whole job on embedded data",
+    ),
+    "pretrain": (
+        "commands.pretrain",
+        "pretrain",
+        ("commands.pretrain:PretrainConfig",),
+        "regenerate the embedded weights",
+    ),
 }
+
+
+def named(name):
+    """What `module:name` of the package stands for."""
+    module, _, name = name.partition(":")
+    return getattr(importlib.import_module(f"llava_mod_hf.{module}"), name)
 
 
 def main(argv=None):
@@ -82,7 +167,7 @@ def main(argv=None):
     from llava_mod_hf import recipes
 
     module = importlib.import_module(f"llava_mod_hf.{module_name}")
-    groups = [getattr(module, name) for name in group_names]
+    groups = [named(name) for name in group_names]
     try:
         getattr(module, function_name)(*recipes.parse(groups, rest, prog=f"llava-mod {command}", description=summary))
     except (ValueError, OSError) as error:

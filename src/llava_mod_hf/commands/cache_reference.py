@@ -1,0 +1,139 @@
+"""`llava-mod cache-reference`: the teacher's log-probabilities of the pairs of a recipe, computed once."""
+
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from accelerate import PartialState
+from datasets import Dataset, Features, Value
+from torch.utils.data import DataLoader
+from tqdm.auto import tqdm
+from trl.trainer.dpo_trainer import DataCollatorForVisionPreference
+from trl.trainer.utils import add_fused_lm_head
+
+from llava_mod_hf.commands.arguments import DistillArguments, fit_to_recipe, settings_of_reference
+from llava_mod_hf.commands.cache_teacher import ShardArguments, finish_cache
+from llava_mod_hf.data.load import DataArguments, load_rows
+from llava_mod_hf.data.parquet_shards import write_shards
+from llava_mod_hf.fingerprints import row_key
+from llava_mod_hf.loading import load_model_and_processor
+from llava_mod_hf.teachers.reference_model import REFERENCE_COLUMNS, teachers_collator
+from llava_mod_hf.training.preference_trainer import CHECKED_ROWS, PreferenceConfig
+
+FEATURES = Features(
+    {"key": Value("string"), "row": Value("int64"), **{name: Value("float32") for name in REFERENCE_COLUMNS}}
+)
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class ReferenceCommand(ShardArguments):
+    """[`ShardArguments`]: which shards this process writes, and where the whole is pushed."""
+
+
+class ReferenceWriter:
+    """
+    Makes rows of a cache out of pairs.
+
+    Args:
+        teacher (`PreTrainedModel`): reads the pairs; its output head is replaced by TRL's, which never builds logits.
+        collate (`Callable`): how it reads them.
+        rows (`datasets.Dataset`): the pairs.
+        args ([`~llava_mod_hf.PreferenceConfig`]): batch size, precision.
+    """
+
+    def __init__(self, teacher, collate, rows, args):
+        self.teacher, self.collate, self.rows, self.args = teacher.eval(), collate, rows, args
+        add_fused_lm_head(teacher)
+
+    def _collate(self, numbers):
+        examples = [self.rows[number] for number in numbers]
+        return [row_key(example) for example in examples], dict(self.collate([dict(example) for example in examples]))
+
+    @torch.no_grad()
+    def __call__(self, numbers):
+        """
+        The cache's rows for a range of the pairs.
+
+        Raises:
+            ValueError: if a log-probability is not finite.
+        """
+        keys: list[str] = []
+        found = []
+        batches = DataLoader(
+            numbers,
+            batch_size=self.args.per_device_train_batch_size,
+            num_workers=self.args.dataloader_num_workers,
+            collate_fn=self._collate,
+        )
+        for batch_keys, batch in tqdm(batches, desc=f"Pairs from {numbers[0]}", disable=self.args.disable_tqdm):
+            keys += batch_keys
+            found.append(self._log_probs(batch).reshape(2, -1))  # (chosen and rejected, pairs)
+        values = torch.cat(found, dim=1)
+        if not values.isfinite().all():
+            raise ValueError(
+                f"The teacher's log-probabilities are not finite for {(~values.isfinite()).any(0).sum()} of "
+                f"{len(keys)} pairs: its weights are broken, or `teacher_dtype` cannot hold its activations."
+            )
+        columns = dict(zip(REFERENCE_COLUMNS, values.tolist(), strict=True))
+        return Dataset.from_dict({"key": keys, "row": list(numbers), **columns}, features=FEATURES)
+
+    def _log_probs(self, batch):
+        """Summed over the response, in float32: what TRL's `compute_ref_log_probs` computes in training."""
+        device, args = self.teacher.device, self.args
+        batch = {name: tensor.to(device) for name, tensor in batch.items()}
+        labels = batch["input_ids"].masked_fill(batch.pop("completion_mask") == 0, -100)
+        precision = torch.bfloat16 if args.bf16 else torch.float16
+        with torch.autocast(device.type, precision, enabled=args.bf16 or args.fp16):
+            return self.teacher(**batch, labels=labels, fused_lm_head=True).log_probs.sum(1).float().cpu()
+
+
+def run_cache_reference(
+    data_args: DataArguments, distill_args: DistillArguments, args: PreferenceConfig, cache_args: ReferenceCommand
+):
+    """
+    Writes the teacher's log-probabilities of the pairs of a preference recipe into its `teacher_cache`.
+
+    Returns:
+        `Path`: the cache's folder.
+    """
+    if distill_args.teacher_cache is None:
+        raise ValueError("Give `teacher_cache`, the folder that the cache is written to and trained from.")
+    if args.reference != "teacher":
+        raise ValueError(f"`reference` is `{args.reference}`, and a cache is of the teacher: leave it out.")
+    folder, trust = Path(distill_args.teacher_cache), args.trust_remote_code
+    state = PartialState()
+    process, processes = cache_args.processes(state)
+    student, processor = load_model_and_processor(distill_args.student, device="meta", trust_remote_code=trust)
+    rows = load_rows(data_args, columns=("prompt", "chosen", "rejected"), seed=args.seed)
+    if not hasattr(rows, "__len__"):
+        raise ValueError("A cache has a row for each of a known number: leave out `streaming`.")
+    rows = fit_to_recipe(rows, processor, data_args, args)
+    teacher, teacher_processor = distill_args.load_teacher(trust)
+    if distill_args.teacher_quantization is None and distill_args.teacher_device is None:
+        teacher.to(args.device)
+    collate = DataCollatorForVisionPreference(processor, max_length=args.max_length)
+    examples = [rows[number] for number in range(min(CHECKED_ROWS, len(rows)))]
+    own = teachers_collator(student, teacher, processor, teacher_processor, collate=collate, examples=examples)
+
+    settings = settings_of_reference(distill_args, args, processor)
+    make = ReferenceWriter(teacher, own or collate, rows, args)
+    written = write_shards(
+        folder, len(rows), settings, make, shard_size=cache_args.shard_size, process=process, num_processes=processes
+    )
+    logger.warning("Wrote %d shards.", written)
+    state.wait_for_everyone()
+    if state.is_main_process:
+        finish_cache(
+            folder,
+            len(rows),
+            settings,
+            distill_args,
+            data_args,
+            cache_args,
+            title="Reference",
+            template="reference_cache.md.j2",
+        )
+    return folder

@@ -1,0 +1,225 @@
+"""`llava-mod cache-teacher`: the teacher's answers to the rows of a recipe, written once."""
+
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from accelerate import PartialState
+from datasets import Dataset, concatenate_datasets
+from huggingface_hub import DatasetCard, DatasetCardData
+from torch.utils.data import DataLoader
+from tqdm.auto import tqdm
+from trl.chat_template_utils import get_training_chat_template, has_generation_markers
+from trl.trainer.sft_trainer import DataCollatorForVisionLanguageModeling
+
+from llava_mod_hf.commands.arguments import DistillArguments, UpcycleArguments, fit_to_recipe, settings_of_cache
+from llava_mod_hf.data.load import DataArguments, load_rows
+from llava_mod_hf.data.parquet_shards import check_shards, shard_path, write_shards
+from llava_mod_hf.fingerprints import row_key
+from llava_mod_hf.loading import load_model_and_processor
+from llava_mod_hf.losses.rows import shift_for_next_token
+from llava_mod_hf.publishing.push import push_dataset
+from llava_mod_hf.recipes import packaged
+from llava_mod_hf.teachers.answer_cache import cache_features, cached_rows, top_k_log_probs
+from llava_mod_hf.teachers.live_teacher import LiveTeacher
+from llava_mod_hf.training.mimic_trainer import MimicConfig
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class ShardArguments:
+    """
+    Args:
+        shard_size (`int`, *optional*, defaults to 2048): rows of a file, which is whole or absent.
+        shard (`int`, *optional*): which of `num_shards` parts this process writes; by default as launched.
+        num_shards (`int`, *optional*): parts that as many processes write.
+        push_to (`str`, *optional*): Hub data set that the whole cache is pushed to, in one commit.
+        private (`bool`, *optional*, defaults to `False`): create that repository private.
+    """
+
+    shard_size: int = 2048
+    shard: int | None = None
+    num_shards: int | None = None
+    push_to: str | None = None
+    private: bool = False
+
+    def __post_init__(self):
+        if self.shard_size < 1:
+            raise ValueError(f"`shard_size` is {self.shard_size}: give at least 1.")
+        if (self.shard is None) != (self.num_shards is None):
+            raise ValueError("Give `shard` and `num_shards` together, or neither.")
+        if self.shard is not None and not 0 <= self.shard < self.num_shards:
+            raise ValueError(f"`shard` is {self.shard}: give one from 0 to {self.num_shards - 1}.")
+
+    def processes(self, state):
+        """`(index, number)` of this process among those that write shards, as launched or as chosen."""
+        if self.shard is not None:
+            return self.shard, self.num_shards
+        return state.process_index, state.num_processes
+
+
+@dataclass
+class CacheCommand(ShardArguments):
+    """
+    [`ShardArguments`], and what is kept of the answers.
+
+    Args:
+        top_k (`int`, *optional*, defaults to 32): tokens kept of each distribution; the rest is one number.
+        log_probs_dtype (`str`, *optional*, defaults to `"float16"`): of the log-probabilities, or `"float32"`.
+    """
+
+    top_k: int = 32
+    log_probs_dtype: str = "float16"
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.top_k < 1:
+            raise ValueError(f"`top_k` is {self.top_k}: give at least 1.")
+        if self.log_probs_dtype not in ("float16", "float32"):
+            raise ValueError(f"`log_probs_dtype` is {self.log_probs_dtype!r}: give float16 or float32.")
+
+
+def response_collator(processor, args, columns):
+    """The collator that [`~trl.SFTTrainer`] makes of these arguments, for rows with images."""
+    template = None
+    if args.assistant_only_loss and not has_generation_markers(processor.chat_template):
+        template = get_training_chat_template(processor)
+    completion_only = {"prompt", "completion"} <= set(columns)
+    return DataCollatorForVisionLanguageModeling(
+        processor=processor,
+        max_length=args.max_length,
+        completion_only_loss=completion_only if args.completion_only_loss is None else args.completion_only_loss,
+        assistant_only_loss=args.assistant_only_loss,
+        chat_template=template,
+    )
+
+
+class TeacherWriter:
+    """
+    Makes rows of a cache out of rows of a data set.
+
+    Args:
+        teacher ([`~llava_mod_hf.teachers.live_teacher.LiveTeacher`]), collator: as the trainer has them.
+        rows (`datasets.Dataset`): of the recipe.
+        args ([`MimicConfig`]): temperature, batch size, precision.
+        features (`datasets.Features`): of the cache.
+    """
+
+    def __init__(self, teacher, collator, rows, args, features):
+        self.teacher, self.collator, self.rows, self.args, self.features = teacher, collator, rows, args, features
+        self.top_k = features["token_ids"].feature.length
+
+    def _collate(self, numbers):
+        examples = [self.rows[number] for number in numbers]
+        batch = self.collator([dict(example) for example in examples])
+        return numbers, [row_key(example) for example in examples], batch, self.teacher.collate(examples, batch)
+
+    @torch.no_grad()
+    def __call__(self, numbers):
+        """The cache's rows for a range of the data set's."""
+        device, args = self.teacher.model.device, self.args
+        batches = DataLoader(
+            numbers,
+            batch_size=args.per_device_train_batch_size,
+            num_workers=args.dataloader_num_workers,
+            collate_fn=self._collate,
+        )
+        found: list[Dataset] = []
+        precision = torch.bfloat16 if args.bf16 else torch.float16
+        for places, keys, batch, own in tqdm(batches, desc=f"Rows from {numbers[0]}", disable=args.disable_tqdm):
+            batch, own = ({k: v.to(device) for k, v in part.items()} for part in (batch, own))
+            labels = batch.pop("labels")
+            with torch.autocast(device.type, precision, enabled=args.bf16 or args.fp16):
+                answer = self.teacher.rows(batch, own, labels)
+                index, log_probs = top_k_log_probs(answer, self.top_k, args.temperature)
+            keep, _ = shift_for_next_token(labels)
+            flags = own["aligned"] if own else keep
+            aligned = [flags[row][keep[row]].cpu() for row in range(len(keep))]
+            found.append(cached_rows(keys, places, aligned, index.cpu(), log_probs.cpu(), self.features))
+        return concatenate_datasets(found)
+
+
+def run_cache_teacher(
+    data_args: DataArguments,
+    distill_args: DistillArguments,
+    upcycle_args: UpcycleArguments,
+    args: MimicConfig,
+    cache_args: CacheCommand,
+):
+    """
+    Writes the teacher's answers to the rows of a mimic recipe into its `teacher_cache`.
+
+    Returns:
+        `Path`: the cache's folder.
+    """
+    if distill_args.teacher_cache is None:
+        raise ValueError("Give `teacher_cache`, the folder that the cache is written to and trained from.")
+    folder, trust = Path(distill_args.teacher_cache), args.trust_remote_code
+    state = PartialState()
+    process, processes = cache_args.processes(state)
+    student, processor = load_model_and_processor(distill_args.student, device="meta", trust_remote_code=trust)
+    rows = load_rows(data_args, columns=("prompt", "completion"), seed=args.seed)
+    if not hasattr(rows, "__len__"):
+        raise ValueError("A cache has a row for each of a known number: leave out `streaming`.")
+    rows = fit_to_recipe(rows, processor, data_args, args)
+    model, teacher_processor = distill_args.load_teacher(trust)
+    if distill_args.teacher_quantization is None and distill_args.teacher_device is None:
+        model.to(args.device)
+    collator = response_collator(processor, args, rows.column_names)
+    teacher = LiveTeacher(
+        model, student=student, processor=processor, teacher_processor=teacher_processor, collator=collator
+    )
+    examples = [rows[number] for number in range(min(16, len(rows)))]
+    unaligned = teacher.check_alignment(examples, collator([dict(example) for example in examples]))
+
+    vocabulary = len(teacher.head.weight)
+    top_k = min(cache_args.top_k, vocabulary)
+    settings = {
+        **settings_of_cache(distill_args, args, processor, rows.column_names),
+        "vocabulary": vocabulary,
+        "top_k": top_k,
+        "log_probs": cache_args.log_probs_dtype,
+    }
+    features = cache_features(top_k, vocabulary, cache_args.log_probs_dtype)
+    make = TeacherWriter(teacher, collator, rows, args, features)
+    written = write_shards(
+        folder, len(rows), settings, make, shard_size=cache_args.shard_size, process=process, num_processes=processes
+    )
+    logger.warning("Wrote %d shards; nothing is said of %.1f %% of sampled tokens.", written, 100 * unaligned)
+    state.wait_for_everyone()
+    if state.is_main_process:
+        finish_cache(folder, len(rows), settings, distill_args, data_args, cache_args)
+    return folder
+
+
+def finish_cache(
+    folder, num_rows, settings, distill_args, data_args, cache_args, *, title="Answers", template="cache.md.j2"
+):
+    """Writes the card of a cache that is whole, and pushes it; leaves one that other processes still write."""
+    count = -(-num_rows // cache_args.shard_size)
+    if not all(shard_path(folder, index, count).is_file() for index in range(count)):
+        if cache_args.push_to:
+            check_shards(folder)
+        return
+    names = {
+        role: Path(name).name if Path(name).exists() else name
+        for role, name in (("teacher", distill_args.teacher), ("dataset", data_args.dataset_name))
+    }
+    card = DatasetCard.from_template(
+        DatasetCardData(
+            pretty_name=f"{title} of {names['teacher']}",
+            tags=["llava-mod", "distillation", "teacher-cache"],
+            configs=[{"config_name": "default", "data_files": [{"split": "train", "path": "*.parquet"}]}],
+        ),
+        template_path=str(packaged("model_cards", template)),
+        settings=settings,
+        num_rows=num_rows,
+        repo_id=cache_args.push_to or folder.name,
+        **names,
+    )
+    card.save(folder / "README.md")
+    if cache_args.push_to:
+        commit = push_dataset(folder, cache_args.push_to, private=cache_args.private)
+        logger.warning("Pushed `%s` to %s.", folder, commit.commit_url)

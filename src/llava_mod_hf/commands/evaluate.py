@@ -1,0 +1,69 @@
+"""`llava-mod evaluate`: measure answers and hallucination."""
+
+import dataclasses
+import logging
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from llava_mod_hf.data.load import DataArguments, load_rows
+from llava_mod_hf.evaluation.answers import evaluate_blind, evaluate_model
+from llava_mod_hf.evaluation.expert_load import expert_load
+from llava_mod_hf.loading import load_model_and_processor
+from llava_mod_hf.training.run_folder import write_json
+
+RESULTS_FILE = "results.json"
+
+QUESTION_COLUMNS = ("prompt", "completion", "question", "answer", "kind")
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class EvaluateCommand:
+    """
+    Args:
+        model (`str`): the LLaVA to measure.
+        teacher (`str`, *optional*): measured as well, and what `kl_to_teacher` compares with.
+        output_file (`str`, *optional*): by default `results.json` in the model's folder, where `publish` looks.
+        batch_size (`int`, *optional*, defaults to 128): questions answered at a time.
+        seed (`int`, *optional*, defaults to 0): of the test questions' balancing.
+        trust_remote_code (`bool`, *optional*, defaults to `False`).
+    """
+
+    model: str = field(metadata={"help": "the LLaVA to measure"})
+    teacher: str | None = None
+    output_file: str | None = None
+    batch_size: int = 128
+    seed: int = 0
+    trust_remote_code: bool = False
+
+
+def run_evaluate(data_args: DataArguments, args: EvaluateCommand):
+    """
+    Measures a model, its teacher and the blind baseline on the same test questions.
+
+    Returns:
+        `dict`: `student`, `teacher`, `blind`, `dataset`, `num_questions`; also written to the results file.
+    """
+    output_file = Path(args.output_file or Path(args.model) / RESULTS_FILE)
+    if not output_file.parent.is_dir():
+        raise ValueError(f"`{output_file.parent}` is no folder to write the results to: give `output_file`.")
+    rows = load_rows(data_args, columns=QUESTION_COLUMNS, split=data_args.dataset_test_split, seed=args.seed)
+    all_rows = dataclasses.replace(data_args, max_samples=None)
+    training = load_rows(all_rows, columns=QUESTION_COLUMNS, seed=args.seed).remove_columns("images")
+    model, processor = load_model_and_processor(args.model, trust_remote_code=args.trust_remote_code)
+    teacher = teacher_results = None
+    if args.teacher:
+        teacher, teacher_processor = load_model_and_processor(args.teacher, trust_remote_code=args.trust_remote_code)
+        teacher_results = evaluate_model(teacher, teacher_processor, rows, batch_size=args.batch_size)
+    results = {
+        "student": evaluate_model(model, processor, rows, teacher=teacher, batch_size=args.batch_size),
+        "teacher": teacher_results,
+        "blind": evaluate_blind(training, rows),
+        "dataset": data_args.dataset_name,
+        "expert_load": expert_load(model, processor, rows.select(range(min(len(rows), 512)))),
+        "num_questions": len(rows),
+    }
+    write_json(output_file, results)
+    logger.warning("Exact match %.3f; everything is in `%s`.", results["student"]["exact_match"], output_file)
+    return results

@@ -1,0 +1,45 @@
+"""`llava-mod export`: student → stock model, without its code."""
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from llava_mod_hf.loading import load_model_and_processor
+from llava_mod_hf.students.stock_export import MERGES, export_stock, merge_experts
+from llava_mod_hf.training.run_folder import check_output_dir, save_checkpoint
+
+
+@dataclass
+class ExportCommand:
+    """
+    Args:
+        model (`str`): a sparse student.
+        output_dir (`str`): where the stock model goes.
+        form (`str`):
+            `stock`: the same student as a mixture of experts of transformers. `uniform`, `load`: a dense model with the
+            experts averaged, equally or by their share of the routers' choices.
+        results (`str`, *optional*): with `load`, the `results.json` of `llava-mod evaluate`, which has the shares.
+        trust_remote_code (`bool`, *optional*, defaults to `False`).
+    """
+
+    model: str = field(metadata={"help": "a sparse student"})
+    output_dir: str = field(metadata={"help": "where the stock model goes"})
+    form: str = field(metadata={"help": "stock, uniform or load"})
+    results: str | None = None
+    trust_remote_code: bool = False
+
+
+def run_export(args: ExportCommand):
+    """A student → a stock model that loads without its code."""
+    check_output_dir(args.output_dir)
+    if args.form not in ("stock", *MERGES):
+        raise ValueError(f"`form` is {args.form!r}: give one of stock, {', '.join(MERGES)}.")
+    if (args.results is not None) != (args.form == "load"):
+        raise ValueError(f"`--results` is {args.results!r} with `--form {args.form}`: the form `load` alone needs it.")
+    model, processor = load_model_and_processor(args.model, dtype="auto", trust_remote_code=args.trust_remote_code)
+    if args.form == "stock":
+        exported = export_stock(model)
+    else:
+        loads = json.loads(Path(args.results).read_text()).get("expert_load", {}) if args.results else None
+        exported = merge_experts(model, weights=args.form, loads=loads)
+    save_checkpoint(exported, processor, args.output_dir)

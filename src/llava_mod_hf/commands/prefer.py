@@ -1,0 +1,32 @@
+"""`llava-mod prefer`: preference distillation with the teacher as reference."""
+
+from llava_mod_hf.commands.arguments import fit_to_recipe, settings_of_reference
+from llava_mod_hf.data.load import load_rows
+from llava_mod_hf.teachers.reference_model import CachedReference
+from llava_mod_hf.training.preference_trainer import PreferenceTrainer
+from llava_mod_hf.training.run_folder import start_run, train_and_save
+
+
+def prefer(data_args, distill_args, args):
+    """Preference distillation with the teacher as reference, or the student as it was (paper, stage 3)."""
+    recipe = start_run(data_args, distill_args, args)
+    columns = ("prompt", "chosen", "rejected")
+    rows = load_rows(data_args, columns=columns, seed=args.seed, num_proc=args.dataset_num_proc)
+    student, processor = distill_args.load_student(args.trust_remote_code)
+    rows = fit_to_recipe(rows, processor, data_args, args)
+    teacher, teacher_processor = None, None
+    if args.reference == "teacher" and distill_args.teacher_cache:
+        expected = settings_of_reference(distill_args, args, processor)
+        teacher = CachedReference(distill_args.teacher_cache, expected=expected)
+        teacher.check_rows(rows)
+    elif args.reference == "teacher":
+        teacher, teacher_processor = distill_args.load_teacher(args.trust_remote_code)
+    trainer = PreferenceTrainer(
+        student,
+        teacher,
+        args,
+        train_dataset=rows,
+        processing_class=processor,
+        teacher_processor=teacher_processor,
+    )
+    return train_and_save(trainer, "prefer", recipe)

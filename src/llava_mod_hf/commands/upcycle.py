@@ -1,0 +1,31 @@
+"""`llava-mod upcycle`: dense student → sparse student."""
+
+from dataclasses import dataclass, field
+
+from llava_mod_hf.commands.arguments import UpcycleArguments, upcycle_student
+from llava_mod_hf.loading import load_model_and_processor
+from llava_mod_hf.training.run_folder import check_output_dir, save_checkpoint
+
+
+@dataclass
+class UpcycleCommand:
+    """
+    Args:
+        student (`str`): a dense LLaVA of this package or of transformers.
+        output_dir (`str`): where the sparse student goes.
+        seed (`int`, *optional*, defaults to 0): of the routers.
+        trust_remote_code (`bool`, *optional*, defaults to `False`).
+    """
+
+    student: str = field(metadata={"help": "a dense LLaVA"})
+    output_dir: str = field(metadata={"help": "where the sparse student goes"})
+    seed: int = 0
+    trust_remote_code: bool = False
+
+
+def run_upcycle(upcycle_args: UpcycleArguments, args: UpcycleCommand):
+    """Dense student → sparse student with the same logits."""
+    check_output_dir(args.output_dir)
+    student, processor = load_model_and_processor(args.student, trust_remote_code=args.trust_remote_code)
+    upcycle_args.moe_layers = upcycle_args.moe_layers or ["alternate"]
+    save_checkpoint(upcycle_student(student, upcycle_args, seed=args.seed), processor, args.output_dir)

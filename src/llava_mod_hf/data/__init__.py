@@ -1,0 +1,1 @@
+"""Published rows become checked rows of TRL."""

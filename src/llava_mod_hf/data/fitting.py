@@ -1,0 +1,233 @@
+"""Rows that a model can train on: inside its context, with something to learn; the others are counted and left out."""
+
+import functools
+import json
+import logging
+
+from datasets import Features, IterableDataset, Value
+from jinja2 import TemplateError
+from PIL import Image as PILImage
+from trl import apply_chat_template, is_conversational, prepare_multimodal_messages
+from trl.chat_template_utils import get_training_chat_template, has_generation_markers
+
+from llava_mod_hf.data.formats import check_answer, check_pair
+from llava_mod_hf.data.images import map_undecoded, open_image
+
+LENGTH, NUM_IMAGES, REASON = "length", "num_images", "reason"
+
+COLUMNS = ("images", "prompt", "completion", "chosen", "rejected", "messages", "source_row")
+
+REASONS = {
+    "too_long": "longer than `max_length`",
+    "unsupervised": "without a supervised token",
+    "ties": "pairs of equal answers",
+    "bad": "malformed",
+}
+
+MAX_SEEN = 4096
+
+logger = logging.getLogger(__name__)
+
+
+def fit_rows(rows, processor, *, max_length, assistant_only_loss=False, bad_rows="error", num_proc=None):
+    """
+    Leaves out the rows that training would cut, skip or learn nothing from.
+
+    A row's length is what the trainer's collator makes of it: all tokens of its template, an image with all its tokens,
+    and of a pair the longer answer. TRL cuts longer rows at `max_length`, through image tokens or to an empty answer.
+
+    Args:
+        rows (`datasets.Dataset` or `datasets.IterableDataset`):
+            `images` with `prompt` and `completion`, `messages`, or `prompt`, `chosen` and `rejected`.
+        processor (`ProcessorMixin`): the student's.
+        max_length (`int` or `None`): tokens of the context; `None` for no limit.
+        assistant_only_loss (`bool`, *optional*, defaults to `False`): as the trainer's; rows of `messages` need it.
+        bad_rows (`str`, *optional*, defaults to `"error"`): `"drop"` counts malformed rows and goes on.
+        num_proc (`int`, *optional*): processes that tokenise.
+
+    Returns:
+        `tuple[Dataset, dict]`: the rows that are left, with `length` (tokens) and `num_images`, by which batches are
+        grouped; and `{"rows", "longest", "too_long", "unsupervised", "ties", "bad"}`: how many rows there were, tokens
+        of the longest, and how many were left out for each reason. Of a stream it counts what was read so far.
+
+    Raises:
+        ValueError: if a row is malformed (an empty answer, placeholders that do not fit its images, images inside an
+            answer, a missing part), or if no row is left.
+    """
+    names = rows.column_names
+    if "messages" in names and "prompt" not in names and not assistant_only_loss:
+        raise ValueError(
+            "Rows of `messages` are trained on as a whole, questions too, unless `assistant_only_loss` is true: set "
+            "it, or take `multi_turn: expand`."
+        )
+    measure = functools.partial(
+        _measure_batch,
+        processor=processor,
+        image_tokens=image_token_counter(processor),
+        max_length=max_length,
+        bad_rows=bad_rows,
+        seen={},  # text → what is known of it: short questions and answers come again and again
+    )
+    report = {"rows": 0, "longest": 0, **dict.fromkeys(REASONS, 0)}
+    if isinstance(rows, IterableDataset):
+        return _fit_stream(rows, measure, report), report
+
+    features = Features({LENGTH: Value("int64"), NUM_IMAGES: Value("int64"), REASON: Value("string")})
+    texts = [name for name in COLUMNS if name in names]
+    measured = map_undecoded(
+        rows.select_columns(texts),
+        measure,
+        features=features,
+        num_proc=num_proc,
+        desc="Measuring rows",
+        remove_columns=texts,
+    )
+    lengths, reasons = measured[LENGTH][:], measured[REASON][:]
+    report |= {"rows": len(lengths), "longest": max(lengths, default=0)}
+    report |= {reason: reasons.count(reason) for reason in REASONS}
+    kept = [index for index, reason in enumerate(reasons) if reason is None]
+    left_out = [f"{report[reason]} {text}" for reason, text in REASONS.items() if report[reason]]
+    if left_out:
+        sentence = f"{', '.join(left_out)} ({max_length}; the longest has {report['longest']} tokens)"
+        if not kept:
+            raise ValueError(
+                f"None of the {len(lengths)} rows can be trained on: {sentence}. Raise `max_length`, or mend the rows."
+            )
+        logger.warning("Left out of %d rows: %s.", len(lengths), sentence)
+    rows = rows.remove_columns([name for name in (LENGTH, NUM_IMAGES) if name in names])
+    rows = rows.add_column(LENGTH, lengths).add_column(NUM_IMAGES, measured[NUM_IMAGES][:])
+    return (rows if len(kept) == len(lengths) else rows.select(kept)), report
+
+
+def _fit_stream(rows, measure, report):
+    added = Features({LENGTH: Value("int64"), NUM_IMAGES: Value("int64"), REASON: Value("string")})
+
+    def keep(length, reason):
+        report["rows"] += 1
+        report["longest"] = max(report["longest"], length)
+        if reason is not None:
+            report[reason] += 1
+            if report[reason] == 1:
+                logger.warning("Left out a row that is %s (%d tokens); there may be more.", REASONS[reason], length)
+        return reason is None
+
+    def measure_all(batch, indices):
+        return {**batch, **measure(batch, indices)}
+
+    rows = map_undecoded(rows, measure_all, features=Features({**rows.features, **added}), batch_size=16)
+    return rows.filter(keep, input_columns=[LENGTH, REASON]).remove_columns(REASON)
+
+
+def image_token_counter(processor):
+    """
+    How many tokens an image becomes.
+
+    Returns:
+        `Callable[[dict], int]`: of an undecoded image. Only for a processor whose count depends on the image's size is
+        the image opened, and its header read.
+    """
+
+    @functools.lru_cache(maxsize=4096)
+    def count(size):
+        inputs = processor(images=[PILImage.new("RGB", size)], text=[processor.image_token], add_special_tokens=False)
+        return len(inputs["input_ids"][0])
+
+    if count((64, 64)) == count((64, 192)):
+        return functools.partial(_constant, count((64, 64)))
+
+    def of_image(image):
+        with open_image(image) as opened:
+            return count(opened.size)
+
+    return of_image
+
+
+def _constant(value, _):
+    return value
+
+
+def _measure_batch(batch, indices, *, processor, image_tokens, max_length, bad_rows, seen):
+    """`length`, `num_images` and the reason to leave a row out, for a batch of rows with undecoded images."""
+    columns = {name: values for name, values in batch.items() if name in COLUMNS}
+    rows = [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
+    if len(seen) > MAX_SEEN:
+        seen.clear()
+    keys, new = [], {}
+    for row, index in zip(rows, indices, strict=True):
+        texts = {name: value for name, value in row.items() if name not in ("images", "source_row")}
+        num_images = len(row["images"] or [])
+        key = json.dumps([num_images, texts], default=str)
+        keys.append(key)
+        if key not in seen and key not in new:
+            try:
+                new[key] = _render(texts, num_images, processor, f"Row {row.get('source_row', index)}")
+            except ValueError:
+                if bad_rows == "error":
+                    raise
+                seen[key] = None
+    seen |= zip(new, _count_tokens(list(new.values()), processor), strict=True)
+    lengths, reasons = [], []
+    for row, key in zip(rows, keys, strict=True):
+        length, reason = sum(image_tokens(image) - 1 for image in row["images"] or []), "bad"
+        if seen[key] is not None:
+            tokens, shortest_answer, equal = seen[key]
+            length += tokens
+            too_long = max_length is not None and length > max_length
+            reason = "ties" if equal else "unsupervised" if shortest_answer == 0 else "too_long" if too_long else None
+        lengths.append(length)
+        reasons.append(reason)
+    return {LENGTH: lengths, NUM_IMAGES: [len(row["images"] or []) for row in rows], REASON: reasons}
+
+
+def _count_tokens(rendered, processor):
+    """For each row: its tokens, an image as one; those of its shortest answer; whether both of a pair are equal."""
+    texts = [text for row in rendered for text in row.values() if isinstance(text, str)]
+    tokens = iter(processor.tokenizer(texts, add_special_tokens=False)["input_ids"] if texts else ())
+    found = []
+    for row in rendered:
+        counts = {name: len(next(tokens)) if isinstance(text, str) else text for name, text in row.items()}
+        if "supervised" in counts:
+            found.append((counts["messages"], counts["supervised"], False))
+            continue
+        answers = [count for name, count in counts.items() if name != "prompt"]
+        equal = "chosen" in row and row["chosen"] == row["rejected"]
+        found.append((counts["prompt"] + max(answers), min(answers), equal))
+    return found
+
+
+def _render(row, num_images, processor, where):
+    """The texts that the collator tokenises, an image as one token; of `messages` the numbers of tokens."""
+    if "chosen" in row:
+        check_pair(row, where)
+    else:
+        check_answer(row.get("messages") or row.get("completion"), where)
+    if is_conversational(row):
+        try:
+            rendered = {
+                name: prepare_multimodal_messages(
+                    messages, images=[None] * num_images if name in ("prompt", "messages") else None
+                )
+                for name, messages in row.items()
+            }
+            if "messages" in row:
+                return _count_messages(rendered["messages"], processor)
+            row = apply_chat_template(rendered, processor)
+        except (ValueError, KeyError, TypeError, TemplateError) as error:
+            raise ValueError(f"{where} does not fit the chat template: {error}") from error
+    places = {name: text.count(processor.image_token) for name, text in row.items()}
+    if places.pop("prompt") != num_images or any(places.values()):
+        raise ValueError(
+            f"{where} has {num_images} images, and its texts do not name `{processor.image_token}` as often in the "
+            "prompt and never in an answer: leave it out of messages, the chat template writes it."
+        )
+    return row
+
+
+def _count_messages(messages, processor):
+    template = processor.chat_template
+    if not has_generation_markers(template):
+        template = get_training_chat_template(processor)  # TRL's own look-up, as in its trainer
+    encoded = processor.tokenizer.apply_chat_template(
+        messages, chat_template=template, tokenize=True, return_dict=True, return_assistant_tokens_mask=True
+    )
+    return {"messages": len(encoded["input_ids"]), "supervised": sum(encoded["assistant_masks"])}

@@ -1,0 +1,243 @@
+"""The published layouts of image-and-text data → TRL's rows, one row at a time."""
+
+import json
+from pathlib import Path
+
+IMAGE_PLACEHOLDER = "<image>"
+
+CHUNK = 1 << 20  # characters of a JSON file that are read at a time
+
+# name → columns that it is recognised by, the most particular first
+FORMATS = {
+    "preference": ("prompt", "chosen", "rejected"),
+    "prompt-completion": ("prompt", "completion"),
+    "LLaVA": ("conversations",),
+    "RLAIF-V": ("question", "chosen", "rejected"),
+    "messages": ("messages",),
+    "prompt": ("prompt",),
+}
+
+LLAVA_ROLES = {"system": "system", "human": "user", "gpt": "assistant"}
+
+
+def recognise(columns, name):
+    """
+    Which of [`FORMATS`] a data set is in.
+
+    Args:
+        columns (`Iterable[str]`).
+        name (`str`): of the data set, for the message.
+
+    Returns:
+        `str`: a key of `FORMATS`.
+
+    Raises:
+        ValueError: if it is in none of them.
+    """
+    columns = list(columns)
+    for layout, needed in FORMATS.items():
+        if set(needed) <= set(columns):
+            return layout
+    known = "; ".join(f"{layout} ({', '.join(needed)})" for layout, needed in FORMATS.items())
+    raise ValueError(f"`{name}` has the columns {columns}, which is no known format: rename them to one of {known}.")
+
+
+def json_rows(path):
+    """
+    The rows of a JSON array or of JSON lines, read bit by bit: the published files have a gigabyte.
+
+    Not `datasets`' own reader: it refuses columns of mixed type, such as `id` in `llava_v1_5_mix665k.json`.
+
+    Args:
+        path (`str` or `Path`).
+
+    Yields:
+        `dict`: one row.
+
+    Raises:
+        ValueError: if the file is not JSON, or a row is no mapping; the row's number is named.
+    """
+    decoder, number = json.JSONDecoder(), 0
+    with Path(path).open(encoding="utf-8") as file:
+        text, start, more = "", 0, True
+        while True:
+            # Between rows come white space, a comma, or the brackets of the whole.
+            while start < len(text) and text[start] in " \t\r\n,[]":
+                start += 1
+            try:
+                if start == len(text):
+                    raise json.JSONDecodeError("no row yet", text, start)
+                row, start = decoder.raw_decode(text, start)
+            except json.JSONDecodeError as error:
+                if more:
+                    chunk = file.read(max(CHUNK, len(text) - start))  # doubled, so that a long row stays linear
+                    more, text, start = bool(chunk), text[start:] + chunk, 0
+                    continue
+                if start == len(text):
+                    return
+                raise ValueError(f"Row {number} of `{path}` is not valid JSON ({error}): mend the file.") from error
+            if not isinstance(row, dict):
+                raise ValueError(f"Row {number} of `{path}` is a {type(row).__name__}: rows are `{{key: value}}`.")
+            yield row
+            number += 1
+
+
+def image_references(row, where):
+    """
+    The images of a row, undecoded.
+
+    Args:
+        row (`dict`):
+            `images`, `image` or `image_path`: nothing, a path, bytes, `{"bytes", "path"}`, or a list of these.
+        where (`str`): the row, for messages.
+
+    Returns:
+        `list[dict]`: `{"bytes": bytes or None, "path": str or None}` each.
+    """
+    found = next((row[name] for name in ("images", "image", "image_path") if row.get(name) is not None), [])
+    references = []
+    for image in found if isinstance(found, list) else [found]:
+        image = {"path": image} if isinstance(image, str) else {"bytes": image} if isinstance(image, bytes) else image
+        image = {"bytes": image.get("bytes"), "path": image.get("path")} if isinstance(image, dict) else {}
+        if not any(image.values()):
+            raise ValueError(f"{where}: an image is neither a path nor bytes nor a pair of them: mend the row.")
+        references.append(image)
+    return references
+
+
+def text_of(content):
+    """The text of a message's content, which is a string or a list of parts."""
+    if isinstance(content, list):
+        return "".join(part.get("text") or "" for part in content)
+    return content or ""
+
+
+def check_answer(answer, where):
+    """
+    Args:
+        answer (`str` or `list[dict]`): a text, or messages.
+        where (`str`): the row, for messages.
+
+    Raises:
+        ValueError: if there is no answer, or one is empty.
+    """
+    messages = _as_messages(answer)
+    if not messages or not any(message["role"] == "assistant" for message in messages):
+        raise ValueError(f"{where} has no answer: give it one, or leave out the row.")
+    for message in messages:
+        if message["role"] == "assistant" and not text_of(message["content"]).strip():
+            raise ValueError(f"{where}: an answer is empty: give it a text, or leave out the row.")
+
+
+def check_pair(row, where):
+    """
+    Raises:
+        ValueError: if an answer of a pair is missing or empty, or has images of its own.
+    """
+    for name in ("chosen", "rejected"):
+        if not row.get(name):
+            raise ValueError(f"{where} has no `{name}` answer: a pair needs both.")
+    chosen, rejected = (
+        [part for part in _parts(row[name]) if part.get("type") == "image"] for name in ("chosen", "rejected")
+    )
+    if chosen or rejected:
+        raise ValueError(
+            f"{where}: `chosen` has {len(chosen)} images of its own and `rejected` {len(rejected)}: both answer the "
+            "same ones, which belong into `images`."
+        )
+    for name in ("chosen", "rejected"):
+        check_answer(row[name], f"{where}, `{name}`")
+
+
+def _parts(messages):
+    contents = [message["content"] for message in messages] if isinstance(messages, list) else []
+    return [part for content in contents if isinstance(content, list) for part in content]
+
+
+def _as_messages(answer):
+    return [{"role": "assistant", "content": answer}] if isinstance(answer, str) else answer
+
+
+def llava_messages(turns, num_images, where):
+    """
+    The turns of a LLaVA conversation as messages.
+
+    As in LLaVA's own preparation, a first turn that is not of the human is left out, and the images come before the
+    text of the first question, wherever in it the placeholder stands. A last question without an answer goes too.
+
+    Args:
+        turns (`list[dict]`): `from` (`human`, `gpt` or `system`) and `value`.
+        num_images (`int`): images of the row.
+        where (`str`): the row, for messages.
+
+    Returns:
+        `list[dict]`: `role` and `content`, without placeholders.
+    """
+    if not isinstance(turns, list) or not all(
+        isinstance(turn, dict) and {"from", "value"} <= set(turn) for turn in turns
+    ):
+        raise ValueError(f"{where}: `conversations` must be a list of `{{from, value}}`.")
+    unknown = [turn["from"] for turn in turns if turn["from"] not in LLAVA_ROLES]
+    if unknown:
+        raise ValueError(f"{where}: a turn is from `{unknown[0]}`: it may be from {', '.join(LLAVA_ROLES)}.")
+    messages = [{"role": LLAVA_ROLES[turn["from"]], "content": str(turn["value"] or "")} for turn in turns]
+    system = [message for message in messages[:1] if message["role"] == "system"]
+    messages = messages[len(system) :]
+    if messages and messages[0]["role"] == "assistant":
+        messages = messages[1:]
+    if messages and messages[-1]["role"] == "user":
+        messages = messages[:-1]
+    if not messages or any(message["role"] != ("user", "assistant")[i % 2] for i, message in enumerate(messages)):
+        raise ValueError(f"{where}: a conversation must take turns of `human` and `gpt`, at least one of each.")
+    places = [message["content"].count(IMAGE_PLACEHOLDER) for message in messages]
+    if sum(places) not in (0, num_images) or sum(places) != places[0]:
+        raise ValueError(
+            f"{where} has {num_images} images and {sum(places)} `{IMAGE_PLACEHOLDER}` in its turns, {places[0]} of "
+            "them in the first question: there must be one for each image, all in the first question."
+        )
+    if places[0]:
+        messages[0]["content"] = messages[0]["content"].replace(IMAGE_PLACEHOLDER, "").strip()
+    return system + messages
+
+
+def read_row(row, layout, where, *, multi_turn="expand"):
+    """
+    One row of a published layout as rows of TRL.
+
+    Args:
+        row (`dict`).
+        layout (`str`): a key of `FORMATS`.
+        where (`str`): the row, for messages.
+        multi_turn (`str`, *optional*, defaults to `"expand"`):
+            `"expand"`: a row for every answer of a conversation, the turns before it as its prompt; `"messages"`: one
+            row with all turns.
+
+    Returns:
+        `list[dict]`: each with `images` (undecoded) and `prompt` and `completion`, `messages`, or `prompt`, `chosen`
+        and `rejected`.
+
+    Raises:
+        ValueError: if the row lacks a part, has an empty answer, or its placeholders do not fit its images.
+    """
+    images = image_references(row, where)
+    if layout in ("preference", "RLAIF-V"):
+        question = row.get("prompt" if layout == "preference" else "question")
+        if not question:
+            raise ValueError(f"{where} has no question: give it one, or leave out the row.")
+        check_pair(row, where)
+        prompt = question
+        if layout == "RLAIF-V":
+            prompt = [{"role": "user", "content": question.replace(IMAGE_PLACEHOLDER, "").strip()}]
+        answers = {name: _as_messages(row[name]) for name in ("chosen", "rejected")}
+        return [{"images": images, "prompt": prompt, **answers}]
+    if layout in ("prompt-completion", "prompt"):
+        return [{"images": images, **{name: row[name] for name in FORMATS[layout]}}]
+    messages = row["messages"] if layout == "messages" else llava_messages(row["conversations"], len(images), where)
+    check_answer(messages, where)
+    if multi_turn == "messages":
+        return [{"images": images, "messages": messages}]
+    return [
+        {"images": images, "prompt": messages[:i], "completion": [message]}
+        for i, message in enumerate(messages)
+        if message["role"] == "assistant" and i > 0
+    ]

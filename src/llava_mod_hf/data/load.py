@@ -1,0 +1,319 @@
+"""Data sets → rows in TRL's formats, checked before training starts."""
+
+import itertools
+import logging
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from datasets import Dataset, Features, Image, IterableDataset, List, Value, load_dataset
+from datasets.exceptions import DatasetGenerationError
+
+from llava_mod_hf import loading
+from llava_mod_hf.data import easy_vqa
+from llava_mod_hf.data.formats import FORMATS, image_references, json_rows, read_row, recognise
+from llava_mod_hf.data.images import map_undecoded, resolve_image
+from llava_mod_hf.data.parquet_shards import check_shards
+
+READERS = {".json": "json", ".jsonl": "json", ".parquet": "parquet"}
+
+CHOICES = {"multi_turn": ["expand", "messages"], "check_images": ["all", "header"], "bad_rows": ["error", "drop"]}
+
+MESSAGES = [{"role": Value("string"), "content": Value("string")}]
+
+PROBLEM = "problem"  # column: why a row is to be left out; gone before anybody sees the rows
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class DataArguments:
+    """
+    Which rows.
+
+    Args:
+        dataset_name (`str`):
+            `embedded:easy-vqa`, a local `.json`, `.jsonl` or `.parquet` file, a folder of Parquet files, or a data set
+            of the Hub. Its format is told by its columns: TRL's (`images` with `prompt` and `completion`, with
+            `messages`, or with `prompt`, `chosen` and `rejected`), LLaVA's (`conversations`) or RLAIF-V's (`question`,
+            `chosen`, `rejected`).
+        dataset_config (`str`, *optional*): configuration of the data set, such as `questions` of the embedded one.
+        dataset_train_split (`str`, *optional*, defaults to `"train"`).
+        dataset_test_split (`str`, *optional*, defaults to `"test"`): what `evaluate` reads.
+        image_folder (`str`, *optional*):
+            Where relative image paths of a local file or folder start, by default there; none may leave it.
+        max_samples (`int`, *optional*): take the first rows only.
+        multi_turn (`str`, *optional*, defaults to `"expand"`):
+            What becomes of a conversation. `"expand"`: a row for every answer, with all that came before as its prompt.
+            Every answer is supervised whatever the chat template, and one that does not fit the context costs the later
+            turns only; but the turns before are computed again for each. `"messages"`: one row, in which the trainer
+            finds the answers by the template's `{% generation %}` marks; it needs `assistant_only_loss`.
+        check_images (`str`, *optional*, defaults to `"all"`):
+            `"all"` reads every image of a local file to its end; `"header"` its size and format only, and does not
+            notice a truncated one. Either refuses decompression bombs and files that are missing or no images.
+        bad_rows (`str`, *optional*, defaults to `"error"`):
+            `"error"` stops at the first row that cannot be used; `"drop"` leaves such rows out and says which.
+        streaming (`bool`, *optional*, defaults to `False`):
+            Read rows when they are needed, in the file's order; training then needs `max_steps`.
+    """
+
+    dataset_name: str = field(metadata={"help": "embedded:easy-vqa, a local file or folder, or a data set of the Hub"})
+    dataset_config: str | None = None
+    dataset_train_split: str = "train"
+    dataset_test_split: str = "test"
+    image_folder: str | None = None
+    max_samples: int | None = None
+    multi_turn: str = field(default="expand", metadata={"choices": CHOICES["multi_turn"]})
+    check_images: str = field(default="all", metadata={"choices": CHOICES["check_images"]})
+    bad_rows: str = field(default="error", metadata={"choices": CHOICES["bad_rows"]})
+    streaming: bool = False
+
+    def __post_init__(self):
+        for name, known in CHOICES.items():
+            if getattr(self, name) not in known:
+                raise ValueError(f"`{name}` is {getattr(self, name)!r}: give one of {', '.join(known)}.")
+
+
+def load_rows(args, *, columns, split=None, seed=0, num_proc=None):
+    """
+    The rows that a stage trains on.
+
+    Args:
+        args ([`DataArguments`]).
+        columns (`tuple[str]`): the columns that the stage needs, such as `("prompt", "completion")`.
+        split (`str`, *optional*): by default `args.dataset_train_split`.
+        seed (`int`, *optional*, defaults to 0): of the embedded data's thinning.
+        num_proc (`int`, *optional*): processes that convert rows and check images.
+
+    Returns:
+        `datasets.Dataset`, or `datasets.IterableDataset` if streamed, with `images` (lists of PIL images when read) and
+        `columns`; with `multi_turn="messages"`, `messages` stands for `prompt` and `completion`. Rows that were
+        converted also have `source_row`, their number in the data set.
+
+    Raises:
+        ValueError: if the file or a column is missing, the format is unknown, a row is malformed, an image path leaves
+            the image folder, or an image is missing, broken or a decompression bomb.
+    """
+    if args.dataset_name.startswith(loading.PREFIX):
+        if args.dataset_name != easy_vqa.DATASET:
+            raise ValueError(f"There is no data set `{args.dataset_name}`: the embedded one is `{easy_vqa.DATASET}`.")
+        dataset = easy_vqa.load(args.dataset_config, split or args.dataset_train_split, seed)
+        dataset = dataset.to_iterable_dataset() if args.streaming else dataset
+    else:
+        try:
+            dataset = _published(args, split or args.dataset_train_split, num_proc)
+        except DatasetGenerationError as error:
+            cause = error.__cause__ or error
+            if isinstance(cause, ValueError) and str(cause).startswith("Row "):
+                raise cause from error  # a sentence of ours that stopped the reading
+            raise ValueError(f"`{args.dataset_name}` has no rows that can be read ({cause}).") from error
+
+    names = dataset.column_names
+    stands_for = {"messages": {"prompt", "completion"}} if args.multi_turn == "messages" else {}
+    found = {*names, *(column for name in names for column in stands_for.get(name, ()))}
+    missing = [name for name in ("images", *columns) if name not in found]
+    if missing:
+        raise ValueError(
+            f"`{args.dataset_name}` has the columns {names}, and this stage needs {', '.join(missing)} as well."
+        )
+    dataset = _first(dataset, args.max_samples)
+    if not args.streaming and len(dataset) == 0:
+        raise ValueError(f"`{args.dataset_name}` has no rows: nothing to train on.")
+    return dataset
+
+
+def image_root(args):
+    """The folder that relative image paths of a local data set start from; `None` for any other data set."""
+    path = Path(args.dataset_name)
+    if path.is_dir() or path.suffix in READERS:
+        return Path(args.image_folder or (path if path.is_dir() else path.parent)).resolve()
+    return None
+
+
+def _published(args, split, num_proc):
+    """A local file or folder, or a data set of the Hub: in TRL's formats, its images checked."""
+    path, root = Path(args.dataset_name), image_root(args)
+    if path.suffix in READERS and not path.is_file():
+        raise ValueError(f"The data file `{path}` does not exist: check `dataset_name`.")
+    layout = None
+    if READERS.get(path.suffix) == "json":
+        first = next(json_rows(path), None)
+        if first is None:
+            raise ValueError(f"`{path}` has no rows: nothing to train on.")
+        layout = recognise(first, path)
+    if layout in ("LLaVA", "RLAIF-V"):
+        dataset = _read_json(args, path, layout)
+    else:
+        if path.suffix in READERS:
+            dataset = load_dataset(READERS[path.suffix], data_files=str(path), split="train", streaming=args.streaming)
+        elif path.is_dir():
+            dataset = load_dataset(
+                "parquet", data_files=_parquet_files(path, split), split="train", streaming=args.streaming
+            )
+        else:
+            dataset = load_dataset(args.dataset_name, args.dataset_config, split=split, streaming=args.streaming)
+        dataset = _to_trl(_first(dataset, args.max_samples), args, num_proc)
+    dataset = _first(dataset, args.max_samples)
+    if "images" not in dataset.column_names:
+        return dataset
+    if root is not None:
+        dataset = _with_checked_images(dataset, root, args, num_proc)
+    return _without_problems(dataset) if PROBLEM in dataset.column_names else dataset
+
+
+def _parquet_files(folder, split):
+    """
+    Files of a split, `SPLIT-….parquet` or `SPLIT/….parquet`; of a folder without such names all belong to `train`.
+
+    By name: `load_dataset(folder)` takes what it once read of another folder of that name for this one, if the folder
+    has a card.
+    """
+    check_shards(folder)
+    files = sorted(folder.rglob("*.parquet"))
+
+    def of_split(pattern):
+        return [file for file in files if any(re.match(rf"({pattern})\b", p) for p in file.relative_to(folder).parts)]
+
+    chosen = of_split(re.escape(split)) or (files if split == "train" and not of_split("test|validation") else [])
+    if not chosen:
+        raise ValueError(
+            f"The folder `{folder}` has no Parquet files of the split `{split}`, only "
+            f"{[file.name for file in files[:3]]}: name them `{split}-….parquet`, or give another split."
+        )
+    return [str(file) for file in chosen]
+
+
+def _first(dataset, max_samples):
+    if max_samples is None:
+        return dataset
+    if isinstance(dataset, IterableDataset):
+        return dataset.take(max_samples)
+    return dataset.select(range(min(max_samples, len(dataset))))
+
+
+def _standard_rows(row, index, layout, args):
+    """Rows of TRL with their `source_row` and, where the row cannot be read and may be left out, their `problem`."""
+    try:
+        rows, problem = read_row(row, layout, f"Row {index}", multi_turn=args.multi_turn), None
+    except ValueError as error:
+        if args.bad_rows == "error":
+            raise
+        rows, problem = [{}], str(error)
+    return [{**each, "source_row": index, PROBLEM: problem} for each in rows]
+
+
+def _standard_features(layout, multi_turn, messages=MESSAGES):
+    if layout in ("RLAIF-V", "preference"):
+        names = FORMATS["preference"]
+    elif multi_turn == "messages":
+        names = FORMATS["messages"]
+    else:
+        names = FORMATS["prompt-completion"]
+    return {
+        "images": List(Image()),
+        **dict.fromkeys(names, messages),
+        "source_row": Value("int64"),
+        PROBLEM: Value("string"),
+    }
+
+
+def _read_json(args, path, layout):
+    """LLaVA's and RLAIF-V's JSON files, read here: `datasets` refuses columns of mixed type, as their `id` is."""
+    features = Features(_standard_features(layout, args.multi_turn))
+
+    def generate(path, layout, args, changed):
+        rows = (_standard_rows(row, index, layout, args) for index, row in enumerate(json_rows(path)))
+        for row in itertools.islice(itertools.chain.from_iterable(rows), args.max_samples):
+            yield dict.fromkeys(features) | row
+
+    # by the file's time and size the cache tells a changed file from the one that it has read
+    changed = (path.stat().st_mtime_ns, path.stat().st_size)
+    options = {"path": str(path), "layout": layout, "args": args, "changed": changed}
+    kind = IterableDataset if args.streaming else Dataset
+    return kind.from_generator(generate, features=features, gen_kwargs=options)
+
+
+def _to_trl(dataset, args, num_proc):
+    """A data set of `datasets` in TRL's formats; one that is in them already is not copied."""
+    if dataset.column_names is None:  # streamed without a schema
+        dataset = dataset._resolve_features()
+    names = dataset.column_names
+    layout = recognise(names, args.dataset_name)
+    single_image = "image" in names and "images" not in names
+    if not single_image and layout != "RLAIF-V" and not (layout == "messages" and args.multi_turn == "expand"):
+        return dataset
+
+    features = _standard_features(layout, args.multi_turn, dataset.features.get("messages", MESSAGES))
+    if layout in ("preference", "prompt-completion", "prompt"):  # only the image is in the wrong place
+        features = {name: feature for name, feature in features.items() if feature is not MESSAGES}
+    consumed = {"image", "images", "image_path", *(FORMATS[layout] if layout in ("RLAIF-V", "messages") else ())}
+    extras = {name: feature for name, feature in dataset.features.items() if name not in consumed}
+    features = Features({**features, **extras})
+
+    def convert(batch, indices):
+        rows = [dict(zip(batch, values, strict=True)) for values in zip(*batch.values(), strict=True)]
+        read = [
+            dict.fromkeys(features) | {name: row[name] for name in extras} | each
+            for row, index in zip(rows, indices, strict=True)
+            for each in _standard_rows(row, index, layout, args)
+        ]
+        return {name: [row[name] for row in read] for name in features}
+
+    removed = [name for name in names if name not in features]
+    return map_undecoded(
+        dataset,
+        convert,
+        features=features,
+        num_proc=num_proc,
+        desc=f"Reading {layout} rows",
+        remove_columns=removed,
+    )
+
+
+def _with_checked_images(dataset, root, args, num_proc):
+    """Relative paths → checked absolute ones; images in the file itself are checked too."""
+
+    whole = args.check_images == "all"
+
+    def check(batch, indices):
+        problems = batch.get(PROBLEM) or [None] * len(indices)
+        for position, (images, number) in enumerate(
+            zip(batch["images"], batch.get("source_row") or indices, strict=True)
+        ):
+            try:
+                images = image_references({"images": images}, f"Row {number}")
+                images = [resolve_image(image, root, f"Row {number}", whole=whole) for image in images]
+            except ValueError as error:
+                if args.bad_rows == "error":
+                    raise
+                images, problems[position] = [], problems[position] or str(error)
+            batch["images"][position] = images
+        return {**batch, PROBLEM: problems}
+
+    return map_undecoded(
+        dataset,
+        check,
+        features=Features({**dataset.features, "images": List(Image()), PROBLEM: Value("string")}),
+        num_proc=num_proc,
+        desc="Checking images",
+        # never from the cache: the files may have changed since
+        load_from_cache_file=False,
+    )
+
+
+def _without_problems(dataset):
+    """Leaves out the rows that have a problem, and says which."""
+    if isinstance(dataset, IterableDataset):
+
+        def keep(problem):
+            if problem is not None:
+                logger.warning("Left out a row. %s", problem)
+            return problem is None
+
+        return dataset.filter(keep, input_columns=[PROBLEM]).remove_columns(PROBLEM)
+    problems = dataset[PROBLEM][:]
+    found = [problem for problem in problems if problem is not None]
+    if found:
+        logger.warning("Left out %d of %d rows, first: %s", len(found), len(problems), " ".join(found[:3]))
+        dataset = dataset.select([index for index, problem in enumerate(problems) if problem is None])
+    return dataset.remove_columns(PROBLEM)

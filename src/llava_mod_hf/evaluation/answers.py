@@ -1,0 +1,227 @@
+"""What a student knows: exact match, hallucination, divergence from its teacher, and its size."""
+
+from contextlib import contextmanager
+
+import torch
+from torch.utils.data import DataLoader
+from tqdm.auto import tqdm
+from transformers.utils.logging import is_progress_bar_enabled
+from trl import prepare_multimodal_messages
+from trl.trainer.sft_trainer import DataCollatorForVisionLanguageModeling
+
+from llava_mod_hf.data.easy_vqa import most_frequent_answers
+from llava_mod_hf.evaluation.measures import ObjectHallucination, VqaExactMatch, _presence
+from llava_mod_hf.losses.divergences import forward_kl
+from llava_mod_hf.losses.rows import shift_for_next_token
+from llava_mod_hf.students.parameter_counts import count_parameters, student_parameters  # noqa: F401 (they are measures as well)
+
+
+@contextmanager
+def evaluating(model):
+    """Evaluation mode without gradients; each module is back in its own mode afterwards."""
+    # module by module: a frozen vision tower may be in evaluation mode while the rest is training
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        with torch.inference_mode():
+            yield
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+def inputs_for(model, batch):
+    """The tensors of a batch on the model's device, the images in its precision."""
+    return {
+        name: tensor.to(model.device, model.dtype if tensor.is_floating_point() else tensor.dtype)
+        for name, tensor in batch.items()
+        if name != "labels"
+    }
+
+
+def _batches(dataset, columns, collate, batch_size, description):
+    loader = DataLoader(
+        dataset.select_columns(columns),
+        batch_size=batch_size,
+        collate_fn=collate,
+        # without one of its own a loader draws from the global generator: evaluating would change the training
+        generator=torch.Generator(),
+    )
+    return tqdm(loader, desc=description, disable=not is_progress_bar_enabled())
+
+
+def response_batches(processor, dataset, *, batch_size, description):
+    """Batches of prompt and reference answer, as the trainers see them: labels on the answer and its end only."""
+    collate = DataCollatorForVisionLanguageModeling(processor, completion_only_loss=True)
+    return _batches(dataset, ["images", "prompt", "completion"], collate, batch_size, description)
+
+
+def generate_answers(model, processor, dataset, *, batch_size=128, max_new_tokens=16):
+    """
+    Greedy answers to the prompts of a dataset.
+
+    Args:
+        model (`PreTrainedModel`): a student or a stock LLaVA.
+        processor (`ProcessorMixin`): its processor, with a chat template.
+        dataset (`datasets.Dataset`): columns `images` (lists of images, empty for text) and `prompt` (messages).
+        batch_size (`int`, *optional*, defaults to 128): changes the speed, not the answers.
+        max_new_tokens (`int`, *optional*, defaults to 16): where an answer without an end is cut.
+
+    Returns:
+        `list[str]`: one answer per row, in their order, without special tokens.
+    """
+    answers = sample_answers(model, processor, dataset, batch_size=batch_size, max_new_tokens=max_new_tokens)
+    return [text for ((text, _),) in answers]
+
+
+def sample_answers(
+    model, processor, dataset, *, batch_size, max_new_tokens, num_answers=1, temperature=0.0, top_p=1.0, seed=0
+):
+    """
+    Answers to the prompts of a dataset, greedy or sampled.
+
+    Args:
+        model, processor, dataset, batch_size, max_new_tokens: as in [`generate_answers`].
+        num_answers (`int`, *optional*, defaults to 1): answers to each prompt.
+        temperature (`float`, *optional*, defaults to 0.0): of the sampling; 0 takes the most likely token.
+        top_p (`float`, *optional*, defaults to 1.0): sample among the most likely tokens of this total probability.
+        seed (`int`, *optional*, defaults to 0): of the sampling; the same rows, batches and seed give the same answers.
+
+    Returns:
+        `list[list[tuple[str, bool]]]`: per row `num_answers` texts without special tokens, and whether each has an end.
+    """
+
+    def collate(rows):
+        return processor.apply_chat_template(
+            [prepare_multimodal_messages(row["prompt"], images=row["images"]) for row in rows],
+            add_generation_prompt=True,
+            tokenize=True,
+            return_dict=True,
+            return_tensors="pt",
+            # on the left, so that each prompt ends where its answer begins; as in training, no special tokens are added
+            # to those of the template
+            processor_kwargs={"padding": True, "padding_side": "left", "add_special_tokens": False},
+        )
+
+    # Whatever a checkpoint's `generation_config` asks for: some come with sampling or a repetition penalty.
+    options = {"num_beams": 1, "repetition_penalty": 1.0, "use_cache": True, "num_return_sequences": num_answers}
+    options |= {"do_sample": temperature > 0}
+    if temperature > 0:
+        options |= {"temperature": temperature, "top_p": top_p, "top_k": 0}
+    ends = model.generation_config.eos_token_id or processor.tokenizer.eos_token_id
+    answers = []
+    with evaluating(model), torch.random.fork_rng(enabled=temperature > 0):
+        if temperature > 0:
+            torch.manual_seed(seed)
+        for batch in _batches(dataset, ["images", "prompt"], collate, batch_size, "Generating answers"):
+            generated = model.generate(
+                **inputs_for(model, batch),
+                **options,
+                max_new_tokens=max_new_tokens,
+                eos_token_id=ends,
+                pad_token_id=processor.tokenizer.pad_token_id,
+            )
+            new_tokens = generated[:, batch["input_ids"].shape[1] :]  # (batch · num_answers, new tokens)
+            ended = torch.isin(new_tokens, torch.as_tensor(ends, device=new_tokens.device)).any(1).tolist()
+            found = list(zip(processor.batch_decode(new_tokens, skip_special_tokens=True), ended, strict=True))
+            answers += [found[start : start + num_answers] for start in range(0, len(found), num_answers)]
+    return answers
+
+
+def kl_to_teacher(model, teacher, processor, dataset, *, batch_size=128, temperature=1.0):
+    """
+    Mean divergence of a student from its teacher on the tokens of the reference answers, in nats.
+
+        KL = 1/N Σ_t Σ_v p_T(v|t) [log p_T(v|t) − log p_S(v|t)],   p = softmax(logits / temperature)
+
+    over the N tokens t of all answers, the end token included, each given the reference before it.
+
+    Args:
+        model, teacher (`PreTrainedModel`): both with the given processor's vocabulary and image tokens.
+        processor (`ProcessorMixin`): the processor of both.
+        dataset (`datasets.Dataset`): columns `images`, `prompt` and `completion` (messages).
+        batch_size (`int`, *optional*, defaults to 128).
+        temperature (`float`, *optional*, defaults to 1.0).
+
+    Returns:
+        `float`.
+
+    Raises:
+        ValueError: if the two vocabularies differ in size, or if the dataset has no answer token.
+    """
+    total, count = torch.zeros((), dtype=torch.float64), 0
+    with evaluating(model), evaluating(teacher):
+        for batch in response_batches(processor, dataset, batch_size=batch_size, description="Comparing to teacher"):
+            keep, _ = shift_for_next_token(batch["labels"])  # (batch, sequence)
+            student_logits, teacher_logits = (  # (answer tokens, vocabulary)
+                each(**inputs_for(each, batch), logits_to_keep=keep.to(each.device)).logits for each in (model, teacher)
+            )
+            if student_logits.shape != teacher_logits.shape:
+                raise ValueError(
+                    f"The student's vocabulary has {student_logits.shape[-1]} tokens and the teacher's "
+                    f"{teacher_logits.shape[-1]}: give a teacher with the student's tokenizer."
+                )
+            divergence = forward_kl(student_logits, teacher_logits.to(student_logits.device), temperature)
+            total += divergence.double().sum().cpu()
+            count += len(divergence)
+    if count == 0:
+        raise ValueError(f"The {len(dataset)} rows have no answer token to compare on: give rows with a `completion`.")
+    # the loss carries T² for the sake of its gradient; nats do not
+    return total.item() / count / temperature**2
+
+
+def _score(answers, dataset):
+    questions, references, kinds = (list(dataset[name]) for name in ("question", "answer", "kind"))
+    scores = VqaExactMatch(keep_in_memory=True).compute(predictions=answers, references=references, kinds=kinds)
+    asked = {_presence(question, reference) for question, reference in zip(questions, references, strict=True)}
+    if asked >= {True, False}:
+        hallucination = ObjectHallucination(keep_in_memory=True)
+        return scores | hallucination.compute(predictions=answers, questions=questions, references=references)
+    return scores | dict.fromkeys(("hallucination_rate", "miss_rate", "balanced_accuracy"))
+
+
+def evaluate_model(model, processor, dataset, *, teacher=None, batch_size=128):
+    """
+    All measures of a model on a dataset.
+
+    Args:
+        model (`PreTrainedModel`): a student or a stock LLaVA.
+        processor (`ProcessorMixin`): its processor.
+        dataset (`datasets.Dataset`): columns `images`, `prompt`, `completion`, `question`, `answer` and `kind`.
+        teacher (`PreTrainedModel`, *optional*): what `kl_to_teacher` compares to.
+        batch_size (`int`, *optional*, defaults to 128).
+
+    Returns:
+        `dict`: `exact_match`, `exact_match_by_kind`, `hallucination_rate`, `miss_rate`, `balanced_accuracy` (the last
+        three `None` unless the dataset asks for present and for absent things), `kl_to_teacher` in nats (`None` without
+        a teacher), `params_total` and `params_active`.
+    """
+    scores = _score(generate_answers(model, processor, dataset, batch_size=batch_size), dataset)
+    divergence = None
+    if teacher is not None:
+        divergence = kl_to_teacher(model, teacher, processor, dataset, batch_size=batch_size)
+    total, active = count_parameters(model)
+    return scores | {"kl_to_teacher": divergence, "params_total": total, "params_active": active}
+
+
+def evaluate_blind(train_rows, dataset):
+    """
+    The measures of answers alone that a model reaches without looking: each question's most frequent training answer.
+
+    A question that the training rows never ask gets the most frequent answer of its kind, or else an empty one.
+
+    Args:
+        train_rows (`Iterable[dict]`): `question`, `answer` and `kind`.
+        dataset (`datasets.Dataset`): columns `question`, `answer` and `kind`.
+
+    Returns:
+        `dict`: as [`evaluate_model`], without `kl_to_teacher` and the parameter counts.
+    """
+    train_rows = list(train_rows)
+    by_question = most_frequent_answers(train_rows)
+    by_kind = most_frequent_answers({"question": row["kind"], "answer": row["answer"]} for row in train_rows)
+    answers = [
+        by_question.get(question, by_kind.get(kind, ""))
+        for question, kind in zip(dataset["question"], dataset["kind"], strict=True)
+    ]
+    return _score(answers, dataset)

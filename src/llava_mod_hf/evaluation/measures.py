@@ -1,0 +1,95 @@
+"""The measures, as metrics of `evaluate` that need no network."""
+
+import datasets
+import evaluate
+
+from llava_mod_hf.data.easy_vqa import presence
+
+
+def normalize_answer(text):
+    """An answer without surrounding space, capitals and a trailing period."""
+    return text.strip().lower().removesuffix(".").rstrip()
+
+
+def _share(hits):
+    hits = list(hits)
+    return sum(hits) / len(hits)
+
+
+def _metric_info(description, inputs):
+    features = datasets.Features({name: datasets.Value("string") for name in inputs})
+    return evaluate.MetricInfo(
+        description=description,
+        citation="",
+        features=features,
+        inputs_description="Lists of strings, one per question.",
+    )
+
+
+class VqaExactMatch(evaluate.Metric):
+    """
+    Share of answers that equal the reference, overall and for each kind of question.
+
+    Spaces around an answer, capitals and one trailing period do not count, on either side.
+
+    `compute(predictions=…, references=…, kinds=…)` takes lists of strings and returns `exact_match` and
+    `exact_match_by_kind`, with the kinds in alphabetical order. With `keep_in_memory=True` nothing is cached on disk.
+    """
+
+    def _info(self):
+        return _metric_info("Exact match of normalised answers.", ["predictions", "references", "kinds"])
+
+    def _compute(self, predictions, references, kinds):
+        by_kind = {kind: [] for kind in sorted(set(kinds))}
+        for prediction, reference, kind in zip(predictions, references, kinds, strict=True):
+            by_kind[kind].append(normalize_answer(prediction) == normalize_answer(reference))
+        return {
+            "exact_match": _share(hit for hits in by_kind.values() for hit in hits),
+            "exact_match_by_kind": {kind: _share(hits) for kind, hits in by_kind.items()},
+        }
+
+
+class ObjectHallucination(evaluate.Metric):
+    """
+    How often a model claims that a thing is there which is not, and the reverse, on yes/no questions of presence.
+
+    "no" to "is there not a circle?" is a claim that there is one. Rows whose reference is neither yes nor no are left
+    out; a prediction that is neither is no claim and no denial, hence wrong whatever the image shows.
+
+        hallucination_rate = claims | absent             miss_rate = 1 − claims | present
+        balanced_accuracy  = (claims | present + denials | absent) / 2
+
+    `compute(predictions=…, questions=…, references=…)` takes lists of strings. With `keep_in_memory=True` nothing is
+    cached on disk.
+
+    Raises:
+        ValueError: if there is no question about a present thing, or none about an absent one.
+    """
+
+    def _info(self):
+        return _metric_info(
+            "Claims of absent things and misses of present ones.", ["predictions", "questions", "references"]
+        )
+
+    def _compute(self, predictions, questions, references):
+        claims = {True: [], False: []}  # by whether the thing is there
+        for prediction, question, reference in zip(predictions, questions, references, strict=True):
+            present = _presence(question, reference)
+            if present is not None:
+                claims[present].append(_presence(question, prediction))
+        if not (claims[True] and claims[False]):
+            raise ValueError(
+                f"Of {len(references)} rows {len(claims[True])} ask with yes or no for a present thing and "
+                f"{len(claims[False])} for an absent one: at least one of each is needed, with `yes` or `no` as its "
+                "reference."
+            )
+        claimed = _share(claim is True for claim in claims[True])
+        return {
+            "hallucination_rate": _share(claim is True for claim in claims[False]),
+            "miss_rate": 1 - claimed,
+            "balanced_accuracy": (claimed + _share(claim is False for claim in claims[False])) / 2,
+        }
+
+
+def _presence(question, answer):
+    return presence(question.lower(), normalize_answer(answer))

@@ -1,0 +1,91 @@
+"""Hashes that say whether a value, a processor, weights or a row are the same."""
+
+import hashlib
+import json
+
+import torch
+from safetensors import safe_open
+
+
+def content_hash(value):
+    """Sixteen hexadecimal digits that say whether a value, of what JSON can write, is the same."""
+    text = json.dumps(value, sort_keys=True, default=str)
+    return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
+
+
+def processor_parts(processor):
+    """
+    What decides which tensors a processor makes of a conversation, as a hash for each part.
+
+    Returns:
+        `dict[str, str]`: `tokenizer`, `chat_template`, `image_processor` and `image_tokens` → hash.
+    """
+    tokenizer = json.loads(processor.tokenizer.backend_tokenizer.to_str())
+    # not properties of the tokenizer: each call sets them anew
+    tokenizer = {key: value for key, value in tokenizer.items() if key not in ("truncation", "padding")}
+    images = processor.image_processor.to_dict()
+    # its class is another without torchvision
+    images = {key: value for key, value in images.items() if key not in ("image_processor_type", "processor_class")}
+    names = ("patch_size", "vision_feature_select_strategy", "num_additional_image_tokens", "image_token")
+    return {
+        "tokenizer": content_hash(tokenizer),
+        "chat_template": content_hash(processor.chat_template),
+        "image_processor": content_hash(images),
+        "image_tokens": content_hash([type(processor).__name__, *(getattr(processor, n, None) for n in names)]),
+    }
+
+
+TEXT_COLUMNS = ("messages", "prompt", "completion", "chosen", "rejected")
+
+
+# --- what determines the answers ---
+
+
+def weights_hash(folder):
+    """
+    A hash of a model's tensors, whatever files they are in.
+
+    Args:
+        folder (`Path`): with its safetensors.
+
+    Returns:
+        `str`: sixteen hexadecimal digits.
+
+    Raises:
+        ValueError: if there are none.
+    """
+    tensors = {}
+    for path in sorted(folder.glob("*.safetensors")):
+        with safe_open(path, framework="pt") as file:
+            for key in file.keys():  # noqa: SIM118 (no mapping)
+                tensor = file.get_tensor(key).contiguous()
+                content = hashlib.blake2b(tensor.reshape(-1).view(torch.uint8).numpy(), digest_size=16).hexdigest()
+                tensors[key] = [str(tensor.dtype), list(tensor.shape), content]
+    if not tensors:
+        raise ValueError(f"`{folder}` has no safetensors to tell its weights by: save it with `save_pretrained`.")
+    return content_hash(tensors)
+
+
+# --- rows ---
+
+
+def row_text_key(row):
+    """Sixteen hexadecimal digits of the words of a row."""
+    return content_hash({name: row[name] for name in TEXT_COLUMNS if row.get(name) is not None})
+
+
+def row_key(row):
+    """
+    What a row is found by, whatever its place: a hash of its words and one of its images.
+
+    Args:
+        row (`dict`): as the data set yields it, with `images` (PIL) and columns of TRL's formats.
+
+    Returns:
+        `str`: 33 characters.
+    """
+    digest = hashlib.blake2b(digest_size=8)
+    for image in row.get("images") or []:
+        digest.update(f"{image.size}".encode())
+        digest.update(image.convert("RGB").tobytes())
+    return f"{row_text_key(row)}-{digest.hexdigest()}"

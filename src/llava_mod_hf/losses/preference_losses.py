@@ -1,0 +1,75 @@
+"""Losses on pairs of a chosen and a rejected response."""
+
+import torch
+
+
+def kto_pair_loss(chosen_logratios, rejected_logratios, *, beta, all_logratios=None, reference_compat=False):
+    """
+    KTO on pairs: each response against the mean of the other kind (paper's ICLR version; its code's `kto_pair`).
+
+        L = mean over pairs of ½ [1 − σ(β(c − KL_r))] + ½ [1 − σ(β(KL_c − r))],   KL_x = max(0, mean of x)
+
+    with c = log π_S(y⁺) − log π_T(y⁺), and r the same for y⁻. The two KL terms estimate how far the student is from its
+    reference. They carry no gradient and rest on as many pairs as can be had (Ethayarajh et al., 2024, section 4.1).
+
+    Args:
+        chosen_logratios, rejected_logratios (`torch.FloatTensor` of shape `(pairs,)`): c and r, in nats.
+        beta (`float`): β, larger is nearer to the reference.
+        all_logratios (`tuple[torch.FloatTensor, torch.FloatTensor]`, *optional*):
+            c and r of all processes, which the KL terms are estimated from; by default the given ones.
+        reference_compat (`bool`, *optional*, defaults to `False`):
+            As the authors train it: KL terms of the given pairs alone, through which the gradient flows. With one pair
+            and positive log-ratios this is 1 − σ(β(c − r)), which is no longer KTO.
+
+    Returns:
+        `torch.FloatTensor`: a scalar, float32 (float64 if the inputs are).
+
+    Raises:
+        ValueError: if the two are not of one dimension and one length, or empty.
+    """
+    chosen, rejected = _pairs(chosen_logratios, rejected_logratios)
+    if reference_compat:
+        kl_chosen, kl_rejected = (ratios.mean().clamp(min=0) for ratios in (chosen, rejected))
+    else:
+        kl_chosen, kl_rejected = (
+            ratios.detach().to(chosen.dtype).mean().clamp(min=0) for ratios in all_logratios or (chosen, rejected)
+        )
+    # 1 − σ(x) is σ(−x), without cancellation
+    towards = torch.sigmoid(-beta * (chosen - kl_rejected))
+    away = torch.sigmoid(-beta * (kl_chosen - rejected))
+    return (towards + away).mean() / 2
+
+
+def margin_loss(student_margins, teacher_margins, *, beta):
+    """
+    Hinge on the preference margin: a pair counts while the student prefers its chosen response less than the teacher.
+
+        L = β · mean over pairs of max(0, m_T − m_S),   m = log π(y⁺) − log π(y⁻)
+
+    m_S − m_T is c − r of DPO, whose reward margin is β times that. The hinge is thus at a reward margin of 0, where
+    TRL's `hinge` has its own at 1, and β is the slope: the steepest that `sigmoid` reaches, so that mixtures of the two
+    weigh alike. Where the margins are equal the gradient is 0: a student that is its own reference learns nothing.
+
+    Args:
+        student_margins, teacher_margins (`torch.FloatTensor` of shape `(pairs,)`): m_S and m_T, in nats.
+        beta (`float`): β.
+
+    Returns:
+        `torch.FloatTensor`: a scalar, float32 (float64 if the inputs are).
+
+    Raises:
+        ValueError: if the two are not of one dimension and one length, or empty.
+    """
+    student, teacher = _pairs(student_margins, teacher_margins)
+    return beta * (teacher - student).relu().mean()
+
+
+def _pairs(first, second):
+    """Two numbers per pair, in at least float32."""
+    if first.shape != second.shape or first.dim() != 1 or len(first) == 0:
+        raise ValueError(
+            f"Preference losses take two tensors with one number per pair, and got shapes {tuple(first.shape)} and "
+            f"{tuple(second.shape)}."
+        )
+    dtype = torch.promote_types(torch.promote_types(first.dtype, second.dtype), torch.float32)
+    return first.to(dtype), second.to(dtype)

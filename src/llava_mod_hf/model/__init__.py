@@ -1,0 +1,1 @@
+"""The code that ships, flat, to the Hub with every checkpoint."""

@@ -1,0 +1,437 @@
+"""The LLaVA-MoD student: a LLaVA with a sparse mixture of experts. Ships to the Hub with every checkpoint."""
+
+import functools
+import inspect
+from dataclasses import dataclass
+
+import torch
+from safetensors import SafetensorError
+from torch import nn
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_MAPPING,
+    AutoModel,
+    AutoModelForImageTextToText,
+    GenerationMixin,
+)
+from transformers.conversion_mapping import register_checkpoint_conversion_mapping
+from transformers.modeling_utils import slice_logits_to_keep
+from transformers.models.llava.modeling_llava import (
+    LlavaCausalLMOutputWithPast,
+    LlavaModel,
+    LlavaModelOutputWithPast,
+    LlavaMultiModalProjector,
+    LlavaPreTrainedModel,
+)
+from transformers.utils import can_return_tuple
+from transformers.utils.output_capturing import OutputRecorder
+
+from .configuration_llava_mod import LlavaModConfig
+from .moe_llava_mod import LlavaModSparseMoeBlock, LlavaModTopKRouter, init_moe_weights, router_losses
+
+
+@dataclass
+class LlavaModModelOutputWithPast(LlavaModelOutputWithPast):
+    """
+    Output of [`LlavaModModel`].
+
+    Args:
+        router_logits (`tuple[torch.FloatTensor]`, *optional*):
+            One `(batch * sequence, num_experts)` float32 tensor per mixture-of-experts layer.
+    """
+
+    router_logits: tuple[torch.FloatTensor, ...] | None = None
+
+
+@dataclass
+class LlavaModCausalLMOutputWithPast(LlavaCausalLMOutputWithPast):
+    """
+    Output of [`LlavaModForConditionalGeneration`].
+
+    Args:
+        aux_loss (`torch.FloatTensor`, *optional*):
+            Load-balancing loss of the config's `router_aux_loss_type`, before its coefficient; with `labels` only.
+        router_logits (`tuple[torch.FloatTensor]`, *optional*):
+            One `(batch * sequence, num_experts)` float32 tensor per mixture-of-experts layer.
+    """
+
+    aux_loss: torch.FloatTensor | None = None
+    router_logits: tuple[torch.FloatTensor, ...] | None = None
+
+
+def logit_transform(text_config):
+    """
+    What a family's causal language model does to its logits after the head, by the fields that TRL reads as well.
+
+        logits = cap · tanh(scale · head(hidden) / cap)
+
+    Args:
+        text_config (`PreTrainedConfig`): of a language model.
+
+    Returns:
+        `tuple[float, float | None]`: scale (1 for most), and cap (`None` for most; Gemma 2 has 30).
+    """
+    scale = getattr(text_config, "logit_scale", None)  # Cohere
+    if scale is None and getattr(text_config, "logits_scaling", None) is not None:
+        scale = 1 / text_config.logits_scaling  # Granite
+    return 1.0 if scale is None else scale, getattr(text_config, "final_logit_softcapping", None)
+
+
+def project(hidden_states, head, text_config):
+    """Logits of `hidden_states`, as [`logit_transform`] says."""
+    scale, cap = logit_transform(text_config)
+    logits = head(hidden_states)
+    if scale != 1.0:
+        logits = logits * scale
+    return logits if cap is None else torch.tanh(logits / cap) * cap
+
+
+@torch.no_grad()
+def family_head(text_config):
+    """
+    The output head of a family's own causal language model, newly initialised.
+
+    The family's model is built without layers and with few tokens, and asked for logits: what it does after the last
+    layer has to be what [`project`] does.
+
+    Args:
+        text_config (`PreTrainedConfig`): of a text model of transformers.
+
+    Returns:
+        `nn.Linear`: from `hidden_size` to `vocab_size`, with a bias if the family's has one.
+
+    Raises:
+        ValueError: if the family has no causal language model, or one that does something unknown after the last layer.
+    """
+    if type(text_config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        raise ValueError(
+            f"transformers has no causal language model for `{text_config.model_type}`: a student needs one."
+        )
+    causal_class = MODEL_FOR_CAUSAL_LM_MAPPING[type(text_config)]
+    # a new config: implementations of attention and experts were chosen for the whole student
+    small = {"num_hidden_layers": 0, "layer_types": [], "vocab_size": 8, "pad_token_id": None}
+    try:
+        config = type(text_config).from_dict({**text_config.to_dict(), **small})
+        with torch.random.fork_rng(devices=[]), torch.device("cpu"):
+            family = causal_class._from_config(config, dtype=torch.float32).eval()
+            for parameter in family.parameters():
+                parameter.normal_()
+            inputs = torch.randn(1, 2, config.hidden_size)
+            expected = family(inputs_embeds=inputs).logits
+            head = family.get_output_embeddings()
+            found = project(family.base_model(inputs_embeds=inputs).last_hidden_state, head, config)
+    except Exception as error:
+        raise ValueError(
+            f"The head of {causal_class.__name__} could not be read, so no student can have its logits: {error}"
+        ) from error
+    if not torch.allclose(found, expected, rtol=1e-4, atol=1e-4):
+        raise ValueError(
+            f"{causal_class.__name__} changes its logits after `lm_head` in a way that is not known here: a student "
+            "would not compute what it does."
+        )
+    return nn.Linear(text_config.hidden_size, text_config.vocab_size, bias=head.bias is not None)
+
+
+def _check_vision_tower(tower):
+    """LLaVA's image features are of towers that need nothing but pixels."""
+    needed = [
+        name
+        for name, parameter in inspect.signature(tower.forward).parameters.items()
+        if parameter.default is parameter.empty and parameter.kind is parameter.POSITIONAL_OR_KEYWORD
+    ]
+    if needed != ["pixel_values"] and needed:
+        raise ValueError(
+            f"The vision encoder {type(tower).__name__} needs {', '.join(needed)}: take one that needs `pixel_values` "
+            "alone, as CLIP, SigLIP and SigLIP 2 at a fixed resolution do."
+        )
+
+
+@functools.cache
+def _sparse_text_model_class(text_model_class, low_rank):
+    """
+    Subclass of a text model of transformers whose FFNs in `config.moe_layers` are mixtures of experts.
+
+    A class of its own, since transformers keeps what a model can record (`router_logits`) by class: changing the stock
+    class would change it for everybody. Low-rank experts have another, since how a file names the experts is kept by
+    the class's name.
+    """
+
+    class SparseTextModel(text_model_class):
+        _can_record_outputs = {
+            **(text_model_class._can_record_outputs or {}),
+            "router_logits": OutputRecorder(LlavaModTopKRouter, index=0),
+        }
+
+        def __init__(self, config):
+            super().__init__(config)
+            if not hasattr(self, "layers") or not hasattr(self.layers[0], "mlp"):
+                raise ValueError(
+                    f"{text_model_class.__name__} has no `layers[i].mlp`: mixture-of-experts layers need a language "
+                    "model whose FFNs are there, as those of Llama and Qwen2 are."
+                )
+            for index in config.moe_layers:
+                layer = self.layers[index]
+                layer.mlp = LlavaModSparseMoeBlock(config, layer.mlp, f"language_model.layers.{index}.mlp")
+            conversions = getattr(layer.mlp.experts, "file_conversions", list)()
+            register_checkpoint_conversion_mapping(type(self).__name__, conversions, overwrite=True)
+            self.post_init()
+
+        @classmethod
+        def _can_set_experts_implementation(cls):
+            # transformers keeps the answer by class, and here would find the stock class's, which has no experts
+            return True
+
+        @torch.no_grad()
+        def _init_weights(self, module):
+            super()._init_weights(module)
+            init_moe_weights(module, self.config.initializer_range)
+
+    name = f"LlavaMod{'LowRank' if low_rank else ''}{text_model_class.__name__}"
+    SparseTextModel.__name__ = SparseTextModel.__qualname__ = name
+    return SparseTextModel
+
+
+def _refuse_missing(path, names):
+    if names:
+        shown = ", ".join(sorted(names)[:8]) + (", …" if len(names) > 8 else "")
+        raise ValueError(
+            f"`{path}` has {len(names)} of the model's weights not at all, in part or in another shape: {shown}. It is "
+            "cut off or of another model."
+        )
+
+
+class LlavaModPreTrainedModel(LlavaPreTrainedModel):
+    config_class = LlavaModConfig
+    config: LlavaModConfig
+
+    # The parent initialises what a checkpoint lacks and says so in a table: a student would answer at random.
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, *args, output_loading_info=False, **kwargs):
+        """
+        As in transformers, but a checkpoint that is cut off or lacks weights is refused.
+
+        Raises:
+            ValueError: if a file cannot be read, or weights are missing or of another shape; it names them.
+        """
+        try:
+            model, info = super().from_pretrained(
+                pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs
+            )
+        except (RuntimeError, SafetensorError) as error:
+            raise ValueError(
+                f"The weights of `{pretrained_model_name_or_path}` are cut off or of another model: {error}"
+            ) from error
+        if pretrained_model_name_or_path is not None:  # else weights were given, and whoever gave them checks
+            _refuse_missing(pretrained_model_name_or_path, info["missing_keys"])
+        return (model, info) if output_loading_info else model
+
+    # The parent's errors about other shapes, and about experts of which some are missing, name none of them.
+    @staticmethod
+    def _finalize_model_loading(model, load_config, loading_info):
+        names = set(loading_info.conversion_errors)
+        if not load_config.ignore_mismatched_sizes:
+            names |= {name for name, *_ in loading_info.mismatched_keys}
+        _refuse_missing(load_config.pretrained_model_name_or_path, names)
+        return LlavaPreTrainedModel._finalize_model_loading(model, load_config, loading_info)
+
+    @classmethod
+    def _can_set_experts_implementation(cls):
+        # transformers keeps the answer by class, and `LlavaModModel` would find that of the stock `LlavaModel`
+        return True
+
+
+class LlavaModModel(LlavaModPreTrainedModel, LlavaModel):
+    """
+    Vision encoder → two-layer GELU adaptor → language model with mixture-of-experts layers, without the head.
+
+    Image features and placeholder tokens are [`~transformers.LlavaModel`]'s.
+    """
+
+    def __init__(self, config: LlavaModConfig):
+        LlavaModPreTrainedModel.__init__(self, config)
+        text_config = config.get_text_config()
+        # `from_pretrained(experts_implementation=…)` sets it on every sub-config; a tower without experts refuses it
+        vision_config = config.vision_config
+        vision_config._experts_implementation = None  # type: ignore[union-attr]
+        self.vision_tower = AutoModel.from_config(vision_config)
+        _check_vision_tower(self.vision_tower)
+        self.multi_modal_projector = LlavaMultiModalProjector(config)
+        if config.moe_layers:
+            low_rank = config.expert_rank is not None
+            text_model_class = _sparse_text_model_class(MODEL_MAPPING[type(text_config)], low_rank)
+            self.language_model = text_model_class._from_config(text_config)
+        else:
+            self.language_model = AutoModel.from_config(text_config)
+        self.post_init()
+
+    def _check_checkpointing(self, kwargs):
+        checkpoint = getattr(self.language_model, "_gradient_checkpointing_func", None)
+        reentrant = getattr(checkpoint, "keywords", {}).get("use_reentrant", False)
+        active = self.language_model.is_gradient_checkpointing and self.training and torch.is_grad_enabled()
+        if reentrant and active and kwargs.get("output_router_logits"):
+            raise ValueError(
+                "Reentrant gradient checkpointing runs the routers without a gradient, so the router's losses would "
+                "train nothing: give `gradient_checkpointing_kwargs={'use_reentrant': False}`."
+            )
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids=None,
+        pixel_values=None,
+        attention_mask=None,
+        position_ids=None,
+        past_key_values=None,
+        inputs_embeds=None,
+        vision_feature_layer=None,
+        vision_feature_select_strategy=None,
+        **kwargs,
+    ):
+        """
+        Args:
+            input_ids (`torch.LongTensor` of shape `(batch, sequence)`, *optional*):
+                Token ids, one `<image>` placeholder per image feature. This or `inputs_embeds`.
+            pixel_values (`torch.FloatTensor` of shape `(images, channels, height, width)`, *optional*):
+                The images of the whole batch, in the order of their placeholders.
+            attention_mask, position_ids, past_key_values, inputs_embeds, kwargs:
+                As in the language model.
+            vision_feature_layer, vision_feature_select_strategy:
+                Override the config's.
+
+        Returns:
+            [`LlavaModModelOutputWithPast`].
+
+        Raises:
+            ValueError: if not exactly one of `input_ids` and `inputs_embeds` is given, or if the number of placeholders
+                differs from the number of image features.
+        """
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("Give exactly one of `input_ids` and `inputs_embeds`.")
+        if inputs_embeds is None:
+            inputs_embeds = self.get_input_embeddings()(input_ids)
+
+        image_features = None
+        if pixel_values is not None:
+            image_features = self.get_image_features(
+                pixel_values,
+                vision_feature_layer=vision_feature_layer,
+                vision_feature_select_strategy=vision_feature_select_strategy,
+                return_dict=True,
+            ).pooler_output
+            image_features = torch.cat(image_features).to(inputs_embeds.device, inputs_embeds.dtype)
+            image_mask = self.get_placeholder_mask(input_ids, inputs_embeds, image_features)
+            inputs_embeds = inputs_embeds.masked_scatter(image_mask, image_features)
+
+        self._check_checkpointing(kwargs)
+        outputs = self.language_model(
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            **kwargs,
+        )
+        return LlavaModModelOutputWithPast(
+            last_hidden_state=outputs.last_hidden_state,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+            image_hidden_states=image_features,
+            router_logits=outputs.get("router_logits"),
+        )
+
+
+class LlavaModForConditionalGeneration(LlavaModPreTrainedModel, GenerationMixin):
+    """[`LlavaModModel`] with a language-modelling head: the student that is trained, published and loaded."""
+
+    _tied_weights_keys = {"lm_head.weight": "model.language_model.embed_tokens.weight"}
+    _tp_plan = {"lm_head": "colwise_gather_output"}
+
+    def __init__(self, config: LlavaModConfig):
+        super().__init__(config)
+        self.model = LlavaModModel(config)
+        text_config = config.get_text_config()
+        self.lm_head = family_head(text_config)
+        self.post_init()
+
+    def get_output_embeddings(self):
+        return self.lm_head
+
+    def get_image_features(self, pixel_values, **kwargs):
+        return self.model.get_image_features(pixel_values, **kwargs)
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids=None,
+        pixel_values=None,
+        attention_mask=None,
+        position_ids=None,
+        past_key_values=None,
+        inputs_embeds=None,
+        vision_feature_layer=None,
+        vision_feature_select_strategy=None,
+        labels=None,
+        logits_to_keep=0,
+        output_router_logits=None,
+        **kwargs,
+    ):
+        """
+        Args:
+            labels (`torch.LongTensor` of shape `(batch, sequence)`, *optional*):
+                Unshifted labels, −100 ignored; with them the loss is returned.
+            logits_to_keep (`int` or `torch.Tensor`, *optional*, defaults to 0):
+                Positions to project, as in transformers: the last `n` (0: all), indices, or a boolean
+                `(batch, sequence)` mask, with which `logits` has shape `(positions, vocabulary)`.
+            output_router_logits (`bool`, *optional*, defaults to the config's):
+                Return `router_logits`, and with `labels` also `aux_loss`; it and the z-loss are weighted and added to
+                the loss.
+
+        The other arguments are those of [`LlavaModModel`].
+
+        Returns:
+            [`LlavaModCausalLMOutputWithPast`].
+        """
+        text_config = self.config.text_config
+        if output_router_logits is None:
+            output_router_logits = self.config.output_router_logits
+        outputs = self.model(
+            input_ids=input_ids,
+            pixel_values=pixel_values,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            vision_feature_layer=vision_feature_layer,
+            vision_feature_select_strategy=vision_feature_select_strategy,
+            output_router_logits=output_router_logits,
+            **kwargs,
+        )
+        logits = project(slice_logits_to_keep(outputs.last_hidden_state, logits_to_keep), self.lm_head, text_config)
+
+        loss = aux_loss = None
+        if labels is not None:
+            loss = self.loss_function(logits=logits, labels=labels, vocab_size=text_config.vocab_size, **kwargs)
+            if output_router_logits and outputs.router_logits is not None:
+                aux_loss, z_loss = router_losses(outputs.router_logits, text_config, attention_mask)
+                loss = loss + text_config.router_aux_loss_coef * aux_loss + text_config.router_z_loss_coef * z_loss
+        return LlavaModCausalLMOutputWithPast(
+            loss=loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+            image_hidden_states=outputs.image_hidden_states,
+            aux_loss=aux_loss,
+            router_logits=outputs.router_logits if output_router_logits else None,
+        )
+
+
+LlavaModModel.register_for_auto_class("AutoModel")
+
+LlavaModForConditionalGeneration.register_for_auto_class("AutoModelForImageTextToText")
+
+AutoModel.register(LlavaModConfig, LlavaModModel, exist_ok=True)
+
+AutoModelForImageTextToText.register(LlavaModConfig, LlavaModForConditionalGeneration, exist_ok=True)
+
+__all__ = ["LlavaModForConditionalGeneration", "LlavaModModel", "LlavaModPreTrainedModel"]

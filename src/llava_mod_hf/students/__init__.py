@@ -1,0 +1,1 @@
+"""Make, grow, convert and shrink a student."""

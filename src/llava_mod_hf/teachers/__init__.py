@@ -1,0 +1,1 @@
+"""Who answers for a student's rows, live or written before."""

@@ -1,0 +1,159 @@
+"""A teacher's answers on disk: what determines them, and how they are written."""
+
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import torch
+import yaml
+from datasets import Dataset, Features, List, Value
+from huggingface_hub import snapshot_download
+from torch.nn import functional as F
+from transformers import AutoConfig, AutoProcessor
+
+from llava_mod_hf.data.parquet_shards import SHARDS_FILE
+from llava_mod_hf.fingerprints import content_hash, processor_parts, weights_hash
+from llava_mod_hf.loading import resolve
+
+# of a model's config, what has no influence on its logits or is an option of its own
+VOLATILE = {"_name_or_path", "architectures", "auto_map", "dtype", "torch_dtype", "transformers_version", "use_cache"}
+
+ROWS_AT_ONCE = 512  # of logits
+
+
+def _local(name):
+    """Folder of a model on this machine, or `None`."""
+    path = Path(resolve(name))
+    if path.is_dir():
+        return path
+    try:
+        return Path(snapshot_download(name, local_files_only=True, allow_patterns=["*.safetensors", "*.json"]))
+    except (OSError, ValueError):
+        return None
+
+
+def cache_settings(teacher, processor, *, loss_on, dtype, quantization=None, autocast=None, trust_remote_code=False):
+    """
+    What determines a teacher's answers to a row, and which of the student's tokens they are for.
+
+    Args:
+        teacher (`str`): name of the teacher; what is not on this machine, since a cache stands for it, is left out.
+        processor (`ProcessorMixin`): the student's.
+        loss_on (`str`): which tokens are supervised, such as `"completion"`.
+        dtype, quantization (`str`): of the teacher's weights in memory.
+        autocast (`str`, *optional*): precision of mixed precision, such as `"bf16"`.
+        trust_remote_code (`bool`, *optional*, defaults to `False`).
+
+    Returns:
+        `dict[str, str]`: flat and plain, for `shards.yaml`.
+    """
+    parts = processor_parts(processor)
+    settings = {
+        "tokenizer": parts["tokenizer"],
+        "chat template": parts["chat_template"],
+        "loss on": loss_on,
+        "teacher dtype": dtype,
+        "teacher quantization": quantization or "none",
+        "mixed precision": autocast or "no",
+    }
+    folder = _local(teacher)
+    if folder is not None:
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+        teacher_parts = processor_parts(AutoProcessor.from_pretrained(folder, trust_remote_code=trust_remote_code))
+        settings["teacher weights"] = weights_hash(folder)
+        settings["teacher config"] = content_hash(_without_volatile(config.to_dict()))
+        settings |= {f"teacher {name.replace('_', ' ')}": value for name, value in teacher_parts.items()}
+    return settings
+
+
+def _without_volatile(value):
+    if isinstance(value, dict):
+        return {key: _without_volatile(part) for key, part in value.items() if key not in VOLATILE}
+    return value
+
+
+def check_settings(folder, expected):
+    """
+    Refuses a cache of another making.
+
+    Args:
+        folder (`str` or `Path`): of the cache.
+        expected (`dict`): settings of this run; those that it leaves out are not compared.
+
+    Returns:
+        `dict`: the cache's settings.
+
+    Raises:
+        ValueError: if there is no cache, shards are missing, or a setting differs, which is named.
+    """
+    path = Path(folder) / SHARDS_FILE
+    if not path.is_file():
+        raise ValueError(f"`{folder}` has no `{SHARDS_FILE}`: make the cache with `llava-mod cache-teacher` first.")
+    found = yaml.safe_load(path.read_text())
+    for name, value in expected.items():
+        if found.get(name) != value:
+            raise ValueError(
+                f"The cache `{folder}` was made with another `{name}`: {found.get(name)!r} there, {value!r} here. Take "
+                "what it was made with, or make another cache."
+            )
+    return found
+
+
+def top_k_log_probs(rows, k, temperature):
+    """
+    The k most likely tokens of each row and their log-probabilities, of softmax(logits / T).
+
+    Args:
+        rows ([`~llava_mod_hf.losses.rows.ProjectedRows`]): what a live teacher says.
+        k (`int`): at most the vocabulary.
+        temperature (`float`): T.
+
+    Returns:
+        `tuple[torch.LongTensor, torch.FloatTensor]`: `(rows, k)` each, the most likely first.
+    """
+    head, found = rows.head, []
+    for hidden in rows.hidden.split(ROWS_AT_ONCE):
+        logits = head.finish(F.linear(hidden, head.weight, head.bias))
+        found.append(F.log_softmax(logits / temperature, dim=-1).topk(min(k, logits.shape[-1])))
+    if not found:
+        return rows.hidden.new_zeros((0, k), dtype=torch.long), rows.hidden.new_zeros((0, k))
+    return torch.cat([part.indices for part in found]), torch.cat([part.values for part in found])
+
+
+def cache_features(k, vocab_size, dtype):
+    """Columns of a cache: `k` numbers per aligned response token, ids as small as the vocabulary allows."""
+    token = Value("uint16" if vocab_size <= 2**16 else "uint32")
+    return Features(
+        {
+            "key": Value("string"),
+            "row": Value("int64"),
+            "aligned": List(Value("bool")),
+            "token_ids": List(List(token, length=k)),
+            "log_probs": List(List(Value(dtype), length=k)),
+        }
+    )
+
+
+def cached_rows(keys, numbers, aligned, index, log_probs, features):
+    """
+    Rows of a cache.
+
+    Args:
+        keys (`list[str]`), numbers (`list[int]`): of the rows.
+        aligned (`list[torch.BoolTensor]`): per row, for each response token whether the teacher speaks about it.
+        index, log_probs (`torch.Tensor` of shape `(aligned tokens, k)`): of all the rows, in order.
+        features (`datasets.Features`): as [`cache_features`] makes them.
+
+    Returns:
+        `datasets.Dataset`.
+    """
+    schema = features.arrow_schema
+    offsets = pa.array(np.cumsum([0, *(int(row.sum()) for row in aligned)]), pa.int32())
+    columns = [pa.array(keys), pa.array(numbers, pa.int64()), pa.array([row.tolist() for row in aligned])]
+    for name, values in (("token_ids", index), ("log_probs", log_probs)):
+        kind = schema.field(name).type
+        flat = pa.array(values.reshape(-1).numpy().astype(kind.value_type.value_type.to_pandas_dtype()))
+        inner = pa.FixedSizeListArray.from_arrays(flat, values.shape[-1])
+        columns.append(pa.ListArray.from_arrays(offsets, inner))
+    table = pa.table(dict(zip(schema.names, columns, strict=True))).cast(schema)
+    return Dataset(table)

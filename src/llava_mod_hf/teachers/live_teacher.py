@@ -1,0 +1,159 @@
+"""A teacher that answers at every step."""
+
+import dataclasses
+import logging
+
+import torch
+from trl.chat_template_utils import get_training_chat_template, has_generation_markers
+
+from llava_mod_hf.fingerprints import processor_parts
+from llava_mod_hf.losses.rows import ProjectedRows, shift_for_next_token
+from llava_mod_hf.teachers.output_head import head_of
+from llava_mod_hf.teachers.response_alignment import align_labels
+from llava_mod_hf.teachers.vocabulary import check_teacher, shared_vocab_size
+
+# Of the words of the sampled responses, the share that may lack a counterpart in the teacher's: a template that puts a
+# space before the answer costs its first token, which is a small part of a sentence and all of a one-word answer.
+MAX_UNALIGNED = 0.25
+
+logger = logging.getLogger(__name__)
+
+
+class LiveTeacher:
+    """
+    A teacher that answers at every step, with its own processor where that differs from the student's.
+
+    Args:
+        model (`PreTrainedModel`): any vision-language model of the student's tokenizer.
+        student (`PreTrainedModel`): whom it teaches.
+        processor (`ProcessorMixin`): the student's.
+        teacher_processor (`ProcessorMixin`, *optional*): the teacher's own; by default it reads the student's tensors.
+        collator: the student's collator, a dataclass of TRL with a `processor`; needed where the processors differ.
+        weight (`float`, *optional*, defaults to 1.0): of its divergence, among several teachers.
+
+    Attributes:
+        shared_vocab_size (`int` or `None`): as [`shared_vocab_size`] finds it.
+
+    Raises:
+        ValueError: if it does not fit the student.
+    """
+
+    def __init__(self, model, *, student, processor, teacher_processor=None, collator=None, weight=1.0):
+        self.model, self.weight = model.eval().requires_grad_(False), weight
+        self.shared_vocab_size = shared_vocab_size(student, model, processor, teacher_processor)
+        self.tokenizer = processor.tokenizer
+        self.collator = None
+        if teacher_processor is None or processor_parts(teacher_processor) == processor_parts(processor):
+            check_teacher(student, model, processor, teacher_processor)
+        else:
+            self.collator = self._collator_like(collator, teacher_processor)
+        self._head = head_of(model)
+
+    @property
+    def head(self):
+        """[`~llava_mod_hf.losses.Head`] of the shared tokens; from the parameter itself, which moves with the model."""
+        rows, bias = slice(self.shared_vocab_size), self._head.bias
+        return self._head._replace(weight=self._head.weight[rows], bias=None if bias is None else bias[rows])
+
+    @staticmethod
+    def _collator_like(collator, processor):
+        if not dataclasses.is_dataclass(collator) or not hasattr(collator, "processor"):
+            raise ValueError(
+                "The teacher has a processor of its own, which has to read the rows as they are, and the student's "
+                f"come through a {type(collator).__name__}: give rows with a column `images`, empty lists for text."
+            )
+        if processor.tokenizer.pad_token is None:
+            processor.tokenizer.pad_token = processor.tokenizer.eos_token
+        options = {"processor": processor, "max_length": None}
+        if getattr(collator, "assistant_only_loss", False):
+            marked = has_generation_markers(processor.chat_template)
+            options["chat_template"] = None if marked else get_training_chat_template(processor)
+        return dataclasses.replace(collator, **options)
+
+    def collate(self, examples, batch):
+        """
+        The teacher's own tensors of the same rows, and which of the student's tokens it speaks about.
+
+        Args:
+            examples (`list[dict]`): rows as the data set yields them; not changed.
+            batch (`dict`): what the student's collator made of them.
+
+        Returns:
+            `dict[str, torch.Tensor]`: `{}` if teacher and student read the same tensors; else the inputs of its model,
+            `keep` `(batch, teacher sequence)`, the positions whose hidden states are asked for, and `aligned`
+            `(batch, sequence)`, the student's positions that they answer to. Both are boolean.
+        """
+        if self.collator is None:
+            return {}
+        own = dict(self.collator([dict(example) for example in examples]))
+        aligned, keep = align_labels(batch["labels"], own.pop("labels"), self.tokenizer)
+        return {**own, "keep": keep, "aligned": aligned}
+
+    def check_alignment(self, examples, batch):
+        """
+        Refuses a teacher whose responses are not the student's, on a sample of rows.
+
+        Args:
+            examples (`list[dict]`), batch (`dict`): as for [`collate`].
+
+        Returns:
+            `float`: share of the response tokens, ends of turns included, that have no counterpart.
+
+        Raises:
+            ValueError: if more than `MAX_UNALIGNED` of the words, special tokens apart, have none.
+        """
+        keep, targets = shift_for_next_token(batch["labels"])
+        own = self.collate(examples, batch)
+        if not own or not len(targets):
+            return 0.0
+        missing = ~own["aligned"][keep]
+        words = ~torch.isin(targets, torch.tensor(self.tokenizer.all_special_ids))
+        share = missing[words].float().mean().item() if words.any() else 0.0
+        if share > MAX_UNALIGNED:
+            row = (keep & ~own["aligned"]).any(1).nonzero()[0].item()
+            labels, theirs = batch["labels"][row], self.collator([dict(examples[row])])["labels"][0]
+            ours, theirs = (self.tokenizer.decode(ids[ids != -100]) for ids in (labels, theirs))
+            raise ValueError(
+                f"{share:.0%} of the words of the responses have no counterpart in the teacher's, and at most "
+                f"{MAX_UNALIGNED:.0%} may: the first differing response is {ours!r} for the student and {theirs!r} for "
+                "the teacher, so make the chat templates write the answers alike."
+            )
+        share = missing.float().mean().item()
+        logger.info("The teacher says nothing about %.1f %% of the response tokens.", 100 * share)
+        return share
+
+    def rows(self, student_inputs, own_inputs, labels):
+        """
+        The teacher's hidden states where it predicts the student's response tokens.
+
+        Runs under the caller's autocast, if any.
+
+        Args:
+            student_inputs (`dict`): the student's model inputs, without labels.
+            own_inputs (`dict`): what [`collate`] returned.
+            labels (`torch.LongTensor` of shape `(batch, sequence)`): the student's, unshifted.
+
+        Returns:
+            [`~llava_mod_hf.losses.rows.ProjectedRows`].
+
+        Raises:
+            ValueError: if a hidden state is not finite.
+        """
+        keep, _ = shift_for_next_token(labels)
+        aligned, inputs = None, student_inputs
+        if own_inputs:
+            inputs = {name: value for name, value in own_inputs.items() if name not in ("keep", "aligned")}
+            aligned, keep = own_inputs["aligned"][keep], own_inputs["keep"]
+        device, head = self.model.device, self.head
+        inputs = {name: value.to(device) if torch.is_tensor(value) else value for name, value in inputs.items()}
+        with torch.inference_mode():
+            hidden = self.model.base_model(**{**inputs, "use_cache": False}).last_hidden_state
+            hidden = hidden[keep.to(hidden.device)].to(head.weight.device)
+        if not torch.isfinite(hidden).all():
+            raise ValueError(
+                f"The teacher's hidden states are not finite at {(~torch.isfinite(hidden)).any(-1).sum()} of "
+                f"{len(hidden)} positions: its weights are broken, or `teacher_dtype` cannot hold its activations."
+            )
+        return ProjectedRows(
+            hidden.clone(), head, aligned
+        )  # a copy: inference tensors cannot be saved for a backward pass

@@ -1,0 +1,192 @@
+"""What stands as reference of a preference loss: a teacher that reads the same pairs, or two numbers per pair."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from transformers import PreTrainedConfig
+from trl.trainer.dpo_trainer import DataCollatorForVisionPreference
+
+from llava_mod_hf.fingerprints import processor_parts
+from llava_mod_hf.losses.rows import shift_for_next_token
+from llava_mod_hf.teachers.cached_teacher import CachedTeacher
+from llava_mod_hf.teachers.live_teacher import MAX_UNALIGNED
+from llava_mod_hf.teachers.response_alignment import align_labels
+from llava_mod_hf.teachers.vocabulary import check_teacher, shared_vocab_size
+
+# log π(y⁺) and log π(y⁻), summed over the response; the names by which TRL reads them
+REFERENCE_COLUMNS = ("ref_chosen_logps", "ref_rejected_logps")
+
+
+class CachedReference(CachedTeacher):
+    """
+    What a teacher says of pairs, computed before: two numbers each, found by the pair's words and images.
+
+    Args:
+        folder (`str`): of `llava-mod cache-reference`, or a data set of the Hub with one.
+        expected (`dict`, *optional*): settings that it must have been made with.
+
+    Raises:
+        ValueError: if the cache is of another making, or not whole.
+    """
+
+    command = "llava-mod cache-reference"
+
+    def collate(self, examples, batch=None):
+        """
+        Returns:
+            `dict[str, torch.FloatTensor]`: `ref_chosen_logps` and `ref_rejected_logps`, `(pairs,)` each.
+
+        Raises:
+            ValueError: if a pair is missing.
+        """
+        table = self._rows[self._found(examples)]
+        return {name: torch.tensor(table[name].to_pylist()) for name in REFERENCE_COLUMNS}
+
+
+@dataclass
+class PreferenceCollator:
+    """
+    The parent's batches, with what its collator for images drops (the columns of a reference) or does not know (a
+    cached reference, or the same pairs as the teacher's processor writes them).
+
+    Args:
+        student (`Callable`): the parent's collator.
+        teacher (`Callable`, *optional*): that of a teacher with another processor.
+        cache ([`CachedReference`], *optional*).
+    """
+
+    student: Callable
+    teacher: Callable | None = None
+    cache: CachedReference | None = None
+
+    def __call__(self, examples):
+        # collators write into their examples
+        batch = dict(self.student([dict(example) for example in examples]))
+        if REFERENCE_COLUMNS[0] in examples[0]:
+            batch.update({name: torch.tensor([example[name] for example in examples]) for name in REFERENCE_COLUMNS})
+        elif self.cache is not None:
+            batch.update(self.cache.collate(examples))
+        elif self.teacher is not None:
+            batch["reference_inputs"] = dict(self.teacher([dict(example) for example in examples]))
+        return batch
+
+
+class NoReference(torch.nn.Module):
+    """Stands where TRL wants a reference model, which it would load from the student's folder otherwise."""
+
+    config = PreTrainedConfig()
+
+
+def has_reference(rows):
+    """
+    Whether rows carry the reference's log-probabilities.
+
+    Raises:
+        ValueError: if there is one of the two columns alone.
+    """
+    row = next(iter(rows))
+    found = [name for name in REFERENCE_COLUMNS if name in row]
+    if len(found) == 1:
+        raise ValueError(f"The rows have the column `{found[0]}` alone: they need {' and '.join(REFERENCE_COLUMNS)}.")
+    return bool(found)
+
+
+def row_sets(train_dataset, eval_dataset):
+    """The data sets that a trainer was given, as a list."""
+    sets = [train_dataset, *(eval_dataset.values() if isinstance(eval_dataset, dict) else [eval_dataset])]
+    return [rows for rows in sets if rows is not None]
+
+
+def check_reference(args, teacher, cached):
+    """
+    There is exactly one reference: a teacher, the student itself, or columns of all rows.
+
+    Args:
+        args ([`~llava_mod_hf.PreferenceConfig`]).
+        teacher (`PreTrainedModel`, [`CachedReference`] or `None`).
+        cached (`list[bool]`): for each data set, whether it has the columns.
+
+    Raises:
+        ValueError: if there is none, or more than one.
+    """
+    columns = ", ".join(REFERENCE_COLUMNS)
+    if any(cached) and not all(cached):
+        raise ValueError(
+            f"Some rows have the columns {columns} and some have not: compute those of training and evaluation rows, "
+            "or of neither."
+        )
+    if any(cached) and (teacher is not None or args.reference == "self"):
+        raise ValueError(
+            "The rows carry their reference's log-probabilities, and there is another reference: leave out `ref_model` "
+            f'and `reference="self"`, or remove the columns {columns}.'
+        )
+    if args.reference == "self" and teacher is not None:
+        raise ValueError('`reference="self"` takes the student as it was, and there is a `ref_model`: leave one out.')
+    if args.reference == "teacher" and teacher is None and not any(cached):
+        raise ValueError(
+            f"Preference distillation needs the teacher as `ref_model`, or rows with the columns {columns}, or "
+            '`reference="self"`, and got none.'
+        )
+
+
+def teachers_collator(student, teacher, processor, teacher_processor=None, *, collate, examples):
+    """
+    How a teacher reads the pairs, checked.
+
+    Args:
+        student, teacher (`PreTrainedModel`).
+        processor (`ProcessorMixin`): the student's.
+        teacher_processor (`ProcessorMixin`, *optional*): the teacher's; without it, it reads the student's tensors.
+        collate (`Callable`): the student's collator.
+        examples (`list[dict]`): rows whose responses are compared where the two processors differ.
+
+    Returns:
+        `Callable` or `None`: a collator; `None` if teacher and student read the same tensors.
+
+    Raises:
+        ValueError: if vocabulary, tokenizer or image tokens do not fit, or the templates write other responses.
+    """
+    if teacher_processor is None or processor_parts(teacher_processor) == processor_parts(processor):
+        check_teacher(student, teacher, processor, teacher_processor)
+        return None
+    shared_vocab_size(student, teacher, processor, teacher_processor)
+    if "images" not in examples[0] and "image" not in examples[0]:
+        raise ValueError(
+            "The teacher has another processor than the student, and the rows have no column `images`: rows of text "
+            "alone are tokenized once, for both. Give rows with `images`, empty lists for text."
+        )
+    token, expected = teacher_processor.image_token_id, teacher.config.image_token_id
+    if token != expected:
+        raise ValueError(
+            f"The teacher's processor writes images as token {token} and its model reads {expected}: give the "
+            "processor that belongs to it."
+        )
+    own = pair_collator(teacher_processor)
+    batches = [collator([dict(example) for example in examples]) for collator in (collate, own)]
+    labels, their_labels = (b["input_ids"].masked_fill(b["completion_mask"] == 0, -100) for b in batches)
+    _check_responses(labels, their_labels, processor.tokenizer)
+    return own
+
+
+def pair_collator(processor):
+    """TRL's collator of pairs with images, which cuts nothing off."""
+    if processor.tokenizer.pad_token is None:
+        processor.tokenizer.pad_token = processor.tokenizer.eos_token
+    return DataCollatorForVisionPreference(processor)
+
+
+def _check_responses(labels, their_labels, tokenizer):
+    aligned, _ = align_labels(labels, their_labels, tokenizer)
+    keep, targets = shift_for_next_token(labels)
+    words = ~torch.isin(targets, torch.tensor(tokenizer.all_special_ids))
+    missing = ~aligned[keep] & words
+    share = missing.sum().item() / max(1, words.sum().item())
+    if share > MAX_UNALIGNED:
+        row = (keep & ~aligned).any(1).nonzero()[0].item()
+        ours, theirs = (tokenizer.decode(ids[row][ids[row] != -100]) for ids in (labels, their_labels))
+        raise ValueError(
+            f"{share:.0%} of the words of the responses are others for the teacher, and at most {MAX_UNALIGNED:.0%} "
+            f"may be: the first differing response is {ours!r} for the student and {theirs!r} for the teacher, so make "
+            "the chat templates write the answers alike."
+        )

@@ -1,0 +1,1 @@
+"""The trainers, what they train, and the folder of a run."""

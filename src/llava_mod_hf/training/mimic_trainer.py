@@ -1,0 +1,413 @@
+"""Mimic distillation: the student learns the teacher's distribution over the response tokens (paper, section 3.2)."""
+
+import functools
+import itertools
+import logging
+import math
+from collections import defaultdict
+from dataclasses import dataclass, field
+
+import torch
+from peft import PeftModel
+from trl import SFTConfig, SFTTrainer
+from trl.models import prepare_deepspeed
+from trl.models.utils import _ForwardRedirection
+from trl.trainer.utils import maybe_gather_lm_head_ctx
+
+from llava_mod_hf.data.grouping import GroupedBatches
+from llava_mod_hf.losses.chunked_mimic import MimicTerms, chunked_mimic_loss
+from llava_mod_hf.losses.divergences import check_divergence
+from llava_mod_hf.losses.rows import Head, shift_for_next_token
+from llava_mod_hf.model.modeling_llava_mod import logit_transform
+from llava_mod_hf.model.moe_llava_mod import router_losses
+from llava_mod_hf.teachers.fsdp_layers import shard_layers, whole
+from llava_mod_hf.teachers.live_teacher import LiveTeacher
+from llava_mod_hf.teachers.output_head import head_of
+from llava_mod_hf.teachers.vision_sharing import share_vision_tower
+from llava_mod_hf.training.authors_behaviour import ReferenceCompat
+from llava_mod_hf.training.on_policy import answer_batches, check_on_policy
+from llava_mod_hf.training.trainable import check_train_modules, train_only
+from llava_mod_hf.training.trainer_options import check_dependent_options, check_options, check_trainer, check_weights
+
+logger = logging.getLogger(__name__)
+
+ALIGNMENT_SAMPLE = 8  # rows on which a teacher with its own processor is compared before training
+
+
+@dataclass
+class MimicConfig(SFTConfig):
+    """
+    [`~trl.SFTConfig`] with the weights of the mimic loss.
+
+        L = kl_weight · Σ_i w_i · D(teacher_i, student) + lm_weight · CE(labels) + router_aux_loss_coef · router aux
+
+    Args:
+        divergence (`str`, *optional*, defaults to `"forward_kl"`):
+            D: `forward_kl` (paper, eq. 6), `reverse_kl` or `jsd`, as in [`~llava_mod_hf.losses.divergence_rows`].
+        temperature (`float`, *optional*, defaults to 1.0): of the divergence, which is multiplied by its square; the
+            authors use none.
+        jsd_beta (`float`, *optional*, defaults to 0.5): share of the teacher in the mixture of `jsd`.
+        kl_weight (`float`, *optional*, defaults to 1.0).
+        lm_weight (`float`, *optional*, defaults to 0.0): the paper has 0 dense-to-dense and 1 dense-to-sparse.
+        teacher_weights (`list[float]`, *optional*): w_i, one per teacher; 1 / teachers each by default.
+        rows_per_chunk (`int`, *optional*, defaults to 256):
+            Response positions that are projected at a time; two `(rows_per_chunk, vocabulary)` float32 tensors.
+        on_policy_share (`float`, *optional*, defaults to 0.0):
+            Share of the batches whose answers the student writes itself, for the teachers to judge. Such a batch has
+            no labels to trust: its only loss is the divergence (Agarwal et al., 2023, arXiv 2306.13649).
+        on_policy_max_new_tokens (`int`, *optional*, defaults to 128): longest answer of the student.
+        share_vision_tower (`bool`, *optional*, defaults to `True`):
+            Compute image features once where student and teacher have the same frozen encoder.
+        shard_teacher (`bool`, *optional*, defaults to `False`):
+            With FSDP2, shard the teacher's layers over the processes; else each process has a whole teacher.
+        reference_compat (`list[str]`, *optional*):
+            Behaviour of the authors' code that is left out otherwise, by the names of
+            [`~llava_mod_hf.training.authors_behaviour.BEHAVIOURS`].
+        reference_vocab_size (`int`, *optional*): the slice of `vocab_slice`, in tokens; the authors have 151936.
+        train_modules (`list[str]`, *optional*):
+            Parts that are trained, of `vision_tower`, `adaptor`, `language_model`, `ffn` (FFNs, experts and routers);
+            by default the paper's: language model and adaptor of a dense student, FFNs and adaptor of a sparse one, or
+            with peft the adapter alone. Parameters that were frozen before stay frozen.
+    """
+
+    divergence: str = "forward_kl"
+    temperature: float = 1.0
+    jsd_beta: float = 0.5
+    kl_weight: float = 1.0
+    lm_weight: float = 0.0
+    teacher_weights: list[float] | None = field(default=None)
+    rows_per_chunk: int = 256
+    on_policy_share: float = 0.0
+    on_policy_max_new_tokens: int = 128
+    share_vision_tower: bool = True
+    shard_teacher: bool = False
+    reference_compat: list[str] | None = field(default=None)
+    reference_vocab_size: int | None = None
+    train_modules: list[str] | None = field(default=None)
+
+    def __post_init__(self):
+        check_options(self, "mimic")
+        super().__post_init__()
+        check_dependent_options(self, "mimic")
+        check_train_modules(self.train_modules)
+        check_weights("`kl_weight`, `lm_weight`", [self.kl_weight, self.lm_weight])
+        check_weights("`teacher_weights`", self.teacher_weights)
+        check_divergence(self.divergence, temperature=self.temperature, jsd_beta=self.jsd_beta)
+        ReferenceCompat(self.reference_compat, vocab_size=self.reference_vocab_size)
+        if self.rows_per_chunk < 1 or self.on_policy_max_new_tokens < 1:
+            raise ValueError(
+                f"`rows_per_chunk` is {self.rows_per_chunk} and `on_policy_max_new_tokens` is "
+                f"{self.on_policy_max_new_tokens}: give at least 1."
+            )
+        if not 0 <= self.on_policy_share <= 1:
+            raise ValueError(f"`on_policy_share` is {self.on_policy_share}: give a share from 0 to 1.")
+        if self.on_policy_share and not self.kl_weight:
+            raise ValueError("`on_policy_share` needs a teacher that judges the answers, and `kl_weight` is 0.")
+        # a batch of text alone does not use the adaptor, which DDP would take for an error
+        if self.ddp_find_unused_parameters is None:
+            self.ddp_find_unused_parameters = True
+
+
+class MimicTrainer(GroupedBatches, SFTTrainer):
+    """
+    [`~trl.SFTTrainer`] whose loss is that of [`MimicConfig`], on the supervised positions only.
+
+    Hidden states are selected at those positions and projected chunk by chunk, so that no `(tokens, vocabulary)` tensor
+    is built. KL and LM terms are divided by the supervised tokens of the whole optimiser step, over accumulation steps
+    and processes; the router aux is averaged over them, and is not linear: its gradient depends on the split.
+
+    Args:
+        model: the student, as in the parent.
+        teacher_model (`PreTrainedModel`, teacher of [`~llava_mod_hf.teachers`], `list` of them, or `None`):
+            Not trained. A cached teacher is given as it is. None is needed with `kl_weight=0`.
+        args (`MimicConfig`, *optional*).
+        teacher_processor (`ProcessorMixin` or `list` of them, *optional*):
+            Of each model among the teachers; without it the teacher reads the student's own token ids and pixels.
+        kwargs: as in the parent.
+
+    Raises:
+        ValueError: if a teacher does not fit the student, or at the first step if what it says is not finite.
+    """
+
+    _tag_names = ["llava-mod", "mimic"]
+    _name = "LLaVA-MoD mimic distillation"
+
+    def __init__(self, model, teacher_model, args=None, *, processing_class=None, teacher_processor=None, **kwargs):
+        args = args or MimicConfig()
+        teachers = teacher_model if isinstance(teacher_model, list | tuple) else [teacher_model]
+        check_trainer(args, MimicConfig, model, teachers=teachers, **kwargs)
+        super().__init__(model, args=args, processing_class=processing_class, **kwargs)
+        train_only(self.model, args.train_modules)
+        self.compat = ReferenceCompat(args.reference_compat, vocab_size=args.reference_vocab_size)
+        self.teachers = self._make_teachers(teacher_model, teacher_processor) if args.kl_weight else []
+        if args.kl_weight and not self.teachers:
+            raise ValueError(f"`kl_weight` is {args.kl_weight}, and there is no `teacher_model`: give one, or 0.")
+        check_weights("`teacher_weights`", args.teacher_weights, count=len(self.teachers))
+        self.teacher_weights = args.teacher_weights or [1 / len(self.teachers) for _ in self.teachers]
+        student = self._base_student(self.model)
+        sizes = [teacher.shared_vocab_size for teacher in self.teachers if teacher.shared_vocab_size]
+        vocab_size = student.config.get_text_config().vocab_size
+        self.shared_vocab_size = self.compat.shared_vocab_size(min(sizes, default=vocab_size))
+        self._student_head = _head_options(student)
+        self.compat.prepare(student, self.teachers)
+        self._prepare_data()
+        self._redirect = _ForwardRedirection()
+        self._unsure = bool(self.teachers)  # until a first answer of all teachers was finite
+        self._warned = False
+        self._sums = {"train": defaultdict(float), "eval": defaultdict(float)}
+
+    def _make_teachers(self, teachers, processors):
+        teachers = teachers if isinstance(teachers, list | tuple) else [teachers]
+        processors = processors if isinstance(processors, list | tuple) else [processors] * len(teachers)
+        if len(processors) != len(teachers):
+            raise ValueError(f"There are {len(teachers)} teachers and {len(processors)} `teacher_processor`s.")
+        made = []
+        for teacher, processor in zip(teachers, processors, strict=True):
+            if isinstance(teacher, torch.nn.Module):
+                teacher = LiveTeacher(
+                    teacher,
+                    student=self._base_student(self.model),
+                    processor=self.processing_class,
+                    teacher_processor=processor,
+                    collator=self.data_collator,
+                )
+            if isinstance(teacher, LiveTeacher):
+                if self.args.share_vision_tower:
+                    share_vision_tower(self._base_student(self.model), teacher.model, self.processing_class, processor)
+                teacher.model = self._prepare_teacher(teacher.model)
+            if teacher is not None:
+                made.append(teacher)
+        return made
+
+    def _prepare_teacher(self, teacher_model):
+        teacher_model.eval().requires_grad_(False)
+        if self.is_deepspeed_enabled:
+            return prepare_deepspeed(teacher_model, self.accelerator)
+        if not self.is_fsdp_enabled:
+            return self.accelerator.prepare_model(teacher_model, evaluation_mode=True)
+        if self.args.shard_teacher:
+            shard_layers(teacher_model, self.accelerator)
+        return teacher_model.to(self.accelerator.device)
+
+    def _prepare_data(self):
+        # a cache has no collator, and its answers come with the batch as well
+        apart = [teacher for teacher in self.teachers if getattr(teacher, "collator", self) is not None]
+        if self.args.on_policy_share:
+            check_on_policy(self.train_dataset, self.teachers)
+        if apart and self.train_dataset is not None:
+            examples = list(itertools.islice(self.train_dataset, ALIGNMENT_SAMPLE))
+            for teacher in apart:
+                teacher.check_alignment(examples, self.data_collator([dict(example) for example in examples]))
+        if apart or self.args.on_policy_share:
+            self.data_collator = TeachersCollator(self.data_collator, self.teachers, bool(self.args.on_policy_share))
+
+    @staticmethod
+    def _base_student(model):
+        return model.get_base_model() if isinstance(model, PeftModel) else model
+
+    # Before the parent counts the tokens of the step: the student's answers have another number of them.
+    def get_batch_samples(self, epoch_iterator, num_batches, device):
+        batches, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
+        if not self.args.on_policy_share:
+            return batches, num_items
+        batches = answer_batches(self, batches)
+        return batches, self._get_num_items_in_batch(batches, device)
+
+    # The parent's loss is cross-entropy alone, and on a CPU it projects every position.
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        inputs = {name: value for name, value in inputs.items() if name != "examples"}
+        labels, on_policy = inputs.pop("labels"), inputs.pop("on_policy", False)
+        own_inputs = [inputs.pop(f"teacher_{i}", {}) for i in range(len(self.teachers))]
+        student = self.accelerator.unwrap_model(model)
+        # Inside the wrapper's forward, where DDP, FSDP2 and ZeRO-3 expect the head to be used
+        terms, router = self._redirect(
+            model, student, self._terms, student, inputs, own_inputs, labels, on_policy, num_items_in_batch
+        )
+        self._check_first_answer(terms)
+        loss = terms.loss
+        # `num_items_in_batch` counts the tokens of every process, and DDP averages the gradients over them
+        if self.args.average_tokens_across_devices and num_items_in_batch is not None:
+            loss = loss * (self.accelerator.num_processes // self.get_tp_size())
+        if router is not None:
+            steps = self.current_gradient_accumulation_steps if num_items_in_batch is not None else 1
+            loss = loss + self._router_term(*router) / steps
+        self._note(terms, router, labels, on_policy)
+        if return_outputs:  # for `compute_metrics`, which reads logits that the loss does not build
+            with torch.no_grad():
+                return loss, model(**inputs)
+        return loss
+
+    def _terms(self, student, inputs, own_inputs, labels, on_policy, num_items):
+        """The terms of a batch, and the router's load-balancing loss and z-loss or `None`."""
+        student = self._base_student(student)
+        inputs, labels, kl_labels = self.compat.mimic_positions(inputs, labels)
+        with self.accelerator.autocast():  # the redirection goes around accelerate's own
+            router = {"output_router_logits": True} if self._has_router_term else {}
+            outputs = student.base_model(**inputs, **router, use_cache=False)
+            # after the student, whose image features a teacher may take over
+            rows = [
+                self._ask(i, teacher, inputs, own, kl_labels)
+                for i, (teacher, own) in enumerate(zip(self.teachers, own_inputs, strict=True))
+            ]
+            terms = self._mimic_terms(
+                student, outputs.last_hidden_state, labels, kl_labels, rows, num_items, on_policy=on_policy
+            )
+        if not self._has_router_term:
+            return terms, None
+        return terms, router_losses(
+            outputs.router_logits, student.config.get_text_config(), inputs.get("attention_mask")
+        )
+
+    def _ask(self, i, teacher, inputs, own_inputs, labels):
+        try:
+            return teacher.rows(inputs, own_inputs, labels)
+        except ValueError as error:
+            raise ValueError(f"Teacher {self._teacher_name(i)}: {error}") from error
+
+    def _mimic_terms(self, student, hidden, labels, kl_labels, rows, num_items, *, on_policy):
+        layer = student.get_output_embeddings()
+        weight, bias = (whole(parameter) for parameter in (layer.weight, getattr(layer, "bias", None)))
+        keep, targets = shift_for_next_token(labels)
+        num_items = len(targets) if num_items is None else num_items
+        lm_weight = 0.0 if on_policy else self.args.lm_weight
+        with maybe_gather_lm_head_ctx(layer.weight, getattr(layer, "bias", None)):
+            loss = functools.partial(
+                chunked_mimic_loss,
+                head=self._student_head._replace(weight=weight, bias=bias),
+                divergence=self.compat.divergence(self.args.divergence),
+                temperature=self.args.temperature,
+                jsd_beta=self.args.jsd_beta,
+                kl_weight=self.args.kl_weight,
+                teacher_weights=self.teacher_weights,
+                num_items=num_items,
+                shared_vocab_size=self.shared_vocab_size,
+                targets_for_unaligned=not on_policy,
+                rows_per_chunk=self.args.rows_per_chunk,
+            )
+            hidden = hidden.to(weight.device)  # with the model on several devices
+            if kl_labels is labels:
+                return loss(hidden[keep], targets=targets, teachers=rows, lm_weight=lm_weight)
+            kl_keep, kl_targets = shift_for_next_token(kl_labels)
+            kl = loss(hidden[kl_keep], targets=kl_targets, teachers=rows, lm_weight=0.0)
+            lm = loss(hidden[keep], targets=targets, teachers=[], teacher_weights=[], lm_weight=lm_weight)
+            return MimicTerms(kl.loss + lm.loss, kl.kl, lm.lm, lm.correct)
+
+    def _teacher_name(self, i):
+        model = getattr(self.teachers[i], "model", None)
+        return f"{i} (`{getattr(model, 'name_or_path', '') or type(model or self.teachers[i]).__name__}`)"
+
+    def _check_first_answer(self, terms):
+        if self._unsure and terms.lm.isfinite():  # else the student is the one to blame
+            for i, value in enumerate(terms.kl.tolist()):
+                if not math.isfinite(value):
+                    raise ValueError(
+                        f"Teacher {self._teacher_name(i)}: its divergence from the student is {value}, although the "
+                        "student's own loss is finite: check the teacher's weights, its dtype and its vocabulary."
+                    )
+            self._unsure = False
+
+    def _note(self, terms, aux, labels, on_policy):
+        sums = self._sums["train" if self.model.training else "eval"]
+        keep, targets = shift_for_next_token(labels)
+        empty = int((~keep.any(1)).sum())
+        if empty and not self._warned:
+            logger.warning(
+                "%d of %d rows of a batch have no supervised tokens: nothing is learnt from them, and they are counted "
+                "as `rows_without_tokens`.",
+                empty,
+                len(labels),
+            )
+            self._warned = True
+        sums["empty"] += empty
+        sums["batches"] += 1
+        sums["tokens"] += len(targets)
+        for i, value in enumerate(terms.kl):
+            sums[f"kl_{i}"] += value
+        if on_policy:
+            sums["on_policy"] += 1
+        else:
+            sums["labels"] += len(targets)
+            sums["lm"] += terms.lm
+            sums["correct"] += terms.correct
+        for name, value in zip(("aux", "z"), aux or (), strict=False):
+            sums[name] += value.detach()
+
+    # The parent averages per-batch means; these are ratios of sums over all tokens since the last call.
+    def log(self, logs, start_time=None):
+        mode = "train" if self.model.training else "eval"
+        kl_names = [f"kl_{i}" for i in range(len(self.teachers))]
+        names = [*kl_names, "lm", "correct", "tokens", "labels", "aux", "z", "batches", "empty", "on_policy"]
+        local = torch.tensor([float(self._sums[mode][name]) for name in names], device=self.accelerator.device)
+        total = dict(zip(names, self.accelerator.reduce(local).tolist(), strict=True))
+        self._sums[mode].clear()
+        if total["tokens"]:
+            terms = self._logged_terms(total, [total[name] / total["tokens"] for name in kl_names])
+            prefix = "" if mode == "train" else "eval_"
+            loss = terms.pop("loss")
+            logs.update({prefix + name: value for name, value in terms.items()})
+            if prefix + "loss" in logs:
+                logs[prefix + "loss"] = loss
+        super().log(logs, start_time)
+
+    def _logged_terms(self, total, divergences):
+        terms = {"loss": self.args.lm_weight * total["lm"] / total["tokens"]}
+        if total["labels"]:
+            terms["lm_loss"] = total["lm"] / total["labels"]
+            terms["mean_token_accuracy"] = total["correct"] / total["labels"]
+        if divergences:
+            terms["kl"] = sum(w * value for w, value in zip(self.teacher_weights, divergences, strict=True))
+            terms["loss"] += self.args.kl_weight * terms["kl"]
+        if len(divergences) > 1:
+            terms.update({f"kl_teacher_{i}": value for i, value in enumerate(divergences)})
+        if self._has_router_term:
+            terms["aux_loss"], terms["z_loss"] = (total[name] / total["batches"] for name in ("aux", "z"))
+            terms["loss"] += self._router_term(terms["aux_loss"], terms["z_loss"])
+        if total["empty"]:
+            terms["rows_without_tokens"] = total["empty"]
+        if self.args.on_policy_share:
+            terms["on_policy"] = total["on_policy"] / total["batches"]
+        return terms
+
+    def _router_term(self, aux, z):
+        return self.router_aux_loss_coef * self.compat.aux_factor * aux + self._z_coef * z
+
+    @property
+    def _z_coef(self):
+        return getattr(self.model.config.get_text_config(), "router_z_loss_coef", 0.0)
+
+    @property
+    def _has_router_term(self):
+        return self.aux_loss_enabled or self._z_coef != 0
+
+    # TRL's card names no base model and another task; `llava-mod publish` writes ours, from measured results.
+    def create_model_card(self, *args, **kwargs):
+        pass
+
+
+def _head_options(student):
+    """A head without weights: these are read in each forward pass, as the wrappers of several processes move them."""
+    if student.config.model_type == "llava_mod":
+        scale, softcap = logit_transform(student.config.get_text_config())
+        return Head(None, None, softcap, scale)
+    return head_of(student)._replace(weight=None, bias=None)
+
+
+class TeachersCollator:
+    """
+    The student's collator, and after it each teacher's own tensors under `teacher_<i>`.
+
+    Args:
+        collator: makes the student's tensors.
+        teachers (`list`): each with `collate(examples, batch)`.
+        keep_examples (`bool`): whether the rows themselves are passed on, for the student to answer.
+    """
+
+    def __init__(self, collator, teachers, keep_examples):
+        self.collator, self.teachers, self.keep_examples = collator, teachers, keep_examples
+
+    def __call__(self, examples):
+        # TRL's collator writes into the rows
+        batch = dict(self.collator([dict(example) for example in examples]))
+        own = [teacher.collate(examples, batch) for teacher in self.teachers]
+        batch.update({f"teacher_{i}": tensors for i, tensors in enumerate(own) if tensors})
+        return {**batch, "examples": examples} if self.keep_examples else batch

@@ -1,0 +1,334 @@
+"""Preference distillation: preference optimisation with the teacher as the reference model (paper, section 3.3)."""
+
+import copy
+import itertools
+import math
+import warnings
+from dataclasses import dataclass, field
+
+import torch
+from accelerate.utils import is_peft_model
+from trl import DPOConfig, DPOTrainer
+
+from llava_mod_hf.data.grouping import GroupedBatches
+from llava_mod_hf.losses.preference_losses import kto_pair_loss, margin_loss
+from llava_mod_hf.model.moe_llava_mod import router_losses
+from llava_mod_hf.teachers.reference_model import (
+    REFERENCE_COLUMNS,
+    CachedReference,
+    NoReference,
+    PreferenceCollator,
+    check_reference,
+    has_reference,
+    row_sets,
+    teachers_collator,
+)
+from llava_mod_hf.training.trainable import check_train_modules, train_only, trained_as_before
+from llava_mod_hf.training.trainer_options import check_dependent_options, check_options, check_trainer, check_weights
+
+# `_norm`: log-probabilities per response token instead of summed, as in the parent's `sigmoid_norm`
+OWN_LOSSES = ("kto_pair", "kto_pair_norm", "margin", "margin_norm")
+
+PARENT_LOSSES = (
+    "sigmoid", "hinge", "ipo", "exo_pair", "nca_pair", "robust", "bco_pair", "sppo_hard", "aot", "aot_unpaired",
+    "apo_zero", "apo_down", "discopop", "sft", "sigmoid_norm",
+)  # fmt: skip
+
+SMOOTHED_LOSSES = {"robust", "exo_pair", "aot", "aot_unpaired"}
+
+REFERENCES = ("teacher", "self")
+
+FEWEST_PAIRS = 8  # that a KL estimate of `kto_pair` should rest on
+
+CHECKED_ROWS = 8  # whose responses are compared where teacher and student have different processors
+
+
+@dataclass
+class PreferenceConfig(DPOConfig):
+    """
+    [`~trl.DPOConfig`] with the teacher as reference; by default `sigmoid` (DPO) with β = 0.1, as in the paper's first
+    version.
+
+    Args:
+        loss_type (`list[str]`, *optional*, defaults to `["sigmoid"]`):
+            The parent's losses, such as `sigmoid`, `ipo`, `hinge` and `sft`, and `kto_pair` and `margin` of
+            [`~llava_mod_hf.losses`]; several of them with `loss_weights`. Log-probabilities are summed over the
+            response; `sigmoid_norm`, `ipo`, `kto_pair_norm` and `margin_norm` average them.
+        reference (`str`, *optional*, defaults to `"teacher"`):
+            `"teacher"`, or `"self"`: the student as it was, a frozen copy or, with peft, the one without the adapter.
+        kto_reference_compat (`bool`, *optional*, defaults to `False`):
+            `kto_pair` as the authors train it: KL terms of each process's micro-batch alone, not detached.
+        train_modules (`list[str]`, *optional*):
+            Parts that are trained, of `vision_tower`, `adaptor`, `language_model`, `ffn` (FFNs, experts and routers);
+            by default as in [`~llava_mod_hf.MimicConfig`]. Parameters that were frozen before stay frozen.
+    """
+
+    reference: str = "teacher"
+    kto_reference_compat: bool = False
+    train_modules: list[str] | None = field(default=None)
+
+    def __post_init__(self):
+        check_options(self, "prefer")
+        super().__post_init__()
+        check_train_modules(self.train_modules)
+        self._check_choices()
+        check_dependent_options(self, "prefer")
+        check_weights("`loss_weights`", self.loss_weights, count=len(self.loss_type))
+        own = [name for name in self.loss_type if name in OWN_LOSSES]
+        if own and (self.ld_alpha is not None or self.use_weighting or self.f_divergence_type != "reverse_kl"):
+            raise ValueError(
+                f"`{own[0]}` takes plain log-ratios: leave out `ld_alpha` ({self.ld_alpha}), `use_weighting` "
+                f"({self.use_weighting}) and `f_divergence_type` ({self.f_divergence_type})."
+            )
+        if self.kto_reference_compat and not any(name.startswith("kto") for name in own):
+            raise ValueError(f"`kto_reference_compat` changes `kto_pair` alone, and `loss_type` is {self.loss_type}.")
+        if self.label_smoothing and not SMOOTHED_LOSSES & set(self.loss_type):
+            raise ValueError(
+                f"`label_smoothing` is {self.label_smoothing}, which {self.loss_type} does not read: give one of "
+                f"{', '.join(sorted(SMOOTHED_LOSSES))} as `loss_type` (`robust` is `sigmoid` with smoothing)."
+            )
+        if self.sync_ref_model and self.reference != "self":
+            raise ValueError(
+                '`sync_ref_model` moves the reference towards the student: give `reference="self"` with it.'
+            )
+        if "selective" in (self.gradient_checkpointing_kwargs or {}):
+            raise ValueError(
+                "`gradient_checkpointing_kwargs` has `selective`, which TRL's DPO does not know: leave it out."
+            )
+        if not 0 < self.beta < math.inf:
+            raise ValueError(f"`beta` is {self.beta}: give a positive one.")
+
+    def _check_choices(self):
+        if self.reference not in REFERENCES:
+            raise ValueError(f"`reference` is `{self.reference}`: give one of {', '.join(REFERENCES)}.")
+        if not self.loss_type:
+            raise ValueError(f"`loss_type` is {self.loss_type}: give one loss or more, or leave it out for `sigmoid`.")
+        unknown = [name for name in self.loss_type if name not in (*OWN_LOSSES, *PARENT_LOSSES)]
+        if unknown:
+            raise ValueError(
+                f"There is no `loss_type` `{unknown[0]}`: give one of {', '.join((*OWN_LOSSES, *PARENT_LOSSES))}."
+            )
+
+
+class PreferenceTrainer(GroupedBatches, DPOTrainer):
+    """
+    [`~trl.DPOTrainer`] whose reference is the teacher, live or computed before, or the student as it was.
+
+        sigmoid   L = −log σ(β (c − r)),   c = log π_S(y⁺) − log π_T(y⁺),   r = log π_S(y⁻) − log π_T(y⁻)
+
+    The parent's `_compute_loss` is long and stays its own: it is given the reference's log-probabilities with the
+    batch, as if they had been precomputed, and a model whose outputs are noted on their way. From the two come the
+    losses and figures that it lacks, so its changes arrive here by themselves; a test pins what this relies on.
+
+    For every loss `margins/teacher`, `margins/student` (log π(y⁺) − log π(y⁻)) and `margins/below`, the share of pairs
+    whose student margin is below the teacher's, are logged; for `kto_pair` `kto/kl_chosen`, `kto/kl_rejected` and the
+    share of estimates that were clamped to 0.
+
+    Each micro-batch is a mean over its pairs, and a step the mean of those: with micro-batches of one size, neither the
+    split into accumulation steps nor that into processes changes the gradient of `sigmoid` or `margin`. `kto_pair`
+    gathers its KL estimates over processes, not over accumulation steps: with smaller micro-batches they are noisier,
+    and larger on average, since a mean below 0 counts as 0. The router aux is computed once over both halves of a batch
+    and is not linear: its gradient depends on the split, as does that of `sft`, a mean over tokens.
+
+    Args:
+        model: the student, as in the parent.
+        ref_model (`PreTrainedModel` or [`~llava_mod_hf.teachers.reference_model.CachedReference`], *optional*):
+            The teacher, or what `llava-mod cache-reference` wrote of it; none with `reference="self"`, nor with rows
+            that have the columns `ref_chosen_logps` and `ref_rejected_logps`.
+        args (`PreferenceConfig`, *optional*).
+        teacher_processor (`ProcessorMixin`, *optional*):
+            The teacher's, which it reads the pairs through; without it, it reads the student's tokens and images.
+        kwargs: as in the parent.
+
+    Raises:
+        ValueError: if there is no reference, more than one, or the teacher does not fit the student.
+    """
+
+    _tag_names = ["llava-mod", "preference-distillation"]
+    _name = "LLaVA-MoD preference distillation"
+
+    def __init__(
+        self,
+        model,
+        ref_model=None,
+        args=None,
+        *,
+        train_dataset=None,
+        eval_dataset=None,
+        processing_class=None,
+        teacher_processor=None,
+        peft_config=None,
+        **kwargs,
+    ):
+        args = args or PreferenceConfig()
+        given = {"peft_config": peft_config, "train_dataset": train_dataset, **kwargs}
+        check_trainer(args, PreferenceConfig, model, teachers=[ref_model], **given)
+        precomputed = [has_reference(rows) for rows in row_sets(train_dataset, eval_dataset)]
+        check_reference(args, ref_model, precomputed)
+        cache = ref_model if isinstance(ref_model, CachedReference) else None
+        teacher = None if cache else ref_model
+        without_model = any(precomputed) or cache is not None
+        if without_model:
+            ref_model = NoReference()
+        elif (
+            args.reference == "self" and peft_config is None and not isinstance(model, str) and not is_peft_model(model)
+        ):
+            # the parent would read the student's folder again, which may hold other weights by now
+            ref_model = copy.deepcopy(model)
+        if ref_model is not None:
+            ref_model.eval().requires_grad_(False)
+        super().__init__(
+            model,
+            ref_model,
+            args=args,
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            processing_class=processing_class,
+            peft_config=peft_config,
+            **kwargs,
+        )
+        train_only(self.model, args.train_modules)
+        if without_model:
+            self.ref_model = None
+        collate_for_teacher = None
+        if teacher is not None:
+            collate_for_teacher = teachers_collator(
+                self.model,
+                teacher,
+                self.processing_class,
+                teacher_processor,
+                collate=self.data_collator,
+                examples=list(itertools.islice(self.train_dataset, CHECKED_ROWS)),
+            )
+        self.data_collator = PreferenceCollator(self.data_collator, collate_for_teacher, cache)
+        if self._is_vision_dataset:  # the parent has the columns for text alone
+            self._set_signature_columns_if_needed()
+            self._signature_columns += REFERENCE_COLUMNS
+
+        weighted = list(zip(self.loss_types, self.loss_weights, strict=True))
+        self.own_losses = [(name, weight) for name, weight in weighted if name in OWN_LOSSES]
+        self.loss_types = [name for name, _ in weighted if name not in OWN_LOSSES]
+        self.loss_weights = [weight for name, weight in weighted if name not in OWN_LOSSES]
+        self._warn_of_weak_signals()
+
+    def _warn_of_weak_signals(self):
+        names = [name.removesuffix("_norm") for name, _ in self.own_losses]
+        processes = 1 if self.args.kto_reference_compat else self.accelerator.num_processes
+        pairs = self.args.per_device_train_batch_size * processes
+        if "kto_pair" in names and pairs < FEWEST_PAIRS:
+            warnings.warn(
+                f"The KL estimates of `kto_pair` rest on {pairs} pairs: give batches of at least {FEWEST_PAIRS} over "
+                "all processes; accumulation steps do not count.",
+                stacklevel=3,
+            )
+        if names == ["margin"] and not self.loss_types and self.args.reference == "self":
+            warnings.warn(
+                '`margin` with `reference="self"` starts at its optimum, where its gradient is 0: nothing will be '
+                "learnt from the pairs. Give the teacher as reference, or another loss.",
+                stacklevel=3,
+            )
+
+    # The parent's loss, given the reference's log-probabilities as if they had been precomputed, plus what it lacks.
+    def _compute_loss(self, model, inputs, return_outputs):
+        inputs = dict(inputs)
+        reference_inputs = inputs.pop("reference_inputs", inputs)
+        if REFERENCE_COLUMNS[0] not in inputs:
+            inputs.update(zip(REFERENCE_COLUMNS, self._reference_log_probs(reference_inputs), strict=True))
+        noted = _NotedModel(model, self._base_model(), self.model.config.get_text_config())
+        # only here: `evaluate` reads it too, and would compute the references of text rows anew
+        precompute_ref_logps, self.precompute_ref_logps = self.precompute_ref_logps, True
+        try:
+            parents = super()._compute_loss(noted, inputs, return_outputs)
+        finally:
+            self.precompute_ref_logps = precompute_ref_logps
+        loss, *outputs = parents if return_outputs else (parents,)
+        loss = loss + self._own_terms(noted, inputs)
+        return (loss, *outputs) if return_outputs else loss
+
+    def _reference_log_probs(self, inputs):
+        if self.ref_model is None and self.args.reference != "self":
+            raise ValueError(
+                f"These rows have no columns {', '.join(REFERENCE_COLUMNS)}, and there is no `ref_model`: compute them "
+                "with `llava-mod cache-reference` too."
+            )
+        with trained_as_before(self.model):
+            return self.compute_ref_log_probs(self.ref_model or self.model, inputs)
+
+    def _base_model(self):
+        model = self.accelerator.unwrap_model(self.model)
+        return (model.get_base_model() if is_peft_model(model) else model).base_model
+
+    def _own_terms(self, noted, inputs):
+        metrics = self._metrics["train" if self.model.training else "eval"]
+        mask = inputs["completion_mask"][:, 1:]
+        student = noted.log_probs[:, -mask.shape[1] :].sum(1)  # (chosen and rejected,)
+        reference = torch.cat([inputs[name] for name in REFERENCE_COLUMNS])
+        self._log_margins(metrics, student.detach(), reference)
+        loss = student.new_zeros(())
+        for name, weight in self.own_losses:
+            lengths = mask.sum(1).clamp(min=1) if name.endswith("_norm") else 1
+            own_loss = self._kto_pair if name.startswith("kto_pair") else self._margin
+            loss = loss + weight * own_loss(metrics, student / lengths, reference / lengths)
+        if noted.z_loss is not None:
+            metrics["router_z_loss"].append(self.accelerator.gather(noted.z_loss.detach()).mean().item())
+            loss = loss + self.model.config.get_text_config().router_z_loss_coef * noted.z_loss
+        return loss
+
+    def _log_margins(self, metrics, student, reference):
+        student, teacher = (self.accelerator.gather(_margins(log_probs)) for log_probs in (student, reference))
+        metrics["margins/student"].append(student.mean().item())
+        metrics["margins/teacher"].append(teacher.mean().item())
+        metrics["margins/below"].append((student < teacher).float().mean().item())
+
+    def _kto_pair(self, metrics, student, reference):
+        chosen, rejected = (student - reference).chunk(2)
+        compat = self.args.kto_reference_compat
+        seen = (chosen.detach(), rejected.detach())
+        seen = seen if compat else tuple(self.accelerator.gather(ratios) for ratios in seen)
+        for side, ratios in zip(("chosen", "rejected"), seen, strict=True):
+            estimate = ratios.mean()
+            metrics[f"kto/kl_{side}"].append(estimate.clamp(min=0).item())
+            metrics[f"kto/clamped_{side}"].append(float(estimate <= 0))
+        return kto_pair_loss(chosen, rejected, beta=self.beta, all_logratios=seen, reference_compat=compat)
+
+    def _margin(self, metrics, student, reference):
+        return margin_loss(_margins(student), _margins(reference), beta=self.beta)
+
+    # TRL's card names no base model and another task; `llava-mod publish` writes ours, from measured results.
+    def create_model_card(self, *args, **kwargs):
+        pass
+
+
+class _NotedModel:
+    """
+    What the parent calls as its model: notes the log-probabilities, and puts the router loss that the student's config
+    names in place of transformers', which is computed from the logits that the router left on its way.
+    """
+
+    def __init__(self, model, base_model, text_config):
+        self.model, self.base_model, self.text_config = model, base_model, text_config
+        self.log_probs = self.z_loss = None
+
+    def __call__(self, fused_lm_head=False, **kwargs):
+        if not fused_lm_head:  # the parent's second forward pass, for deprecated `compute_metrics`
+            return self.model(**kwargs)
+        found = []
+        with_z_loss = getattr(self.text_config, "router_z_loss_coef", 0.0) != 0
+        if with_z_loss:
+            kwargs["output_router_logits"] = True
+        hook = self.base_model.register_forward_hook(lambda *args: found.append(args[-1].get("router_logits")))
+        try:
+            outputs = self.model(**kwargs, fused_lm_head=True)
+        finally:
+            hook.remove()
+        if kwargs.get("output_router_logits") and hasattr(self.text_config, "router_aux_loss_type"):
+            outputs.aux_loss, z_loss = router_losses(found[0], self.text_config, kwargs.get("attention_mask"))
+            self.z_loss = z_loss if with_z_loss else None
+        self.log_probs = outputs.log_probs
+        return outputs
+
+
+def _margins(log_probs):
+    """log π(y⁺) − log π(y⁻) of each pair; the first half of a batch is the chosen ones."""
+    chosen, rejected = log_probs.chunk(2)
+    return chosen - rejected

@@ -1,0 +1,38 @@
+"""The benchmarks of the mixture-of-experts block and of loading."""
+
+import json
+import runpy
+from pathlib import Path
+
+import pytest
+import torch
+
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
+
+
+def test_moe_block(capsys):
+    """Tiny sizes: what is compared and reported, not how fast it is; the outputs are compared inside."""
+    threads = torch.get_num_threads()
+    benchmark = runpy.run_path(str(BENCHMARKS / "moe_block.py"))
+    sizes = ["--hidden", "128", "--intermediate", "64", "--repetitions", "3", "--seconds", "0"]
+    try:
+        results = benchmark["main"](["--tokens", "8", "1", *sizes, "--threads", "1", "--json"])
+    finally:
+        torch.set_num_threads(threads)
+    assert json.loads(capsys.readouterr().out)["results"] == results
+    assert [(result["tokens"], result["work"]) for result in results] == [(8, "forward and backward"), (1, "forward")]
+    for result in results:
+        assert set(result["seconds"]) == {"ours", "eager", "grouped_mm", "floor"}
+        assert result["ratio_to_floor"]["floor"] == 1.0 < 1e6 * result["ratio_to_floor"]["ours"]
+        better = min(result["seconds"]["eager"], result["seconds"]["grouped_mm"])
+        assert result["ours_to_better"] == result["seconds"]["ours"] / better
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("remote", [False, True], ids=["package", "remote-code"])
+def test_peak_of_loading_1_gb(remote):
+    found = runpy.run_path(str(BENCHMARKS / "load_memory.py"))["measure"](layers=4, remote=remote)
+    assert 0.9e9 < found["checkpoint"] < 1.1e9
+    assert 4 * found["parameters"] == pytest.approx(found["checkpoint"], rel=0.01)
+    # what the system cannot take back; the mapped file's pages it can
+    assert 0.5 < found["ratio_anonymous"] <= 1.3

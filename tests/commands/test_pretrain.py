@@ -1,0 +1,50 @@
+"""The recipes that regenerate the embedded weights run, one step each, in the order of `make weights`."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+from llava_mod_hf import load_model_and_processor
+from llava_mod_hf.cli import main
+
+ROOT = Path(__file__).parents[2]
+
+
+def pretrain(recipe, folder, *more):
+    argv = ["--config", str(ROOT / "recipes" / "tiny" / f"0_{recipe}.yaml"), "--output_dir", str(folder)]
+    short = ["--max_steps", "1", "--per_device_train_batch_size", "4", "--bf16", "false"]
+    assert main(["pretrain", *argv, *short, *more]) == 0
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory):
+    root = tmp_path_factory.mktemp("weights")
+    for recipe in ("vision_tower", "student_lm", "teacher_lm"):
+        pretrain(recipe, root / recipe)
+    parts = ["--vision_tower", str(root / "vision_tower"), "--language_model", str(root / "teacher_lm")]
+    pretrain("teacher", root / "teacher", *parts)
+    return root
+
+
+@pytest.mark.parametrize(("made", "shipped"), [("teacher", "tiny-teacher"), ("student_lm", "tiny-student-lm")])
+def test_the_recipes_make_what_is_shipped(weights, made, shipped):
+    folder = ROOT / "src" / "llava_mod_hf" / "weights" / shipped
+    for name in ("config.json", "tokenizer.json"):
+        assert json.loads((weights / made / name).read_text()) == json.loads((folder / name).read_text())
+    assert (weights / made / "chat_template.jinja").read_text() == (folder / "chat_template.jinja").read_text()
+    sizes = {path: path.stat().st_size for path in (weights / made / "model.safetensors", folder / "model.safetensors")}
+    assert len(set(sizes.values())) == 1, sizes
+
+
+def test_the_teacher_starts_from_the_pretrained_tower(weights):
+    teacher, processor = load_model_and_processor(str(weights / "teacher"))
+    assert teacher.config.moe_layers == []
+    assert processor.image_processor.size["height"] == teacher.config.vision_config.image_size
+
+
+def test_make_weights_runs_these_recipes_in_this_order():
+    order = re.search(r"for part in (.*?);", (ROOT / "Makefile").read_text())[1].split()
+    assert order == ["vision_tower", "student_lm", "teacher_lm", "teacher"]
+    assert {f"0_{part}.yaml" for part in order} == {path.name for path in (ROOT / "recipes/tiny").glob("0_*.yaml")}

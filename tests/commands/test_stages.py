@@ -1,0 +1,233 @@
+"""The stages through their argument dataclasses: what they write, what they refuse, and how they resume."""
+
+import functools
+import json
+import shutil
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+from transformers import AutoModelForImageTextToText, AutoProcessor, HfArgumentParser, LlamaForCausalLM, TrainerCallback
+
+from helpers.ddp_gradients import RUN, sharpened
+from llava_mod_hf import MimicConfig, MimicTrainer, PreferenceConfig
+from llava_mod_hf.commands import adapt as adapt_module
+from llava_mod_hf.commands import arguments
+from llava_mod_hf.commands import mimic as mimic_module
+from llava_mod_hf.commands import prefer as prefer_module
+from llava_mod_hf.commands.arguments import DistillArguments, StudentArguments, UpcycleArguments
+from llava_mod_hf.data.load import DataArguments
+from llava_mod_hf.training import run_folder
+from llava_mod_hf.training.adapt_trainer import AdaptConfig
+
+TOKEN = "hf_not_a_token"
+ARGUMENTS = {
+    **RUN,
+    "per_device_train_batch_size": 2,
+    "learning_rate": 1e-2,
+    "max_steps": 2,
+    "hub_token": TOKEN,
+}
+PICKLES = (".bin", ".pt", ".pth", ".pkl", ".pickle")
+
+
+@pytest.fixture(scope="module")
+def folders(make_student, processor, tmp_path_factory):
+    """Folders of a dense student, of a teacher and of a language model."""
+    root = tmp_path_factory.mktemp("models")
+    for name, seed in (("student", 0), ("teacher", 1)):
+        sharpened(make_student(moe_layers=[], seed=seed)).save_pretrained(root / name)
+        processor.save_pretrained(root / name)
+    LlamaForCausalLM(make_student(moe_layers=[]).config.text_config).save_pretrained(root / "language_model")
+    processor.tokenizer.save_pretrained(root / "language_model")
+    return {path.name: str(path) for path in root.iterdir()}
+
+
+def data_arguments(config="mixture"):
+    return DataArguments(dataset_name="embedded:easy-vqa", dataset_config=config, max_samples=8)
+
+
+def adapt(folders, output_dir):
+    student_args = StudentArguments(vision_tower=folders["teacher"], language_model=folders["language_model"])
+    return adapt_module.adapt(
+        data_arguments("captions"), student_args, AdaptConfig(output_dir=str(output_dir), **ARGUMENTS)
+    )
+
+
+def mimic(folders, output_dir, moe_layers=None, **args):
+    return mimic_module.mimic(
+        data_arguments(),
+        DistillArguments(student=folders["student"], teacher=folders["teacher"]),
+        UpcycleArguments(moe_layers=moe_layers),
+        MimicConfig(output_dir=str(output_dir), **{**ARGUMENTS, **args}),
+    )
+
+
+def prefer(folders, output_dir):
+    distill_args = DistillArguments(student=folders["student"], teacher=folders["teacher"])
+    args = PreferenceConfig(output_dir=str(output_dir), **ARGUMENTS)
+    return prefer_module.prefer(data_arguments("preferences"), distill_args, args)
+
+
+GROUPS = {
+    "adapt": (DataArguments, StudentArguments, AdaptConfig),
+    "mimic_dense": (DataArguments, DistillArguments, UpcycleArguments, MimicConfig),
+    "mimic_sparse": (DataArguments, DistillArguments, UpcycleArguments, MimicConfig),
+    "prefer": (DataArguments, DistillArguments, PreferenceConfig),
+}
+STAGES = {
+    "adapt": adapt,
+    "mimic_dense": mimic,
+    "mimic_sparse": functools.partial(mimic, moe_layers=["alternate"]),
+    "prefer": prefer,
+}
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_stage_writes_what_can_be_loaded_and_nothing_else(folders, tmp_path, stage):
+    run = STAGES[stage](folders, tmp_path)
+
+    names = {path.name for path in tmp_path.iterdir()}
+    assert names >= {
+        "config.json",
+        "model.safetensors",
+        "configuration_llava_mod.py",
+        "modeling_llava_mod.py",
+        "processor_config.json",
+        "tokenizer.json",
+        "recipe.yaml",
+        "run.json",
+    }
+    assert not [path for path in tmp_path.rglob("*") if path.suffix in PICKLES or path.name.startswith("tmp")]
+    written = [path for path in tmp_path.iterdir() if path.is_file()]
+    assert all(path.stat().st_mtime_ns <= (tmp_path / "run.json").stat().st_mtime_ns for path in written)
+    assert not [path.name for path in written if TOKEN.encode() in path.read_bytes()]
+
+    recipe = yaml.safe_load((tmp_path / "recipe.yaml").read_text())
+    assert "hub_token" not in recipe
+    assert (recipe["max_steps"], recipe["max_samples"], recipe["adam_beta1"]) == (2, 8, 0.9)
+    parsed = HfArgumentParser(GROUPS[stage]).parse_dict(recipe)  # a recipe can be run again: no unknown key
+    assert parsed[-1].learning_rate == ARGUMENTS["learning_rate"]
+    saved = json.loads((tmp_path / "run.json").read_text())
+    assert saved == json.loads(json.dumps(run))
+    assert (saved["stage"], saved["steps"]) == (stage, 2)
+    chosen = saved["recipe"]
+    assert chosen.items() <= recipe.items()
+    assert chosen.keys() >= {"max_steps", "max_samples", "learning_rate", "dataset_config"}
+    assert not chosen.keys() & {"adam_beta1", "dataset_test_split", "num_experts"}
+    losses = [entry["loss"] for entry in saved["log_history"] if "loss" in entry]
+    assert [saved["first_loss"], saved["last_loss"]] == losses
+
+    model = AutoModelForImageTextToText.from_pretrained(tmp_path)
+    assert model.config.moe_layers == ([0, 2] if stage == "mimic_sparse" else [])
+    assert AutoProcessor.from_pretrained(tmp_path).image_token == "<image>"
+
+    with pytest.raises(ValueError, match="finished run"):
+        STAGES[stage](folders, tmp_path)
+
+
+def test_adapt_trains_the_adaptor_alone(folders, tmp_path):
+    adapt(folders, tmp_path)
+    trained = AutoModelForImageTextToText.from_pretrained(tmp_path).state_dict()
+    tower = AutoModelForImageTextToText.from_pretrained(folders["teacher"]).state_dict()
+    language_model = LlamaForCausalLM.from_pretrained(folders["language_model"]).state_dict()
+    for name, value in trained.items():
+        if "vision_tower" in name:
+            assert torch.equal(value, tower[name]), name
+        elif "language_model" in name:
+            assert torch.equal(value, language_model[name.replace("model.language_model", "model")]), name
+
+
+def test_upcycling_at_the_start_keeps_the_students_function(folders, tmp_path):
+    dense, sparse = (
+        mimic(folders, tmp_path / name, layers, router_aux_loss_coef=coef)
+        for name, layers, coef in (("dense", None, None), ("sparse", ["alternate"], 0.0))
+    )
+    assert sparse["first_loss"] == pytest.approx(dense["first_loss"], rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("moe_layers", "expected"), [(["all"], [0, 1, 2]), (["1"], [1]), ([0, 2], [0, 2]), (["second_half"], [1, 2])]
+)
+def test_placements_of_a_recipe(make_student, moe_layers, expected):
+    args = UpcycleArguments(moe_layers=moe_layers, num_experts=3, num_experts_per_tok=1)
+    student = arguments.upcycle_student(make_student(moe_layers=[]), args, router_aux_loss_coef=0.5)
+    assert student.config.moe_layers == expected
+    assert (student.config.num_experts, student.config.num_experts_per_tok) == (3, 1)
+    assert student.config.router_aux_loss_coef == 0.5
+
+
+def test_without_placement_the_student_stays(make_student):
+    student = make_student(moe_layers=[])
+    assert arguments.upcycle_student(student, UpcycleArguments()) is student
+
+
+class StopsAt(TrainerCallback):
+    """Raises at the end of a step, before its checkpoint is written, and counts the steps until then."""
+
+    def __init__(self, step=None):
+        self.step, self.taken = step, 0
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self.taken += 1
+        if state.global_step == self.step:
+            raise InterruptedError(f"stopped at step {self.step}")
+
+
+@pytest.mark.parametrize("moe_layers", [None, ["alternate"]], ids=["dense", "sparse"])
+def test_an_interrupted_run_goes_on_from_its_last_whole_checkpoint(folders, tmp_path, monkeypatch, moe_layers):
+    def run(folder, callback):
+        monkeypatch.setattr(mimic_module, "MimicTrainer", functools.partial(MimicTrainer, callbacks=[callback]))
+        # shuffled, and shorter than the learning rate's schedule: order and optimiser must be restored as well
+        return mimic(
+            folders,
+            folder,
+            moe_layers,
+            max_steps=3,
+            save_strategy="steps",
+            save_steps=1,
+            train_sampling_strategy="random",
+        )
+
+    whole, resumed = tmp_path / "whole", tmp_path / "resumed"
+    run(whole, StopsAt())
+    with pytest.raises(InterruptedError):
+        run(resumed, StopsAt(2))
+    assert not (resumed / "run.json").exists()
+    assert not (resumed / "config.json").exists()
+    assert run_folder.last_complete_checkpoint(resumed) == str(resumed / "checkpoint-1")
+    shutil.copytree(resumed / "checkpoint-1", resumed / "checkpoint-2")
+    (resumed / "checkpoint-2" / "trainer_state.json").unlink()
+    assert run_folder.last_complete_checkpoint(resumed) == str(resumed / "checkpoint-1")
+
+    rest = StopsAt()
+    summary = run(resumed, rest)
+    assert rest.taken == 2
+    assert summary["steps"] == 3
+    assert [entry["step"] for entry in summary["log_history"] if "loss" in entry] == [1, 2, 3]
+    expected, found = (load_file(folder / "model.safetensors") for folder in (whole, resumed))
+    assert expected.keys() == found.keys()
+    for name, value in expected.items():
+        torch.testing.assert_close(found[name], value, rtol=0, atol=1e-6, msg=lambda text, name=name: f"{name}: {text}")
+
+
+def test_the_last_whole_checkpoint_is_the_highest_by_number(tmp_path):
+    assert run_folder.last_complete_checkpoint(tmp_path / "missing") is None
+    for step in (2, 10):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+        (tmp_path / f"checkpoint-{step}" / "trainer_state.json").touch()
+    (tmp_path / "checkpoint-best").mkdir()
+    assert run_folder.last_complete_checkpoint(tmp_path) == str(tmp_path / "checkpoint-10")
+
+
+def test_the_first_step_does_not_count_towards_the_time_of_a_step(monkeypatch):
+    ticks = iter([40.0, 41.0, 43.0])
+    monkeypatch.setattr(run_folder.time, "perf_counter", lambda: next(ticks))
+    timer = run_folder.StepTimer()
+    timer.on_train_begin(None, None, None)
+    timer.on_step_end(None, None, None)
+    assert timer.seconds_per_step() is None
+    timer.on_step_end(None, None, None)
+    timer.on_step_end(None, None, None)
+    assert timer.seconds_per_step() == 1.5

@@ -1,0 +1,177 @@
+"""The published layouts: LLaVA's conversations and RLAIF-V's pairs, as rows of TRL or one sentence with the number."""
+
+import json
+
+import pytest
+
+from llava_mod_hf.data import formats
+from llava_mod_hf.data.formats import json_rows, read_row, recognise
+
+
+def human(text):
+    return {"from": "human", "value": text}
+
+
+def gpt(text):
+    return {"from": "gpt", "value": text}
+
+
+def user(text):
+    return {"role": "user", "content": text}
+
+
+def assistant(text):
+    return {"role": "assistant", "content": text}
+
+
+def image(path):
+    return {"bytes": None, "path": path}
+
+
+def llava(*turns, **columns):
+    return {"conversations": list(turns), **columns}
+
+
+@pytest.mark.parametrize(
+    ("columns", "layout"),
+    [
+        (["id", "image", "conversations"], "LLaVA"),
+        (["ds_name", "image", "question", "chosen", "rejected", "origin_dataset", "idx", "image_path"], "RLAIF-V"),
+        (["images", "prompt", "chosen", "rejected", "question"], "preference"),
+        (["images", "prompt", "completion", "question", "answer"], "prompt-completion"),
+        (["messages", "images"], "messages"),
+        (["images", "prompt"], "prompt"),
+    ],
+)
+def test_the_format_is_told_by_the_columns(columns, layout):
+    assert recognise(columns, "rows.json") == layout
+
+
+def test_an_unknown_format_is_refused_with_the_known_ones():
+    with pytest.raises(
+        ValueError, match=r"`rows.json` has the columns \['image', 'caption'\], .* LLaVA \(conversations\)"
+    ):
+        recognise(["image", "caption"], "rows.json")
+
+
+def test_a_caption_with_the_placeholder_before_or_behind():
+    for text in ("<image>\nWrite a caption.", "Write a caption.\n<image>"):
+        row = llava(human(text), gpt("A cat."), id="004", image="00/004.jpg")
+        assert read_row(row, "LLaVA", "Row 0") == [
+            {"images": [image("00/004.jpg")], "prompt": [user("Write a caption.")], "completion": [assistant("A cat.")]}
+        ]
+
+
+def test_several_turns_are_a_row_for_each_answer_or_one_of_messages():
+    row = llava(human("<image>\nWhat is it?"), gpt("A cat."), human("And its colour?"), gpt("Grey."), image="a.jpg")
+    whole = [user("What is it?"), assistant("A cat."), user("And its colour?"), assistant("Grey.")]
+    assert read_row(row, "LLaVA", "Row 0") == [
+        {"images": [image("a.jpg")], "prompt": whole[:1], "completion": whole[1:2]},
+        {"images": [image("a.jpg")], "prompt": whole[:3], "completion": whole[3:]},
+    ]
+    assert read_row(row, "LLaVA", "Row 0", multi_turn="messages") == [{"images": [image("a.jpg")], "messages": whole}]
+
+
+def test_text_only_a_system_turn_several_images_and_turns_that_nobody_asked_for():
+    [row] = read_row(llava({"from": "system", "value": "Be kind."}, human("Hello?"), gpt("Hi.")), "LLaVA", "Row 0")
+    assert row == {
+        "images": [],
+        "prompt": [{"role": "system", "content": "Be kind."}, user("Hello?")],
+        "completion": [assistant("Hi.")],
+    }
+    row = llava(gpt("First."), human("<image><image> differ?"), gpt("Yes."), human("Why?"), image=["a.jpg", "b.jpg"])
+    assert read_row(row, "LLaVA", "Row 0") == [
+        {
+            "images": [image("a.jpg"), image("b.jpg")],
+            "prompt": [user("differ?")],
+            "completion": [assistant("Yes.")],
+        }
+    ]
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        (llava(human("<image> What?"), gpt("A cat.")), r"Row 7 has 0 images and 1 `<image>`"),
+        (llava(human("<image><image> What?"), gpt("A cat."), image="a.jpg"), r"Row 7 has 1 images and 2 `<image>`"),
+        (llava(human("What?"), gpt("It."), human("<image> this?"), gpt("No."), image="a"), r"0 of them in the first"),
+        (llava(human("What?"), gpt("")), "Row 7: an answer is empty"),
+        (llava(human("What?"), gpt(None)), "Row 7: an answer is empty"),
+        (llava(human("What?")), "Row 7: a conversation must take turns"),
+        (llava(human("What?"), human("Now?"), gpt("Yes.")), "Row 7: a conversation must take turns"),
+        (llava(), "Row 7: a conversation must take turns"),
+        (llava({"from": "bing", "value": "x"}), "Row 7: a turn is from `bing`: it may be from system, human, gpt"),
+        (llava({"value": "x"}), "Row 7: `conversations` must be a list"),
+        ({"conversations": None}, "Row 7: `conversations` must be a list"),
+        (llava(human("What?"), gpt("It."), image=3), "Row 7: an image is neither a path nor bytes"),
+    ],
+)
+def test_malformed_conversations_are_named(row, message):
+    with pytest.raises(ValueError, match=message):
+        read_row(row, "LLaVA", "Row 7")
+
+
+def test_a_pair_with_its_image_inside_or_by_path():
+    answers = {"question": "What is it?", "chosen": "A cat.", "rejected": "A dog."}
+    expected = {
+        "prompt": [user("What is it?")],
+        "chosen": [assistant("A cat.")],
+        "rejected": [assistant("A dog.")],
+    }
+    for given, found in (
+        ({"image": {"bytes": b"png", "path": "x.png"}, "image_path": "y.png"}, {"bytes": b"png", "path": "x.png"}),
+        ({"image": "a.jpg"}, image("a.jpg")),
+        ({"image_path": "a.jpg"}, image("a.jpg")),
+        ({"image": b"png"}, {"bytes": b"png", "path": None}),
+    ):
+        assert read_row({**answers, **given}, "RLAIF-V", "Row 0") == [{"images": [found], **expected}]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"chosen": ""}, "Row 3 has no `chosen` answer"),
+        ({"rejected": None}, "Row 3 has no `rejected` answer"),
+        ({"rejected": "  "}, "Row 3, `rejected`: an answer is empty"),
+        ({"question": None}, "Row 3 has no question"),
+    ],
+)
+def test_malformed_pairs_are_named(change, message):
+    row = {"image": "a.jpg", "question": "What?", "chosen": "A cat.", "rejected": "A dog.", **change}
+    with pytest.raises(ValueError, match=message):
+        read_row(row, "RLAIF-V", "Row 3")
+
+
+def test_images_that_differ_between_the_answers_are_refused():
+    part = [{"type": "image"}, {"type": "text", "text": "A cat."}]
+    row = {"images": [], "prompt": [user("What?")], "chosen": [assistant(part)], "rejected": [assistant("A dog.")]}
+    with pytest.raises(ValueError, match="Row 3: `chosen` has 1 images of its own and `rejected` 0"):
+        read_row(row, "preference", "Row 3")
+
+
+ROWS = [{"id": 1, "a": "x, [y]"}, {"id": "two", "a": {"b": [1, 2]}}, {"id": None, "a": "ä" * 50}]
+
+
+@pytest.mark.parametrize("chunk", [1, 7, 1 << 20])
+@pytest.mark.parametrize("form", ["array", "indented", "lines"])
+def test_json_is_read_bit_by_bit(tmp_path, monkeypatch, chunk, form):
+    monkeypatch.setattr(formats, "CHUNK", chunk)
+    path = tmp_path / "rows.json"
+    lines = "".join(json.dumps(row) + "\n" for row in ROWS)
+    path.write_text({"array": json.dumps(ROWS), "indented": json.dumps(ROWS, indent=2), "lines": lines}[form])
+    assert list(json_rows(path)) == ROWS
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('[{"a": 1}, {"a": ', r"Row 1 of `.*rows\.json` is not valid JSON"),
+        ("not json", r"Row 0 of `.*rows\.json` is not valid JSON"),
+        ('[{"a": 1}, 2]', r"Row 1 of `.*rows\.json` is a int"),
+    ],
+)
+def test_broken_json_is_named_with_its_row(tmp_path, text, message):
+    path = tmp_path / "rows.json"
+    path.write_text(text)
+    with pytest.raises(ValueError, match=message):
+        list(json_rows(path))

@@ -1,0 +1,401 @@
+"""Local data files: rows in TRL's formats, or one clear error that names row and file."""
+
+import json
+import os
+
+import numpy as np
+import pytest
+from datasets import Dataset, Features, List, Value
+from datasets import Image as ImageFeature
+from PIL import Image
+
+from llava_mod_hf.data.load import DataArguments, load_rows
+
+COLUMNS = ("prompt", "completion")
+
+
+@pytest.fixture(autouse=True)
+def own_cache(monkeypatch, tmp_path_factory):
+    """Each test reads its files anew."""
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path_factory.mktemp("cache"))
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Three images in a folder with a subfolder."""
+    folder = tmp_path / "pictures"
+    (folder / "more").mkdir(parents=True)
+    for name, size, color in (("a.png", (8, 8), "red"), ("b.jpg", (16, 8), "blue"), ("more/c.png", (8, 16), "green")):
+        Image.new("RGB", size, color).save(folder / name)
+    return folder
+
+
+def row(*images, question="what color is it?", answer="red"):
+    return {
+        "images": list(images),
+        "prompt": [{"role": "user", "content": question}],
+        "completion": [{"role": "assistant", "content": answer}],
+    }
+
+
+def write(path, rows):
+    if path.suffix == ".parquet":
+        Dataset.from_list(rows).to_parquet(path)
+    elif path.suffix == ".json":
+        path.write_text(json.dumps(rows))
+    else:
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def load(path, **values):
+    return load_rows(DataArguments(str(path), **values), columns=COLUMNS)
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".json", ".parquet"])
+def test_local_files_with_images_in_a_folder(tmp_path, folder, suffix):
+    rows = [row("a.png"), row(answer="no image"), row("more/c.png", "b.jpg", answer="two images")]
+    dataset = load(write(tmp_path / f"rows{suffix}", rows), image_folder=str(folder))
+    assert [[image.size for image in images] for images in dataset["images"]] == [[(8, 8)], [], [(8, 16), (16, 8)]]
+    assert dataset[0]["images"][0].getpixel((0, 0)) == (255, 0, 0)
+    assert dataset["completion"] == [row["completion"] for row in rows]
+    assert dataset["prompt"] == [row["prompt"] for row in rows]
+
+
+def test_images_are_found_beside_the_file_by_default(folder):
+    dataset = load(write(folder / "rows.jsonl", [row("more/../a.png")]))
+    assert dataset[0]["images"][0].size == (8, 8)
+
+
+def test_rows_without_any_image(tmp_path):
+    dataset = load(write(tmp_path / "rows.jsonl", [row(), row()]))
+    assert list(dataset["images"]) == [[], []]
+
+
+def test_images_inside_a_parquet_file(tmp_path, folder):
+    images = List(ImageFeature())
+    messages = [{"role": Value("string"), "content": Value("string")}]
+    features = Features({"images": images, "prompt": messages, "completion": messages})
+    path = tmp_path / "rows.parquet"
+    inside = row({"bytes": (folder / "a.png").read_bytes(), "path": None})
+    Dataset.from_list([inside, row()], features=features).to_parquet(path)
+    assert load(path)[0]["images"][0].getpixel((0, 0)) == (255, 0, 0)
+
+
+def test_max_samples_takes_the_first(tmp_path, folder):
+    path = write(tmp_path / "rows.jsonl", [row("a.png", answer=str(i)) for i in range(5)])
+    for count in (1, 3, 5, 9):
+        dataset = load(path, image_folder=str(folder), max_samples=count)
+        assert [messages[0]["content"] for messages in dataset["completion"]] == [str(i) for i in range(min(count, 5))]
+
+
+def test_rows_that_are_not_taken_are_not_checked(tmp_path, folder):
+    path = write(tmp_path / "rows.jsonl", [row("a.png"), row("nowhere.png")])
+    assert len(load(path, image_folder=str(folder), max_samples=1)) == 1
+
+
+def test_an_image_that_broke_since_the_last_time_is_noticed(tmp_path, folder):
+    path = write(tmp_path / "rows.jsonl", [row("a.png")])
+    load(path, image_folder=str(folder))
+    (folder / "a.png").unlink()
+    with pytest.raises(ValueError, match=r"Row 0: image `.*a\.png` does not exist"):
+        load(path, image_folder=str(folder))
+
+
+def test_missing_file(tmp_path):
+    with pytest.raises(ValueError, match=r"The data file `.*nowhere\.jsonl` does not exist: check `dataset_name`"):
+        load(tmp_path / "nowhere.jsonl")
+
+
+def test_file_that_is_not_json(tmp_path):
+    path = tmp_path / "rows.json"
+    path.write_text("not: json\n")
+    with pytest.raises(ValueError, match=r"rows\.json"):
+        load(path)
+
+
+@pytest.mark.parametrize("missing", ["images", "completion"])
+def test_missing_column(tmp_path, folder, missing):
+    rows = [{name: value for name, value in row("a.png").items() if name != missing}]
+    path = write(tmp_path / "rows.jsonl", rows)
+    with pytest.raises(ValueError, match=rf"`.*rows\.jsonl` has the columns .* this stage needs {missing} as well"):
+        load(path, image_folder=str(folder))
+
+
+def test_missing_columns_are_all_named(tmp_path):
+    path = write(tmp_path / "rows.jsonl", [row()])
+    with pytest.raises(ValueError, match="needs chosen, rejected as well"):
+        load_rows(DataArguments(str(path)), columns=("prompt", "chosen", "rejected"))
+
+
+@pytest.mark.parametrize("rows", [[], None], ids=["no row", "max_samples 0"])
+def test_no_rows(tmp_path, rows):
+    path = write(tmp_path / "rows.json", [row()] if rows is None else rows)
+    with pytest.raises(ValueError, match=r"`.*rows\.json` has no rows"):
+        load(path, max_samples=0 if rows is None else None)
+
+
+@pytest.mark.parametrize("way", ["up", "absolute", "link", "linked folder"])
+def test_image_path_that_leaves_the_folder(tmp_path, folder, way):
+    secret = tmp_path / "secret" / "x.png"
+    secret.parent.mkdir()
+    Image.new("RGB", (8, 8)).save(secret)
+    os.symlink(secret, folder / "link.png")
+    os.symlink(secret.parent, folder / "linked")
+    name = {"up": "../secret/x.png", "absolute": str(secret), "link": "link.png", "linked folder": "linked/x.png"}[way]
+    path = write(tmp_path / "rows.jsonl", [row("a.png"), row(name)])
+    with pytest.raises(ValueError, match=rf"Row 1: image `{secret}` lies outside the image folder `{folder}`"):
+        load(path, image_folder=str(folder))
+
+
+def test_a_link_inside_the_folder_is_followed(tmp_path, folder):
+    os.symlink(folder / "a.png", folder / "more" / "link.png")
+    dataset = load(write(tmp_path / "rows.jsonl", [row("more/link.png")]), image_folder=str(folder))
+    assert dataset[0]["images"][0].size == (8, 8)
+
+
+def test_missing_image(tmp_path, folder):
+    path = write(tmp_path / "rows.jsonl", [row("a.png"), row("a.png", "nowhere.png")])
+    with pytest.raises(ValueError, match=rf"Row 1: image `{folder}/nowhere\.png` does not exist"):
+        load(path, image_folder=str(folder))
+
+
+@pytest.mark.parametrize("suffix", [".png", ".jpg"])
+def test_truncated_image(tmp_path, folder, suffix):
+    whole, cut = folder / f"whole{suffix}", folder / f"cut{suffix}"
+    noise = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
+    Image.fromarray(noise).save(whole)
+    cut.write_bytes(whole.read_bytes()[: whole.stat().st_size // 2])
+    path = write(tmp_path / "rows.jsonl", [row(whole.name), row(cut.name)])
+    with pytest.raises(ValueError, match=rf"Row 1: `{cut}` is not a whole image"):
+        load(path, image_folder=str(folder))
+
+
+@pytest.mark.parametrize("text", ["not an image", ""])
+def test_file_that_is_no_image(tmp_path, folder, text):
+    (folder / "text.png").write_text(text)
+    path = write(tmp_path / "rows.jsonl", [row("text.png")])
+    with pytest.raises(ValueError, match=rf"Row 0: `{folder}/text\.png` is not a whole image"):
+        load(path, image_folder=str(folder))
+
+
+@pytest.mark.parametrize("limit", [100, 200, 2000])
+def test_decompression_bomb(tmp_path, folder, monkeypatch, limit):
+    Image.new("RGB", (16, 16)).save(folder / "bomb.png")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", limit)
+    path = write(tmp_path / "rows.jsonl", [row("a.png"), row("bomb.png")])
+    if limit > 256:
+        assert len(load(path, image_folder=str(folder))) == 2
+        return
+    # Pillow raises beyond twice its limit, and only warns before
+    with pytest.raises(ValueError, match=rf"Row 1: `{folder}/bomb\.png` is refused as a decompression bomb"):
+        load(path, image_folder=str(folder))
+
+
+def test_unknown_embedded_data_is_refused():
+    with pytest.raises(ValueError, match="There is no data set `embedded:imagenet`"):
+        load("embedded:imagenet")
+
+
+def test_embedded_data():
+    dataset = load("embedded:easy-vqa", dataset_config="captions", max_samples=3)
+    assert len(dataset) == 3
+    assert set(dataset["kind"]) == {"caption"}
+    other = load_rows(
+        DataArguments("embedded:easy-vqa", "captions", max_samples=3), columns=COLUMNS, split="test", seed=1
+    )
+    assert dataset["answer"] != other["answer"]
+
+
+# The published layouts, streamed or not
+
+
+def conversation(*texts, **columns):
+    turns = [{"from": ("human", "gpt")[i % 2], "value": text} for i, text in enumerate(texts)]
+    return {"conversations": turns, **columns}
+
+
+LLAVA = [
+    conversation("<image>\nwhat is it?", "a square", "its color?", "red", id=7, image="a.png"),
+    conversation("hello?", "hi", id="text-only"),
+    conversation("what is it?\n<image>", "blue", id="last", image="b.jpg"),
+]
+ANSWERS = ["a square", "red", "hi", "blue"]
+
+
+def answers(dataset):
+    return [row["completion"][0]["content"] for row in dataset]
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("suffix", [".json", ".jsonl"])
+def test_llavas_files(tmp_path, folder, suffix, streaming):
+    path = write(tmp_path / f"rows{suffix}", LLAVA)
+    rows = list(load(path, image_folder=str(folder), streaming=streaming))
+    assert answers(rows) == ANSWERS
+    assert [[image.size for image in row["images"]] for row in rows] == [[(8, 8)], [(8, 8)], [], [(16, 8)]]
+    assert [row["source_row"] for row in rows] == [0, 0, 1, 2]
+    assert [len(row["prompt"]) for row in rows] == [1, 3, 1, 1]
+    assert "<image>" not in str([row["prompt"] for row in rows])
+    assert set(rows[0]) == {"images", "prompt", "completion", "source_row"}
+
+    rows = list(load(path, image_folder=str(folder), streaming=streaming, multi_turn="messages", max_samples=2))
+    assert [[message["content"] for message in row["messages"]] for row in rows] == [
+        ["what is it?", "a square", "its color?", "red"],
+        ["hello?", "hi"],
+    ]
+
+
+def test_a_changed_file_is_read_anew(tmp_path, folder):
+    path = write(tmp_path / "rows.json", LLAVA)
+    load(path, image_folder=str(folder))
+    write(path, LLAVA[1:])
+    assert answers(load(path, image_folder=str(folder))) == ANSWERS[2:]
+
+
+def rlaif(folder, **columns):
+    """Rows as the Hub's Parquet has them."""
+    return {
+        "image": {"bytes": (folder / "a.png").read_bytes(), "path": "a.png"},
+        "question": "what is it?",
+        "chosen": "a square",
+        "rejected": "a circle",
+        "idx": 3,
+        "image_path": "elsewhere/a.png",
+        **columns,
+    }
+
+
+PAIR = ("prompt", "chosen", "rejected")
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("form", ["parquet", "struct", "json"])
+def test_rlaif_v(tmp_path, folder, streaming, form):
+    if form == "json":
+        path = write(tmp_path / "rows.json", [rlaif(folder, image="a.png"), rlaif(folder, image="b.jpg")])
+    else:
+        rows, path = [rlaif(folder), rlaif(folder, rejected="blue")], tmp_path / "rows.parquet"
+        dataset = Dataset.from_list(rows)
+        (dataset.cast_column("image", ImageFeature()) if form == "parquet" else dataset).to_parquet(path)
+    args = DataArguments(str(path), image_folder=str(folder), streaming=streaming)
+    rows = list(load_rows(args, columns=PAIR))
+    assert [row["images"][0].size for row in rows] == [(8, 8), (16, 8) if form == "json" else (8, 8)]
+    assert rows[0]["prompt"] == [{"role": "user", "content": "what is it?"}]
+    assert rows[1]["chosen"] == [{"role": "assistant", "content": "a square"}]
+    assert [row["source_row"] for row in rows] == [0, 1]
+    if form != "json":
+        assert rows[1]["rejected"][0]["content"] == "blue"
+        assert rows[0]["idx"] == 3 and "image" not in rows[0]
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_messages_and_a_single_image_in_a_folder_of_parquet(tmp_path, folder, streaming):
+    (tmp_path / "set").mkdir()
+    turns = [{"role": role, "content": text} for role, text in (("user", "a?"), ("assistant", "b"))]
+    turns += [{"role": "user", "content": "c?"}, {"role": "assistant", "content": "d"}]
+    rows = [{"messages": turns, "image": {"bytes": (folder / "a.png").read_bytes(), "path": None}, "kind": "x"}]
+    for shard in range(2):
+        dataset = Dataset.from_list(rows).cast_column("image", ImageFeature())
+        dataset.to_parquet(tmp_path / "set" / f"train-{shard:05d}-of-00002.parquet")
+    found = list(load(tmp_path / "set", streaming=streaming))
+    assert answers(found) == ["b", "d"] * 2
+    assert [len(row["prompt"]) for row in found] == [1, 3] * 2
+    assert [row["images"][0].size for row in found] == [(8, 8)] * 4
+    assert {row["kind"] for row in found} == {"x"}
+    whole = list(load(tmp_path / "set", streaming=streaming, multi_turn="messages"))
+    assert [row["messages"] for row in whole] == [turns] * 2
+    (tmp_path / "set" / "shards.yaml").write_text("num_shards: 3\n")
+    with pytest.raises(ValueError, match="lacks 3 of 3 shards: run the command that wrote it again"):
+        load(tmp_path / "set")
+
+
+def test_a_folder_of_parquet_has_splits_and_is_not_taken_for_one_of_its_name(tmp_path):
+    for place, answer in (("one", "a"), ("two", "b")):
+        folder = tmp_path / place / "set"
+        (folder / "data").mkdir(parents=True)
+        (folder / "README.md").write_text(
+            "---\nconfigs:\n- config_name: default\n  data_files:\n  - split: train\n    path: data/*.parquet\n---\n"
+        )
+        for split in ("train", "test"):
+            Dataset.from_list([row(answer=f"{answer} {split}")]).to_parquet(folder / "data" / f"{split}-0.parquet")
+        assert answers(load(folder)) == [f"{answer} train"]
+        assert answers(load_rows(DataArguments(str(folder)), columns=COLUMNS, split="test")) == [f"{answer} test"]
+    with pytest.raises(ValueError, match="has no Parquet files of the split `validation`, only"):
+        load_rows(DataArguments(str(folder)), columns=COLUMNS, split="validation")
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_trl_rows_streamed(tmp_path, folder, streaming):
+    path = write(tmp_path / "rows.jsonl", [row("a.png", answer=str(i)) for i in range(5)])
+    rows = list(load(path, image_folder=str(folder), streaming=streaming, max_samples=3))
+    assert answers(rows) == ["0", "1", "2"]
+    assert rows[2]["images"][0].getpixel((0, 0)) == (255, 0, 0)
+
+
+def test_a_mistaken_format_says_what_was_found(tmp_path):
+    path = write(tmp_path / "rows.json", [{"image": "a.png", "caption": "red"}])
+    with pytest.raises(
+        ValueError, match=r"rows\.json` has the columns \['image', 'caption'\], which is no known format"
+    ):
+        load(path)
+    path = write(tmp_path / "pairs.json", [{"image": "a.png", "question": "?", "chosen": "a", "rejected": "b"}])
+    with pytest.raises(ValueError, match="this stage needs completion as well"):
+        load(path, image_folder=str(tmp_path), bad_rows="drop")
+
+
+BAD = [
+    LLAVA[0],
+    conversation("<image>\nwhat?", "it", image="nowhere.png"),
+    conversation("what?", ""),
+    conversation("<image>what?", "it"),
+    LLAVA[2],
+]
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_bad_rows_stop_the_reading_or_are_left_out_and_named(tmp_path, folder, streaming, caplog):
+    path = write(tmp_path / "rows.json", BAD)
+    rows = list(load(path, image_folder=str(folder), bad_rows="drop", streaming=streaming))
+    assert answers(rows) == ["a square", "red", "blue"]
+    assert [row["source_row"] for row in rows] == [0, 0, 4]
+    assert "problem" not in rows[0]
+    for part in ("Row 1: image", "nowhere.png` does not exist", "Row 2: an answer is empty", "Row 3 has 0 images"):
+        assert part in caplog.text
+    for number, message in (
+        (1, "Row 0: image `.*nowhere"),
+        (2, "Row 0: an answer is empty"),
+        (3, "Row 0 has 0 images"),
+    ):
+        write(path, BAD[number : number + 1])
+        with pytest.raises(ValueError, match=message):
+            list(load(path, image_folder=str(folder), streaming=streaming))
+
+
+def test_headers_alone_find_what_is_no_image_but_not_what_is_cut(tmp_path, folder, monkeypatch):
+    cut = folder / "cut.jpg"
+    noise = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
+    Image.fromarray(noise).save(cut)
+    cut.write_bytes(cut.read_bytes()[: cut.stat().st_size // 2])
+    path = write(tmp_path / "rows.jsonl", [row("cut.jpg")])
+    assert len(load(path, image_folder=str(folder), check_images="header")) == 1
+    (folder / "text.png").write_text("text")
+    write(path, [row("cut.jpg"), row("text.png")])
+    with pytest.raises(ValueError, match=r"Row 1: .*text\.png` is not a whole image"):
+        load(path, image_folder=str(folder), check_images="header")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
+    write(path, [row("cut.jpg")])
+    with pytest.raises(ValueError, match="Row 0: .* is refused as a decompression bomb"):
+        load(path, image_folder=str(folder), check_images="header")
+
+
+@pytest.mark.parametrize("option", ["multi_turn", "check_images", "bad_rows"])
+def test_unknown_choices_are_refused(option):
+    with pytest.raises(ValueError, match=f"`{option}` is 'some': give one of"):
+        DataArguments("rows.json", **{option: "some"})
+
+
+def test_several_processes_read_the_same_rows(tmp_path, folder):
+    path = write(tmp_path / "rows.jsonl", [row("a.png", answer=str(i)) for i in range(4)])
+    args = DataArguments(str(path), image_folder=str(folder))
+    assert answers(load_rows(args, columns=COLUMNS, num_proc=2)) == ["0", "1", "2", "3"]

@@ -1,0 +1,484 @@
+"""A teacher's answers, cached: equal to the live ones, found by content, refused when of another making, resumable."""
+
+import copy
+import dataclasses
+import functools
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from datasets import Dataset, load_dataset
+from safetensors.torch import load_file, save_file
+from transformers import AutoProcessor
+from trl.trainer.sft_trainer import DataCollatorForVisionLanguageModeling
+
+from helpers.ddp_gradients import RUN, assert_gradients_close, raw_gradients, sharpened
+from helpers.hub_server import HubServer
+from llava_mod_hf import MimicConfig, MimicTrainer, cli
+from llava_mod_hf.commands import arguments as arguments_module
+from llava_mod_hf.commands import cache_teacher, mimic
+from llava_mod_hf.commands.arguments import DistillArguments, UpcycleArguments
+from llava_mod_hf.commands.cache_teacher import CacheCommand, run_cache_teacher
+from llava_mod_hf.data import easy_vqa
+from llava_mod_hf.data.load import DataArguments
+from llava_mod_hf.fingerprints import row_key, weights_hash
+from llava_mod_hf.loading import load_model_and_processor
+from llava_mod_hf.losses.rows import shift_for_next_token
+from llava_mod_hf.teachers.answer_cache import check_settings
+from llava_mod_hf.teachers.cached_teacher import CachedTeacher
+from llava_mod_hf.training import run_folder
+
+TEMPERATURE = 2.0
+NUM_ROWS = 20
+SEED = 0
+ALL = 10**6  # more than any vocabulary
+
+
+@pytest.fixture(scope="module", autouse=True)
+def rows_read_once():
+    """The embedded questions are balanced anew by every command: a second each time."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(easy_vqa, "load", functools.cache(easy_vqa.load))
+        yield
+
+
+@pytest.fixture(scope="module")
+def models(make_student, make_teacher, processor, tmp_path_factory):
+    """Folders of a student, of a teacher that reads the same tensors, and of one with its own images and template."""
+    root = tmp_path_factory.mktemp("models")
+    for name, seed in (("student", 0), ("teacher", 1), ("other", 2)):
+        sharpened(make_student(moe_layers=[], seed=seed)).save_pretrained(root / name)
+        processor.save_pretrained(root / name)
+    model, teacher_processor = make_teacher()
+    model.save_pretrained(root / "foreign")
+    teacher_processor.save_pretrained(root / "foreign")
+    return {path.name: str(path) for path in root.iterdir()}
+
+
+def mimic_config(folder, **options):
+    arguments = {
+        **RUN,
+        "seed": SEED,
+        "temperature": TEMPERATURE,
+        "per_device_train_batch_size": 4,
+        "learning_rate": 1e-2,
+    }
+    return MimicConfig(output_dir=str(folder), **{**arguments, **options})
+
+
+def recipe(models, folder, teacher="teacher", **options):
+    """Argument groups of the mimic stage with a cache in `folder`."""
+    return (
+        DataArguments(dataset_name="embedded:easy-vqa", dataset_config="mixture", max_samples=NUM_ROWS),
+        DistillArguments(student=models["student"], teacher=models[teacher], teacher_cache=str(folder)),
+        UpcycleArguments(),
+        mimic_config(folder.parent / "run", **options),
+    )
+
+
+def write(models, folder, teacher="teacher", *, options=None, **command):
+    command = {"top_k": ALL, "log_probs_dtype": "float32", "shard_size": 8, **command}
+    return run_cache_teacher(*recipe(models, folder, teacher, **(options or {})), CacheCommand(**command))
+
+
+@pytest.fixture(scope="module")
+def caches(models, tmp_path_factory):
+    """Whole caches with the whole vocabulary, of either teacher."""
+    root = tmp_path_factory.mktemp("caches")
+    return {name: write(models, root / name, name) for name in ("teacher", "foreign")}
+
+
+def read(folder):
+    """By its files: `datasets` keeps what it once read of a folder by the folder's last name alone."""
+    return load_dataset("parquet", data_files=str(folder / "*.parquet"), split="train")
+
+
+def train_rows():
+    return easy_vqa.load("mixture", "train", SEED).select(range(NUM_ROWS))
+
+
+def live_trainer(models, name, tmp_path, **options):
+    student, processor = load_model_and_processor(models["student"])
+    teacher, teacher_processor = load_model_and_processor(models[name])
+    return MimicTrainer(
+        student,
+        teacher,
+        mimic_config(tmp_path / "live", **options),
+        train_dataset=train_rows(),
+        processing_class=processor,
+        teacher_processor=teacher_processor,
+    )
+
+
+def cached_trainer(models, folder, tmp_path, dataset=None, **options):
+    student, processor = load_model_and_processor(models["student"])
+    return MimicTrainer(
+        student,
+        CachedTeacher(str(folder)),
+        mimic_config(tmp_path / "cached", **options),
+        train_dataset=train_rows() if dataset is None else dataset,
+        processing_class=processor,
+    )
+
+
+@pytest.mark.parametrize("name", ["teacher", "foreign"])
+def test_a_cache_of_the_whole_vocabulary_gives_the_live_loss_and_gradients(models, caches, tmp_path, name):
+    found = {}
+    for kind in ("live", "cached"):
+        # shuffled: a row's place in the cache does not matter
+        options = {"train_sampling_strategy": "random", "max_steps": 1, "lm_weight": 0.5}
+        if kind == "live":
+            trainer = live_trainer(models, name, tmp_path, **options)
+        else:
+            trainer = cached_trainer(models, caches[name], tmp_path, **options)
+        found[kind] = raw_gradients(trainer), trainer.state.log_history[0]
+    for key in ("loss", "kl"):
+        assert found["cached"][1][key] == pytest.approx(found["live"][1][key], abs=1e-5)
+    assert_gradients_close(found["cached"][0], found["live"][0])
+
+
+def test_the_stage_trains_from_a_cache_with_no_teacher_in_memory(models, caches, tmp_path, monkeypatch):
+    def run(folder, cache):
+        groups = list(recipe(models, tmp_path / "unused", "teacher", max_steps=2))
+        groups[1].teacher_cache = cache
+        groups[-1].output_dir = str(folder)
+        return mimic.mimic(*groups)
+
+    live = run(tmp_path / "live", None)
+    monkeypatch.setattr(DistillArguments, "load_teacher", lambda *_: pytest.fail("the teacher was loaded"))
+    cached = run(tmp_path / "cached", str(caches["teacher"]))
+    for key in ("first_loss", "last_loss"):
+        assert cached[key] == pytest.approx(live[key], abs=1e-5)
+    assert live["first_loss"] != live["last_loss"]
+
+
+def explicit_distributions(models, example):
+    """Distributions of the live teacher over a row's response tokens at the temperature, in float64."""
+    model, processor = load_model_and_processor(models["teacher"])
+    batch = DataCollatorForVisionLanguageModeling(processor, completion_only_loss=True)([dict(example)])
+    keep, _ = shift_for_next_token(batch.pop("labels"))
+    with torch.no_grad():
+        return (model(**batch).logits[keep].double() / TEMPERATURE).softmax(-1)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_the_k_most_likely_tokens_are_kept_at_the_temperature(models, tmp_path, dtype):
+    k = 5
+    folder = write(models, tmp_path / "cache", top_k=k, log_probs_dtype=dtype)
+    cached = read(folder)
+    assert (len(cached), cached["row"][:]) == (NUM_ROWS, list(range(NUM_ROWS)))
+    for number in (0, 3, NUM_ROWS - 1):
+        expected, tokens = explicit_distributions(models, train_rows()[number]).topk(k)
+        row = cached[number]
+        assert row["aligned"] == [True] * len(tokens)
+        assert row["token_ids"] == tokens.tolist()
+        tolerance = 1e-5 if dtype == "float32" else 2e-3
+        np.testing.assert_allclose(row["log_probs"], expected.log().numpy(), rtol=tolerance, atol=1e-5)
+
+
+def test_a_cache_is_a_data_set_with_a_card(models, caches):
+    folder = caches["foreign"]
+    rows_of = read(folder)
+    stream = load_dataset(str(folder), split="train", streaming=True)
+    assert len(rows_of) == NUM_ROWS
+    assert [row["key"] for row in stream] == rows_of["key"][:]
+    card = (folder / "README.md").read_text()
+    assert "path: '*.parquet'" in card
+    assert models["foreign"] not in card  # no folder of this machine
+    assert "softmax(logits / 2.0)" in card
+    # the ends of turns differ, and have no numbers
+    assert sum(map(sum, rows_of["aligned"][:])) == sum(map(len, rows_of["token_ids"][:]))
+    assert all(flags[-1] is False for flags in rows_of["aligned"][:])
+
+
+# --- lookup ---
+
+
+def test_rows_are_found_by_content(caches, processor):
+    teacher = CachedTeacher(str(caches["teacher"]))
+    collator = DataCollatorForVisionLanguageModeling(processor, completion_only_loss=True)
+    data = train_rows()
+    whole = read(caches["teacher"])
+    for numbers in ([3, 0, 17], [5], [5, 5]):
+        examples = [data[number] for number in numbers]
+        batch = collator([dict(example) for example in examples])
+        own = teacher.collate(examples, batch)
+        expected = [token for number in numbers for token in whole[number]["token_ids"]]
+        assert own["index"].tolist() == expected
+        labels = batch.pop("labels")
+        answer = teacher.rows(batch, own, labels)
+        assert answer.aligned.all()
+        assert len(answer.aligned) == len(expected) == (labels[:, 1:] != -100).sum()
+        assert (answer.index.dtype, answer.log_probs.dtype) == (torch.int64, torch.float32)
+
+
+def test_rows_that_the_cache_lacks_are_refused_with_their_number(caches, processor, tmp_path):
+    teacher = CachedTeacher(str(caches["teacher"]))
+    teacher.check_rows(train_rows().shuffle(seed=0))
+    more = easy_vqa.load("mixture", "train", SEED).select(range(10, NUM_ROWS + 7))
+    known = {str((row["prompt"], row["completion"])) for row in train_rows()}
+    new = [number for number, row in enumerate(more) if str((row["prompt"], row["completion"])) not in known]
+    assert 10 in new and len(new) > 1
+    with pytest.raises(ValueError, match=rf"lacks {len(new)} of 17 rows.*first row {new[0]}, whose words"):
+        teacher.check_rows(more)
+    columns = train_rows().select_columns(["prompt", "completion", "images"])
+    images = columns["images"][:]
+    swapped = Dataset.from_dict({**columns[:], "images": [images[-1], *images[1:]]}, features=columns.features)
+    with pytest.raises(ValueError, match=r"lacks 1 of 16 rows.*first row 0, whose images"):
+        teacher.check_rows(swapped)
+    collator = DataCollatorForVisionLanguageModeling(processor, completion_only_loss=True)
+    examples = [dict(row) for row in more.select([0, 15, 16])]
+    with pytest.raises(ValueError, match=r"lacks 2 of 3 rows of a batch"):
+        teacher.collate(examples, collator([dict(example) for example in examples]))
+    short = DataCollatorForVisionLanguageModeling(processor, completion_only_loss=True, max_length=25)
+    with pytest.raises(ValueError, match=r"Row 10 .* take the `max_length`"):
+        teacher.collate(examples[:1], short([dict(examples[0])]))
+
+
+def test_a_key_says_words_and_images_and_nothing_else():
+    row = train_rows()[0]
+    key = row_key(row)
+    assert key == row_key({**row, "kind": "other", "row": 7})
+    assert key != row_key({**row, "completion": [{"role": "assistant", "content": "other"}]})
+    image = row["images"][0].convert("RGB")
+    changed = image.copy()
+    changed.putpixel((0, 0), (1, 2, 3))
+    assert key == row_key({**row, "images": [image]})
+    assert key.split("-")[0] == row_key({**row, "images": [changed]}).split("-")[0]
+    assert len({key, row_key({**row, "images": [changed]}), row_key({**row, "images": []})}) == 3
+
+
+# --- of another making ---
+
+
+def trained_from(models, folder, **changes):
+    """The mimic stage's check of a cache, with a recipe that differs."""
+    groups = recipe(
+        models, folder, **{k: v for k, v in changes.items() if k in ("temperature", "teacher", "max_steps")}
+    )
+    distill = dataclasses.replace(groups[1], **{k: v for k, v in changes.items() if k.startswith("teacher_")})
+    processor = changes.get("processor") or AutoProcessor.from_pretrained(models["student"])
+    settings = arguments_module.settings_of_cache(
+        distill, groups[-1], processor, changes.get("columns", ["prompt", "completion"])
+    )
+    return CachedTeacher(str(folder), expected=settings)
+
+
+def copy_of(models, name, tmp_path, change):
+    """Another folder of a model, after `change(folder)`."""
+    folder = tmp_path / "changed"
+    shutil.copytree(models[name], folder)
+    change(folder)
+    return {**models, "teacher": str(folder)}
+
+
+def change_weight(folder):
+    weights = load_file(folder / "model.safetensors")
+    weights["model.language_model.norm.weight"][0] += 1e-3
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def change_json(folder, name, change):
+    value = json.loads((folder / name).read_text())
+    change(value)
+    (folder / name).write_text(json.dumps(value))
+
+
+CHANGES = {
+    "teacher weights": change_weight,
+    "teacher config": lambda f: change_json(f, "config.json", lambda c: c["text_config"].update(rms_norm_eps=1e-3)),
+    "teacher chat template": lambda f: (f / "chat_template.jinja").write_text("{{ messages[0]['content'] }}<image>"),
+    "teacher image processor": lambda f: change_json(
+        f, "processor_config.json", lambda c: c["image_processor"].update(image_mean=[0.1, 0.1, 0.1])
+    ),
+    "teacher image tokens": lambda f: change_json(f, "processor_config.json", lambda c: c.update(patch_size=8)),
+}
+
+
+@pytest.mark.parametrize("what", CHANGES)
+def test_another_teacher_is_refused_by_what_differs(models, caches, tmp_path, what):
+    with pytest.raises(ValueError, match=f"another `{what}`"):
+        trained_from(copy_of(models, "teacher", tmp_path, CHANGES[what]), caches["teacher"])
+
+
+@pytest.mark.parametrize(
+    ("what", "changes"),
+    [
+        ("temperature", {"temperature": 1.0}),
+        ("teacher dtype", {"teacher_dtype": "bfloat16"}),
+        ("teacher quantization", {"teacher_quantization": "8bit"}),
+        ("loss on", {"columns": ["messages"]}),
+    ],
+)
+def test_other_options_are_refused(models, caches, what, changes):
+    with pytest.raises(ValueError, match=f"another `{what}`"):
+        trained_from(models, caches["teacher"], **changes)
+
+
+def test_another_template_of_the_student_is_refused(models, caches, processor):
+    other = copy.deepcopy(processor)
+    other.chat_template += " "
+    with pytest.raises(ValueError, match="another `chat template`"):
+        trained_from(models, caches["teacher"], processor=other)
+
+
+def test_the_same_teacher_elsewhere_in_other_files_is_the_same(models, caches, tmp_path):
+    def reshard(folder):
+        model, _ = load_model_and_processor(str(folder))
+        (folder / "model.safetensors").unlink()
+        model.save_pretrained(folder, max_shard_size="50KB")
+        assert len(list(folder.glob("*.safetensors"))) > 2
+
+    elsewhere = copy_of(models, "teacher", tmp_path, reshard)
+    assert weights_hash(tmp_path / "changed") == weights_hash(run_folder.Path(models["teacher"]))
+    assert trained_from(elsewhere, caches["teacher"]).settings["temperature"] == TEMPERATURE
+
+
+def test_a_teacher_that_is_not_on_this_machine_is_not_compared(models, caches):
+    elsewhere = {**models, "teacher": "somebody/teacher-that-is-not-here"}
+    assert trained_from(elsewhere, caches["teacher"])
+    with pytest.raises(ValueError, match="another `temperature`"):
+        trained_from(elsewhere, caches["teacher"], temperature=1.0)
+
+
+def test_no_cache_is_refused(models, tmp_path):
+    with pytest.raises(ValueError, match="cache-teacher"):
+        check_settings(tmp_path, {})
+
+
+# --- writing ---
+
+
+def contents(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.suffix in (".parquet", ".yaml")}
+
+
+def test_a_run_that_was_killed_goes_on_and_equals_an_uninterrupted_one(models, caches, tmp_path, monkeypatch):
+    folder, batches = tmp_path / "cache", []
+
+    class Killed(BaseException):
+        pass
+
+    original = cache_teacher.TeacherWriter._collate
+
+    def collate(self, numbers):
+        batches.append(numbers)
+        if len(batches) == 4:  # in the middle of the second shard of 8 rows
+            raise Killed
+        return original(self, numbers)
+
+    monkeypatch.setattr(cache_teacher.TeacherWriter, "_collate", collate)
+    with pytest.raises(Killed):
+        write(models, folder)
+    assert sorted(contents(folder)) == ["shards.yaml", "train-00000-of-00003.parquet"]
+    assert not (folder / "README.md").exists()
+    with pytest.raises(ValueError, match="lacks 2 of 3 shards"):
+        CachedTeacher(str(folder))
+    with pytest.raises(ValueError, match="another|begun with"):  # not with other options
+        write(models, folder, top_k=3)
+    batches[:] = [None] * 4
+    write(models, folder)
+    assert len(batches) == 4 + 3  # rows 8 to 19 alone
+    assert contents(folder) == contents(caches["teacher"])
+    assert (folder / "README.md").is_file()
+
+
+def test_parts_written_by_several_processes_are_the_whole(models, caches, tmp_path):
+    folder = tmp_path / "cache"
+    write(models, folder, shard=1, num_shards=2)
+    assert sorted(contents(folder)) == ["shards.yaml", "train-00001-of-00003.parquet"]
+    write(models, folder, shard=0, num_shards=2)
+    assert contents(folder) == contents(caches["teacher"])
+
+
+@pytest.mark.slow
+def test_launched_processes_share_the_work(models, caches, tmp_path):
+    folder = tmp_path / "cache"
+    groups = recipe(models, folder)
+    values = {
+        "dataset_name": "embedded:easy-vqa",
+        "dataset_config": "mixture",
+        "max_samples": NUM_ROWS,
+        "student": models["student"],
+        "teacher": models["teacher"],
+        "teacher_cache": str(folder),
+        "output_dir": groups[-1].output_dir,
+        "ddp_backend": "gloo",
+        **{**RUN, "seed": SEED, "temperature": TEMPERATURE, "per_device_train_batch_size": 4},
+    }
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(values))
+    command = [sys.executable, "-m", "llava_mod_hf.cli", "cache-teacher", "--config", str(tmp_path / "recipe.yaml")]
+    command += ["--top_k", str(ALL), "--log_probs_dtype", "float32", "--shard_size", "8"]
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    launched = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
+    processes = [
+        subprocess.Popen(
+            command,
+            env={**os.environ, **launched, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    try:
+        said = [process.communicate(timeout=120)[1] for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    assert [process.returncode for process in processes] == [0, 0], said
+    assert ["Wrote 2 shards" in said[0], "Wrote 1 shards" in said[1]] == [True, True]
+    found, expected = read(folder), read(caches["teacher"])
+    assert found["key"][:] == expected["key"][:]
+    # another number of threads rounds otherwise, and may swap tokens that are as likely
+    for row, other in zip(found["log_probs"], expected["log_probs"], strict=True):
+        np.testing.assert_allclose(row, other, atol=1e-4)
+
+
+def test_pushed_to_the_hub_and_trained_from_there(models, caches, hub: HubServer, tmp_path):
+    folder = tmp_path / "cache"
+    shutil.copytree(caches["teacher"], folder)
+    (folder / ".shards.yaml.0.part").touch()  # left by a run that was killed
+    write(models, folder, push_to="me/answers", private=True)
+    files = hub.repos["me/answers"].branches["main"].files
+    assert sorted(files) == [".gitattributes", "README.md", "shards.yaml"] + [
+        f"train-0000{index}-of-00003.parquet" for index in range(3)
+    ]
+    assert hub.repos["me/answers"].private
+    teacher = CachedTeacher("me/answers")
+    teacher.check_rows(train_rows())
+    assert teacher.settings == yaml.safe_load((folder / "shards.yaml").read_text())
+    (folder / "weights.bin").touch()
+    with pytest.raises(ValueError, match="weights.bin"):
+        write(models, folder, push_to="me/answers")
+
+
+def test_rows_longer_than_the_context_are_left_out_as_the_stage_does(models, tmp_path):
+    processor = AutoProcessor.from_pretrained(models["student"])
+    collator = DataCollatorForVisionLanguageModeling(processor, completion_only_loss=True)
+    lengths = [int(collator([dict(row)])["attention_mask"].sum()) for row in train_rows()]
+    longest = sorted(lengths)[NUM_ROWS // 2]
+    folder = write(models, tmp_path / "cache", top_k=2, options={"max_length": longest})
+    assert len(read(folder)) == sum(length <= longest for length in lengths) < NUM_ROWS
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"top_k": 0}, {"shard_size": 0}, {"log_probs_dtype": "int8"}, {"shard": 1}, {"shard": 2, "num_shards": 2}]
+)
+def test_options_that_cannot_be_are_refused(wrong):
+    with pytest.raises(ValueError, match=next(iter(wrong))):
+        CacheCommand(**wrong)
+
+
+def test_a_recipe_without_a_cache_is_refused(models, tmp_path, capsys):
+    arguments = ["--dataset_name", "embedded:easy-vqa", "--student", "s", "--teacher", "t", "--use_cpu", "true"]
+    assert cli.main(["cache-teacher", *arguments, "--output_dir", str(tmp_path), "--bf16", "false"]) == 2
+    assert "teacher_cache" in capsys.readouterr().err

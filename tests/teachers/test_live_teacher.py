@@ -1,0 +1,512 @@
+"""The teacher: which tokens it is compared on, its head, its own processor and images, and what is refused."""
+
+import copy
+import math
+
+import pytest
+import torch
+from PIL import Image
+from transformers import (
+    CohereConfig,
+    CohereForCausalLM,
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    GraniteConfig,
+    GraniteForCausalLM,
+    PhiConfig,
+    PhiForCausalLM,
+)
+from trl.trainer.sft_trainer import DataCollatorForVisionLanguageModeling
+
+from helpers.ddp_gradients import rows, sharpened
+from llava_mod_hf.loading import load_model_and_processor, quantization_config
+from llava_mod_hf.losses.rows import shift_for_next_token
+from llava_mod_hf.teachers.live_teacher import LiveTeacher
+from llava_mod_hf.teachers.output_head import head_of
+from llava_mod_hf.teachers.response_alignment import align_labels, align_response
+from llava_mod_hf.teachers.vision_sharing import SharedVisionTower, share_vision_tower
+from llava_mod_hf.teachers.vocabulary import check_teacher, shared_vocab_size
+
+
+@pytest.fixture(scope="module")
+def student(make_student):
+    return sharpened(make_student(moe_layers=[]))
+
+
+@pytest.fixture(scope="module")
+def collator(processor):
+    return DataCollatorForVisionLanguageModeling(processor, completion_only_loss=True)
+
+
+@pytest.fixture(scope="module")
+def live(student, processor, collator):
+    """`live(model, teacher_processor, collator=…)`: a [`LiveTeacher`] of the student."""
+
+    def make(model, teacher_processor=None, collator=collator):
+        return LiveTeacher(
+            model, student=student, processor=processor, teacher_processor=teacher_processor, collator=collator
+        )
+
+    return make
+
+
+def examples(count=4):
+    return [dict(row) for row in rows(count=count)]
+
+
+def conversation(processor):
+    """Rows of two turns, and a collator that supervises both answers."""
+    image = Image.new("RGB", (64, 64), "red")
+    turns = [("what is it?", "a red circle"), ("is it red?", "yes")]
+    messages = [
+        {"role": role, "content": text}
+        for turn in turns
+        for role, text in zip(("user", "assistant"), turn, strict=True)
+    ]
+    collator = DataCollatorForVisionLanguageModeling(processor, assistant_only_loss=True)
+    return [{"images": [image], "messages": messages}, {"images": [image], "messages": messages[:2]}], collator
+
+
+# --- alignment ---
+
+
+@pytest.mark.parametrize(
+    ("ours", "theirs", "pairs"),
+    [
+        (["yes", "<e>"], ["yes", "<e>"], [(0, 0), (1, 1)]),
+        (["yes", "<e>"], ["yes", "</s>", "\n"], [(0, 0)]),  # another end of the turn
+        (["a", "Ġred", "<e>"], ["Ġa", "Ġred", "<e>"], [(1, 1), (2, 2)]),  # a space before the answer
+        (["no", "Ġno", "Ġno", "<e>"], ["Ġno", "Ġno", "Ġno", "</s>"], [(1, 1), (2, 2)]),
+        (["Ġno", "Ġno", "Ġno", "</s>"], ["no", "Ġno", "Ġno", "<e>"], [(1, 1), (2, 2)]),
+        (["a", "Ġtri", "angle"], ["a", "Ġtriangle"], [(0, 0)]),  # cut otherwise
+        (["yes"], ["Ġno"], []),
+        ([], ["yes"], []),
+    ],
+)
+def test_tokens_are_aligned_at_the_same_place_of_the_text(ours, theirs, pairs):
+    assert align_response(ours, theirs) == pairs
+
+
+def test_a_row_with_another_number_of_responses_is_not_aligned(tokenizer):
+    labels = torch.tensor([[-100, 300, -100, 301], [-100, 300, -100, 301]])
+    theirs = torch.tensor([[-100, -100, 300, 301], [300, -100, -100, 301]])
+    aligned, keep = align_labels(labels, theirs, tokenizer)
+    # the first has one run there and two here; in the second nothing predicts the first token
+    assert aligned.tolist() == [[False] * 4, [False, False, True, False]]
+    assert keep.tolist() == [[False] * 4, [False, False, True, False]]
+
+
+def marked_targets(labels, mask):
+    """Tokens that the marked positions predict."""
+    return labels[:, 1:][mask[:, :-1]].tolist()
+
+
+@pytest.mark.parametrize("turns", ["one", "two"])
+def test_another_template_and_image_size_are_aligned_token_by_token(live, make_teacher, processor, collator, turns):
+    data = examples()
+    if turns == "two":
+        data, collator = conversation(processor)
+    before = copy.deepcopy(data)
+    batch = collator([dict(row) for row in data])
+    teacher = live(*make_teacher(), collator=collator)
+    own = teacher.collate(data, batch)
+    assert data == before
+    assert own["input_ids"].shape[1] != batch["input_ids"].shape[1]
+    assert own["pixel_values"].shape[-1] == 96
+
+    ours = marked_targets(batch["labels"], own["aligned"])
+    theirs = marked_targets(own["input_ids"], own["keep"])
+    assert ours == theirs
+    keep, targets = shift_for_next_token(batch["labels"])
+    end = processor.tokenizer.convert_tokens_to_ids("<|end|>")
+    assert ours == [token for token in targets.tolist() if token != end]  # all but the ends of turns
+    assert (targets == end).sum() == (3 if turns == "two" else 4)
+    assert not (own["aligned"] & ~keep).any()
+
+
+def test_the_same_template_and_another_image_size_align_every_token(live, make_teacher, processor, collator):
+    model, teacher_processor = make_teacher()
+    teacher_processor.chat_template = processor.chat_template
+    batch = collator(examples())
+    own = live(model, teacher_processor).collate(examples(), batch)
+    assert torch.equal(own["aligned"], shift_for_next_token(batch["labels"])[0])
+
+
+def test_equal_processors_read_the_same_tensors(live, make_student, processor, collator):
+    other = copy.deepcopy(processor)
+    other(text="any", padding="max_length", max_length=8, truncation=True)  # leaves a trace in the tokenizer
+    teacher = live(make_student(moe_layers=[], seed=1), other)
+    assert teacher.collate(examples(), collator(examples())) == {}
+
+
+def test_the_share_of_unaligned_tokens_is_reported(live, make_teacher, collator):
+    batch = collator(examples())
+    tokens = (batch["labels"] != -100).sum().item()
+    assert live(*make_teacher()).check_alignment(examples(), batch) == pytest.approx(4 / tokens)
+    assert live(*make_teacher(end="<|end|>")).check_alignment(examples(), batch) == 0
+
+
+def test_responses_that_cannot_be_aligned_are_refused_with_the_first(live, make_teacher, collator):
+    # a space before the answer: the first word is another token, in sentences and in answers of one word
+    batch = collator(examples())
+    teacher = live(*make_teacher(before=" ", end="<|end|>"))
+    own = teacher.collate(examples(), batch)
+    ours = marked_targets(batch["labels"], own["aligned"])
+    assert 0 < len(ours) == (batch["labels"] != -100).sum() - 4
+    assert ours == marked_targets(own["input_ids"], own["keep"])
+    with pytest.raises(ValueError, match=r"\d\d% of the words") as error:
+        teacher.check_alignment(examples(), batch)
+    answer = examples()[0]["answer"]
+    assert f"'{answer}<|end|>' for the student and ' {answer}<|end|>' for the teacher" in str(error.value)
+
+
+def test_an_own_processor_needs_rows_with_images(live, make_teacher):
+    with pytest.raises(ValueError, match="column `images`"):
+        live(*make_teacher(), collator=lambda batch: batch)
+
+
+# --- what it answers ---
+
+
+def logits_of(hidden, head):
+    """From hidden states to logits, written out in float64."""
+    weight, bias, softcap, scale = head
+    logits = hidden.double() @ weight.double().T
+    logits = (logits if bias is None else logits + bias.double()) * scale
+    return logits if softcap is None else softcap * torch.tanh(logits / softcap)
+
+
+def test_rows_of_the_same_tensors_are_the_models_logits(live, make_student, processor, collator):
+    model = sharpened(make_student(moe_layers=[], seed=1))
+    batch = collator(examples())
+    labels = batch.pop("labels")
+    found = live(model, processor).rows(dict(batch), {}, labels)
+    assert found.aligned is None
+    expected = model(**batch).logits[shift_for_next_token(labels)[0]]
+    torch.testing.assert_close(logits_of(found.hidden, found.head), expected.double(), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("padding", [0, 10])
+def test_rows_of_own_tensors_are_the_models_logits_at_the_same_words(live, make_teacher, tokenizer, collator, padding):
+    model, teacher_processor = make_teacher(vocab_size=len(tokenizer) + padding)
+    batch = collator(examples())
+    teacher = live(model, teacher_processor)
+    found = teacher.rows({}, teacher.collate(examples(), batch), batch["labels"])
+    # by hand: each row alone, the words of the answer after the prompt, where `rows` pads and selects
+    expected, targets = [], []
+    for example in examples():
+        text = teacher_processor.apply_chat_template(
+            [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": example["question"]}]}],
+            add_generation_prompt=True,
+        )
+        inputs = teacher_processor(images=example["images"], text=text + example["answer"], return_tensors="pt")
+        count = len(tokenizer(example["answer"])["input_ids"])
+        targets += inputs["input_ids"][0, -count:].tolist()
+        expected.append(model(**inputs).logits[0, -count - 1 : -1, : len(tokenizer)])
+    assert found.aligned.sum() == len(targets) == len(found.hidden)
+    _, supervised = shift_for_next_token(batch["labels"])
+    assert supervised[found.aligned].tolist() == targets
+    torch.testing.assert_close(logits_of(found.hidden, found.head), torch.cat(expected).double(), rtol=1e-4, atol=1e-4)
+    assert teacher.shared_vocab_size == (len(tokenizer) if padding else None)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_teacher_of_half_precision_answers(live, make_teacher, collator, dtype):
+    model, teacher_processor = make_teacher()
+    batch = collator(examples())
+    full, half = (live(m, teacher_processor) for m in (model, copy.deepcopy(model).to(dtype)))
+    own = full.collate(examples(), batch)
+    answers = [teacher.rows({}, own, batch["labels"]) for teacher in (full, half)]
+    expected, found = (logits_of(answer.hidden, answer.head) for answer in answers)
+    assert half.head.weight.dtype == dtype
+    torch.testing.assert_close(found, expected, rtol=0, atol=0.05 * expected.abs().max().item())
+
+
+def test_the_hidden_states_can_be_saved_for_a_backward_pass(live, make_student, processor, collator):
+    batch = collator(examples())
+    labels = batch.pop("labels")
+    found = live(make_student(moe_layers=[], seed=1)).rows(dict(batch), {}, labels)
+    scale = torch.ones((), requires_grad=True)
+    (found.hidden * scale).sum().backward()
+    assert scale.grad.item() == pytest.approx(found.hidden.sum().item(), rel=1e-4)
+    assert not any(p.requires_grad for p in (found.head.weight, found.hidden))
+
+
+def test_a_teacher_that_gives_nan_is_refused(live, make_student, processor, collator):
+    model = make_student(moe_layers=[], seed=1)
+    model.model.language_model.norm.weight.data[0] = math.nan
+    batch = collator(examples())
+    labels = batch.pop("labels")
+    count = shift_for_next_token(labels)[0].sum().item()
+    with pytest.raises(ValueError, match=f"not finite at {count} of {count} positions"):
+        live(model).rows(dict(batch), {}, labels)
+
+
+# --- heads of the families ---
+
+SMALL = {
+    "vocab_size": 64,
+    "hidden_size": 32,
+    "intermediate_size": 32,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 2,
+    "pad_token_id": 0,
+    "bos_token_id": None,
+    "eos_token_id": None,
+}
+FAMILIES = {
+    "gemma2": (Gemma2ForCausalLM, Gemma2Config(**SMALL, head_dim=16, final_logit_softcapping=5.0)),
+    "phi": (PhiForCausalLM, PhiConfig(**SMALL)),
+    "cohere": (CohereForCausalLM, CohereConfig(**SMALL, logit_scale=0.25)),
+    "granite": (GraniteForCausalLM, GraniteConfig(**SMALL, logits_scaling=8.0)),
+}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_head_is_the_familys(family, dtype):
+    model_class, config = FAMILIES[family]
+    torch.manual_seed(0)
+    model = model_class(config).eval()
+    layer = model.get_output_embeddings()
+    layer.weight.data.mul_(20)
+    if layer.bias is not None:
+        layer.bias.data.normal_()
+    model.to(dtype)
+    head = head_of(model)
+    ids = torch.arange(8)[None]
+    hidden = model.base_model(input_ids=ids).last_hidden_state[0]
+    expected = model(input_ids=ids).logits[0].double()
+    found = logits_of(hidden, head)
+    tolerance = 1e-4 if dtype == torch.float32 else 0.02
+    torch.testing.assert_close(found, expected, rtol=tolerance, atol=tolerance * expected.abs().max().item())
+    plain = hidden.double() @ head.weight.double().T
+    assert not torch.allclose(plain, expected, rtol=0.05), "the family's own step must matter here"
+    assert not layer._forward_hooks
+
+
+def test_an_option_that_the_class_does_not_use_is_not_the_heads(make_teacher, tokenizer):
+    model, _ = make_teacher()
+    model.config.text_config.final_logit_softcapping = 5.0  # as stock LLaVA over Gemma2 has it
+    assert head_of(model).softcap is None
+
+
+def test_a_head_that_is_not_understood_is_refused(make_teacher):
+    model, _ = make_teacher()
+
+    def square(module, args, output):
+        output.logits = output.logits**2
+
+    model.register_forward_hook(square)
+    with pytest.raises(ValueError, match="no scale and no softcap"):
+        head_of(model)
+
+
+# --- vocabularies ---
+
+
+def with_tokens(processor, *tokens):
+    other = copy.deepcopy(processor)
+    other.tokenizer.add_tokens(list(tokens))
+    return other
+
+
+def test_vocabularies_that_differ_in_padding_share_the_real_tokens(student, make_teacher, processor):
+    size = len(processor.tokenizer)
+    for padding in (8, 64):
+        teacher, teacher_processor = make_teacher(vocab_size=size + padding)
+        assert shared_vocab_size(student, teacher, processor, teacher_processor) == size
+        check_teacher(student, _images_as(student, teacher), processor, teacher_processor)
+    teacher, teacher_processor = make_teacher()
+    assert shared_vocab_size(student, teacher, processor, teacher_processor) is None
+    assert shared_vocab_size(student, teacher, processor) is None
+
+
+def _images_as(student, teacher):
+    teacher.config.image_seq_length = student.config.image_seq_length
+    return teacher
+
+
+def test_a_token_that_one_tokenizer_alone_has_at_the_end_is_left_out(student, make_teacher, processor):
+    size = len(processor.tokenizer)
+    teacher, teacher_processor = make_teacher(vocab_size=size + 64)
+    assert shared_vocab_size(student, teacher, processor, with_tokens(teacher_processor, "<|more|>")) == size
+    with pytest.raises(ValueError, match=r"first at token '<\|more\|>'"):  # the very tensors cannot be read by both
+        check_teacher(student, _images_as(student, teacher), processor, with_tokens(teacher_processor, "<|more|>"))
+
+
+def test_another_tokenizer_is_refused_by_its_first_differing_token(student, make_teacher, processor):
+    teacher, teacher_processor = make_teacher(vocab_size=len(processor.tokenizer) + 64)
+    first = len(processor.tokenizer)
+    ours, theirs = with_tokens(processor, "<a>", "<b>", "<c>"), with_tokens(teacher_processor, "<a>", "<c>", "<b>")
+    with pytest.raises(ValueError, match=f"first at token '<b>' with id {first + 1}"):
+        shared_vocab_size(student, teacher, ours, theirs)
+    # another id beyond those that are shared
+    with pytest.raises(ValueError, match="'<c>'"):
+        shared_vocab_size(student, teacher, with_tokens(processor, "<a>", "<c>"), theirs_with_hole(teacher_processor))
+
+
+def theirs_with_hole(processor):
+    """`<c>` at a higher id, and nothing where the student has it."""
+    other = with_tokens(processor, "<a>", "<c>")
+    vocabulary = other.tokenizer.get_vocab()
+    vocabulary["<c>"] += 5
+    other.tokenizer.get_vocab = lambda: vocabulary
+    return other
+
+
+def test_sizes_that_differ_need_the_teachers_processor(student, make_teacher, processor):
+    teacher, _ = make_teacher(vocab_size=len(processor.tokenizer) + 8)
+    with pytest.raises(ValueError, match="give the teacher's processor"):
+        shared_vocab_size(student, teacher, processor)
+
+
+def test_a_processor_of_another_model_is_refused(student, make_teacher, processor):
+    teacher, teacher_processor = make_teacher(vocab_size=len(processor.tokenizer) - 8)
+    with pytest.raises(ValueError, match="does not belong to its model"):
+        shared_vocab_size(student, teacher, processor, teacher_processor)
+
+
+# --- loading ---
+
+
+def test_quantisations_of_a_recipe():
+    assert quantization_config(None) is None
+    assert quantization_config("8bit").load_in_8bit
+    assert quantization_config("4bit").bnb_4bit_quant_type == "nf4"
+    other = quantization_config('{"quant_method": "quanto", "weights": "int8"}')
+    assert (other.quant_method, other.weights) == ("quanto", "int8")
+    for wrong in ("3bit", '{"weights": "int8"}', '{"quant_method": "none"}', "[]"):
+        with pytest.raises(ValueError, match="none of 8bit, 4bit"):
+            quantization_config(wrong)
+
+
+def test_a_quantisation_without_its_library_is_refused(make_teacher, tmp_path, monkeypatch):
+    def missing(*args, **kwargs):
+        raise ImportError("pip install optimum-quanto")
+
+    model, processor = make_teacher()
+    model.save_pretrained(tmp_path)
+    processor.save_pretrained(tmp_path)
+    monkeypatch.setattr("transformers.quantizers.quantizer_quanto.QuantoHfQuantizer.validate_environment", missing)
+    with pytest.raises(ValueError, match="install it"):
+        load_model_and_processor(str(tmp_path), quantization='{"quant_method": "quanto", "weights": "int8"}')
+
+
+def test_dtype_and_device_are_the_options(make_teacher, tmp_path):
+    model, processor = make_teacher()
+    model.save_pretrained(tmp_path)
+    processor.save_pretrained(tmp_path)
+    loaded, _ = load_model_and_processor(str(tmp_path), dtype="bfloat16", device="meta")
+    assert (loaded.dtype, loaded.device.type) == (torch.bfloat16, "meta")
+
+
+# --- vision features once ---
+
+
+@pytest.fixture
+def pair(make_student, processor):
+    """A student with a frozen tower, and a teacher with the same one; how often towers ran."""
+
+    def make(trained=False):
+        student, teacher = sharpened(make_student(seed=0)), sharpened(make_student(moe_layers=[], seed=1))
+        teacher.model.vision_tower.load_state_dict(student.model.vision_tower.state_dict())
+        student.model.vision_tower.requires_grad_(trained)
+        runs = []
+        for name, model in (("student", student), ("teacher", teacher)):
+            model.model.vision_tower.register_forward_hook(lambda *_, name=name: runs.append(name))
+        return student, teacher, runs
+
+    return make
+
+
+def batches(collator, count=2):
+    data = examples(8)
+    found = [collator(data[4 * i : 4 * i + 4]) for i in range(count)]
+    for batch in found:
+        batch.pop("labels")
+    return found
+
+
+def test_the_tower_runs_once_per_step_with_identical_results(pair, processor, collator):
+    student, teacher, runs = pair()
+    expected = [teacher(**batch).logits for batch in batches(collator)]
+    own = sum(p.numel() for p in teacher.model.vision_tower.parameters())
+    total = teacher.num_parameters()
+    runs.clear()
+    assert share_vision_tower(student, teacher, processor, copy.deepcopy(processor))
+    assert teacher.num_parameters() == total - own
+    assert isinstance(teacher.model.vision_tower, SharedVisionTower)
+    student.train()
+    student.gradient_checkpointing_enable({"use_reentrant": False})
+    for batch, logits in zip(batches(collator), expected, strict=True):  # accumulation: two micro-batches
+        student(**batch).logits.sum().backward()
+        assert teacher.model.vision_tower._seen[-1].pooler_output is None  # no hold on the student's graph
+        with torch.inference_mode():
+            found = teacher(**batch).logits
+        assert torch.equal(found, logits)
+    assert runs == ["student", "student"]
+    student.eval()
+    with torch.no_grad():  # evaluation
+        student(**batch)
+        assert torch.equal(teacher(**batch).logits, logits)
+    assert runs == ["student"] * 3
+    assert student.state_dict().keys() == pair()[0].state_dict().keys()
+
+
+def test_shared_features_are_never_stale(pair, collator):
+    student, teacher, runs = pair()
+    first, second = batches(collator)
+    expected = [teacher(**batch).logits for batch in (first, second)]
+    assert share_vision_tower(student, teacher)
+    runs.clear()
+    student(**first)
+    assert torch.equal(teacher(**second).logits, expected[1])  # other pixels
+    assert torch.equal(teacher(**second).logits, expected[1])  # nothing remembered
+    student(**first)
+    changed = dict(first)
+    changed["pixel_values"] = first["pixel_values"].copy_(second["pixel_values"])  # the same tensor, written over
+    found = teacher(**changed).logits
+    assert not torch.allclose(found, expected[0])
+    assert runs == ["student"] * 5
+    student(**second)
+    again = {**second, "pixel_values": second["pixel_values"].clone()}  # equal pixels in another tensor
+    assert torch.equal(teacher(**again).logits, expected[1])
+    assert runs == ["student"] * 6
+
+
+def test_a_teacher_of_lower_precision_takes_the_students_features(pair, collator):
+    student, teacher, _ = pair()
+    teacher = teacher.to(torch.bfloat16)
+    batch = batches(collator, 1)[0]
+    expected = teacher(**batch).logits
+    assert share_vision_tower(student, teacher)
+    student(**batch)
+    found = teacher(**batch).logits
+    assert found.dtype == torch.bfloat16
+    torch.testing.assert_close(found, expected, rtol=0, atol=0.05 * expected.abs().max().item())
+
+
+@pytest.mark.parametrize("why", ["trained", "weights", "layer", "images", "config"])
+def test_towers_that_differ_or_are_trained_are_not_shared(pair, processor, why):
+    student, teacher, _ = pair(trained=why == "trained")
+    other = copy.deepcopy(processor)
+    if why == "weights":
+        next(teacher.model.vision_tower.parameters()).data.view(-1)[0] += 1e-6
+    elif why == "layer":
+        teacher.config.vision_feature_layer = -2
+    elif why == "images":
+        other.image_processor.image_mean = [0.0, 0.0, 0.0]
+    elif why == "config":
+        teacher.model.vision_tower.config.layer_norm_eps = 1e-3
+    assert not share_vision_tower(student, teacher, processor, other)
+    assert not isinstance(teacher.model.vision_tower, SharedVisionTower)
+
+
+def test_a_shared_tower_that_is_trained_later_is_refused(pair, collator):
+    student, teacher, _ = pair()
+    assert share_vision_tower(student, teacher)
+    student.model.vision_tower.requires_grad_(True)
+    with pytest.raises(ValueError, match="freeze it"):
+        teacher(**batches(collator, 1)[0])

@@ -1,0 +1,102 @@
+"""What the trainers override in their parents, and what they call of them, by its parameters."""
+
+import inspect
+
+import pytest
+from transformers import ProgressCallback, Trainer, TrainerCallback
+from transformers.trainer_pt_utils import get_length_grouped_indices
+from trl import DPOTrainer, SFTTrainer
+from trl.models import prepare_deepspeed
+from trl.models.utils import _ForwardRedirection, unwrap_model_for_generation
+from trl.trainer.utils import maybe_gather_lm_head_ctx
+
+from llava_mod_hf import MimicTrainer, PreferenceTrainer
+from llava_mod_hf.data.grouping import GroupedBatches
+from llava_mod_hf.training.adapt_trainer import AdaptTrainer
+from llava_mod_hf.training.run_folder import LossOnBar, StepTimer
+
+INIT = (
+    "self model {} args data_collator train_dataset eval_dataset processing_class {} compute_metrics callbacks "
+    "optimizers {} quantization_config peft_config {}"
+)
+SFT_INIT = INIT.format(
+    "", "compute_loss_func", "optimizer_cls_and_kwargs preprocess_logits_for_metrics", "formatting_func"
+)
+CARD = "self model_name dataset_name tags"
+CALLBACK = "self args state control kwargs"
+# our class → its parent, and the parent's parameters of each method that ours overrides
+OVERRIDDEN = {
+    AdaptTrainer: (SFTTrainer, {"__init__": SFT_INIT}),
+    MimicTrainer: (
+        SFTTrainer,
+        {
+            "__init__": SFT_INIT,
+            "get_batch_samples": "self epoch_iterator num_batches device",
+            "compute_loss": "self model inputs return_outputs num_items_in_batch",
+            "log": "self logs start_time",
+            "create_model_card": CARD,
+        },
+    ),
+    PreferenceTrainer: (
+        DPOTrainer,
+        {
+            "__init__": INIT.format("ref_model", "", "", ""),
+            "_compute_loss": "self model inputs return_outputs",
+            "create_model_card": CARD,
+        },
+    ),
+    GroupedBatches: (
+        Trainer,
+        {"_get_train_sampler": "self train_dataset", "_get_eval_sampler": "self eval_dataset"},
+    ),
+    LossOnBar: (ProgressCallback, {"on_log": "self args state control logs kwargs"}),
+    StepTimer: (TrainerCallback, {"on_train_begin": CALLBACK, "on_step_end": CALLBACK}),
+}
+CALLED = {
+    SFTTrainer._get_num_items_in_batch: "self batch_samples device",
+    SFTTrainer.prediction_step: "self model inputs prediction_loss_only ignore_keys",
+    SFTTrainer.training_step: "self args kwargs",
+    SFTTrainer.get_tp_size: "self",
+    DPOTrainer.compute_ref_log_probs: "self model inputs",
+    DPOTrainer._set_signature_columns_if_needed: "self",
+    _ForwardRedirection.__call__: "self wrapper_module original_module method args kwargs",
+    prepare_deepspeed: "model accelerator",
+    maybe_gather_lm_head_ctx: "params",
+    unwrap_model_for_generation: "model accelerator gather_deepspeed3_params generation_kwargs "
+    "gradient_checkpointing_kwargs",
+    get_length_grouped_indices: "lengths batch_size mega_batch_mult generator",
+}
+
+
+def parameters(function):
+    return list(inspect.signature(function).parameters)
+
+
+@pytest.mark.parametrize("ours", OVERRIDDEN, ids=lambda ours: ours.__name__)
+def test_a_parents_method_takes_what_ours_was_written_for(ours):
+    parent, methods = OVERRIDDEN[ours]
+    defined = {name for name, value in vars(ours).items() if inspect.isfunction(value)}
+    assert {name for name in defined if hasattr(parent, name) and name != "__init__"} == set(methods) - {"__init__"}
+    for name, expected in methods.items():
+        assert parameters(getattr(parent, name)) == expected.split(), name
+
+
+@pytest.mark.parametrize("ours", OVERRIDDEN, ids=lambda ours: ours.__name__)
+def test_ours_can_be_called_as_the_parents(ours):
+    parent, methods = OVERRIDDEN[ours]
+    for name in set(methods) - {"__init__"}:
+        expected, *own = (list(inspect.signature(getattr(owner, name)).parameters.values()) for owner in (parent, ours))
+        takes_all = any(p.kind == inspect.Parameter.VAR_POSITIONAL for p in own[0])
+        assert takes_all or [p.name for p in own[0]][: len(expected)] == [p.name for p in expected], name
+
+
+@pytest.mark.parametrize("function", CALLED, ids=lambda function: function.__qualname__)
+def test_what_is_called_takes_what_it_is_given(function):
+    assert parameters(function) == CALLED[function].split()
+
+
+def test_the_parents_loss_is_where_ours_takes_its_place():
+    # the trainer calls `compute_loss`, whose own result is the loss; DPO's hands on to `_compute_loss`
+    assert "self.compute_loss(" in inspect.getsource(Trainer.training_step)
+    assert "self._compute_loss(model, inputs, return_outputs)" in inspect.getsource(DPOTrainer.compute_loss)
+    assert "self._metrics[mode]" in inspect.getsource(SFTTrainer.log)

@@ -1,0 +1,217 @@
+"""Every option of the trainers' configs is read or refused; the tables are held against the installed libraries."""
+
+import dataclasses
+import re
+from pathlib import Path
+
+import pytest
+import transformers
+import trl.trainer
+import yaml
+from peft import LoraConfig, PromptTuningConfig, get_peft_model
+from transformers import TrainingArguments
+
+import llava_mod_hf
+from helpers.ddp_gradients import RUN, mimic_trainer, rows
+from helpers.preference_trainers import preference_trainer
+from llava_mod_hf import MimicConfig, MimicTrainer, PreferenceConfig, PreferenceTrainer, recipes
+from llava_mod_hf.training.adapt_trainer import AdaptConfig, AdaptTrainer
+from llava_mod_hf.training.trainer_options import DEPENDENT, REFUSED, verdicts
+
+CONFIGS = {"adapt": AdaptConfig, "mimic": MimicConfig, "prefer": PreferenceConfig}
+TRAINERS = {"adapt": AdaptTrainer, "mimic": MimicTrainer, "prefer": PreferenceTrainer}
+STOCK = TrainingArguments("out", use_cpu=True)
+SETTINGS = {"output_dir": "out", "use_cpu": True, "bf16": False}
+# a value that is not the default
+VALUES = {
+    "torch_compile_backend": "inductor",
+    "torch_compile_mode": "default",
+    "liger_kernel_config": {"rope": True},
+    "label_names": ["labels"],
+    "length_column_name": "tokens",
+    "packing_strategy": "wrapped",
+    "dataset_kwargs": {"skip_prepare_dataset": True},
+    "chat_template_path": "template.jinja",
+    "average_tokens_across_devices": False,
+    "precompute_ref_batch_size": 2,
+    "pad_to_multiple_of": 64,
+    "jsd_beta": 0.3,
+    "on_policy_max_new_tokens": 8,
+    "f_alpha_divergence_coef": 0.3,
+    "discopop_tau": 0.1,
+    "ref_model_mixup_alpha": 0.5,
+    "ref_model_sync_steps": 8,
+    "label_smoothing_factor": 0.1,
+}
+
+
+def value_of(stage, name):
+    return "dft" if name == "loss_type" else VALUES.get(name, True)
+
+
+def refused():
+    return [(stage, name) for stages, names, _ in REFUSED for stage in stages for name in names.split()]
+
+
+def dependent():
+    return [(stage, name) for stages, names, *_ in DEPENDENT for stage in stages for name in names.split()]
+
+
+@pytest.mark.parametrize("stage", CONFIGS)
+def test_every_option_is_in_the_tables(stage):
+    assert set(verdicts(stage)) == {item.name for item in dataclasses.fields(CONFIGS[stage])}
+
+
+@pytest.fixture(scope="module")
+def sources():
+    """What the parents' code reads, by a trainer: the text of what runs with these options."""
+    package = Path(transformers.__file__).parent
+    paths = [*package.glob("trainer*.py"), *package.glob("integrations/*.py"), package / "training_args.py"]
+    shared = "".join(path.read_text() for path in [*paths, package / "optimization.py"])
+    parent = {stage: (Path(trl.trainer.__file__).parent / f"{kind}_trainer.py").read_text() for stage, kind in
+              (("adapt", "sft"), ("mimic", "sft"), ("prefer", "dpo"))}  # fmt: skip
+    callbacks = (Path(trl.trainer.__file__).parent / "callbacks.py").read_text()
+    ours = "".join(
+        path.read_text() for path in Path(llava_mod_hf.__file__).parent.rglob("*.py") if path.stem != "trainer_options"
+    )
+    return {stage: {"parent": shared + text + callbacks, "us": ours} for stage, text in parent.items()}
+
+
+@pytest.mark.parametrize("stage", CONFIGS)
+def test_what_is_read_is_read_by_whom_the_tables_say(sources, stage):
+    for name, verdict in verdicts(stage).items():
+        if verdict.startswith("read by"):
+            # a stage passes on what it finds itself
+            read = r"\.train\(resume_from_checkpoint" if name == "resume_from_checkpoint" else rf"\.{name}\b"
+            assert re.search(read, sources[stage][verdict.split()[-1]]), name
+
+
+@pytest.mark.parametrize(("stage", "name"), [*refused(), *dependent()])
+def test_what_would_do_nothing_is_refused_by_the_config_and_in_a_recipe(stage, name, tmp_path):
+    value = value_of(stage, name)
+    with pytest.raises(ValueError, match=f"`{name}` is {re.escape(repr(value))}, which"):
+        CONFIGS[stage](**SETTINGS, **{name: value})
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(yaml.safe_dump({**SETTINGS, name: value}))
+    with pytest.raises(ValueError, match=f"`{name}` is .*, which"):
+        recipes.parse([CONFIGS[stage]], ["--config", str(recipe)])
+
+
+@pytest.mark.parametrize(("stage", "name"), [pair for pair in dependent() if pair[1] != "activation_offloading"])
+def test_what_another_option_makes_read_is_taken_with_it(stage, name):
+    other = {
+        "jsd_beta": {"divergence": "jsd"},
+        "on_policy_max_new_tokens": {"on_policy_share": 0.5},
+        "f_alpha_divergence_coef": {"f_divergence_type": "alpha_divergence"},
+        "discopop_tau": {"loss_type": ["sigmoid", "discopop"]},
+        "ref_model_mixup_alpha": {"sync_ref_model": True, "reference": "self"},
+        "ref_model_sync_steps": {"sync_ref_model": True, "reference": "self"},
+    }[name]
+    assert getattr(CONFIGS[stage](**SETTINGS, **other, **{name: VALUES[name]}), name) == VALUES[name]
+
+
+@pytest.mark.parametrize(
+    ("stage", "args", "message"),
+    [
+        ("mimic", {"kl_weight": 0.0}, r"`kl_weight`, `lm_weight` is \[0.0, 0.0\].*not all of them 0"),
+        ("mimic", {"kl_weight": -1.0, "lm_weight": 1.0}, r"`kl_weight`, `lm_weight` is \[-1.0, 1.0\]"),
+        ("mimic", {"lm_weight": float("nan")}, "`kl_weight`, `lm_weight` is"),
+        ("mimic", {"teacher_weights": [0.0, 0.0]}, r"`teacher_weights` is \[0.0, 0.0\]"),
+        ("mimic", {"teacher_weights": [1.0, -0.5]}, r"`teacher_weights` is \[1.0, -0.5\]"),
+        ("mimic", {"teacher_weights": []}, r"`teacher_weights` is \[\]"),
+        ("mimic", {"teacher_weights": 1.0}, r"`teacher_weights` is 1.0: give a value of list\[float\]"),
+        ("prefer", {"loss_weights": [0.0]}, r"`loss_weights` is \[0.0\]"),
+        ("prefer", {"loss_weights": [-1.0]}, r"`loss_weights` is \[-1.0\]"),
+        ("prefer", {"loss_weights": [1.0, 1.0]}, "`loss_weights` must have the same length"),
+        ("prefer", {"loss_weights": []}, "`loss_weights` must have the same length"),
+        ("prefer", {"loss_type": []}, r"`loss_type` is \[\]"),
+        ("prefer", {"loss_type": None}, "`loss_type` is None"),
+        ("prefer", {"beta": None}, "`beta` is None.*leave it out for 0.1"),
+        ("mimic", {"kl_weight": None}, "`kl_weight` is None.*leave it out for 1.0"),
+        ("mimic", {"rows_per_chunk": None}, "`rows_per_chunk` is None: give a value of int, or leave it out for 256"),
+        ("mimic", {"rows_per_chunk": 2.5}, "`rows_per_chunk` is 2.5: give a value of int"),
+        ("mimic", {"divergence": ["jsd"]}, r"`divergence` is \['jsd'\]: give a value of str"),
+        ("mimic", {"reference_compat": 5}, r"`reference_compat` is 5: give a value of list\[str\] . None"),
+        ("mimic", {"teacher_weights": [None]}, r"`teacher_weights` is \[None\]: give a value of list\[float\]"),
+        ("prefer", {"loss_weights": 1.0}, "`loss_weights` is 1.0"),
+        ("prefer", {"beta": [0.1]}, r"`beta` is \[0.1\]: give a value of float"),
+        ("prefer", {"beta": float("inf")}, "`beta` is inf"),
+        ("prefer", {"gradient_checkpointing_kwargs": {"selective": True}}, "`gradient_checkpointing_kwargs` has"),
+        *(
+            (stage, {"train_modules": modules}, re.escape(f"`train_modules` is {modules!r}"))
+            for stage in CONFIGS
+            for modules in ([], [None], "adaptor", 5)
+        ),
+    ],
+)
+def test_weights_and_empty_values_are_refused_by_the_config_and_in_a_recipe(stage, args, message, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        CONFIGS[stage](**SETTINGS, **args)
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(yaml.safe_dump({**SETTINGS, **args}))
+    with pytest.raises(ValueError, match=message):
+        recipes.parse([CONFIGS[stage]], ["--config", str(recipe)])
+
+
+# What a trainer is given beside them
+
+
+@pytest.fixture
+def trainer_of(make_student, processor, tmp_path):
+    """`trainer_of(kind, student, **arguments)`: a trainer with arguments of its own, and options as `args`."""
+
+    def make(kind, student=None, args=None, **kwargs):
+        student = make_student() if student is None else student
+        config = CONFIGS[kind](**{**RUN, "per_device_train_batch_size": 4, "output_dir": str(tmp_path), **(args or {})})
+        teacher = [] if kind == "adapt" else [make_student(moe_layers=[], seed=1)]
+        dataset = rows("preferences") if kind == "prefer" else rows()
+        return TRAINERS[kind](
+            student,
+            *teacher,
+            args=kwargs.pop("config", config),
+            train_dataset=dataset,
+            processing_class=processor,
+            **kwargs,
+        )
+
+    return make
+
+
+@pytest.mark.parametrize("kind", CONFIGS)
+def test_a_learnt_prompt_is_refused(make_student, trainer_of, kind):
+    config = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2)
+    with pytest.raises(ValueError, match="PromptTuningConfig learns a prompt"):
+        trainer_of(kind, peft_config=config)
+    with pytest.raises(ValueError, match="PromptTuningConfig learns a prompt"):
+        trainer_of(kind, get_peft_model(make_student(), config))
+
+
+@pytest.mark.parametrize(
+    ("kind", "args", "kwargs", "message"),
+    [
+        ("mimic", {}, {"compute_loss_func": len}, "`compute_loss_func` would not be called"),
+        ("prefer", {}, {"compute_loss_func": len}, "`compute_loss_func` would not be called"),
+        ("mimic", {}, {"formatting_func": len}, "`formatting_func` would not be called"),
+        ("adapt", {}, {"formatting_func": len}, "`formatting_func` would not be called"),
+        *((kind, {"model_init_kwargs": {"a": 1}}, {}, "`model_init_kwargs` is for a model given by its name")
+          for kind in CONFIGS),
+        ("mimic", {}, {"quantization_config": 8}, "`quantization_config` is for a model given by its name"),
+        ("adapt", {"dataset_text_field": "words"}, {}, "`dataset_text_field` is `words`, and the rows have"),
+        *((kind, {}, {"config": STOCK}, "`args` is a TrainingArguments: give a") for kind in CONFIGS),
+    ],
+)  # fmt: skip
+def test_what_a_trainer_would_not_use_is_refused(trainer_of, kind, args, kwargs, message):
+    with pytest.raises(ValueError, match=message):
+        trainer_of(kind, args=args, **kwargs)
+
+
+@pytest.mark.parametrize("kind", ["mimic", "prefer"])
+@pytest.mark.parametrize("adapted", [False, True], ids=["student", "adapted student"])
+def test_a_student_is_not_its_own_teacher(make_student, processor, tmp_path, kind, adapted):
+    teacher = make_student(moe_layers=[])
+    student = get_peft_model(teacher, LoraConfig(target_modules=["q_proj"])) if adapted else teacher
+    make = mimic_trainer if kind == "mimic" else preference_trainer
+    trainable = [parameter.requires_grad for parameter in student.parameters()]
+    with pytest.raises(ValueError, match="teacher is the student itself"):
+        make(student, teacher, processor, tmp_path)
+    assert [parameter.requires_grad for parameter in student.parameters()] == trainable
