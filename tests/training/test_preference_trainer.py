@@ -520,7 +520,7 @@ def test_a_teacher_of_another_image_token_is_refused(models, trainer_of, other_p
 def test_a_template_that_writes_other_answers_is_refused(models, trainer_of, other_processor):
     student, teacher = models(())
     other_processor.chat_template = other_processor.chat_template.replace("part['text'] }}", "part['text'] | upper }}")
-    with pytest.raises(ValueError, match="words of the responses are others for the teacher"):
+    with pytest.raises(ValueError, match="words of the responses have no counterpart in the teacher's"):
         trainer_of(student, small_image_teacher(teacher), teacher_processor=other_processor)
 
 

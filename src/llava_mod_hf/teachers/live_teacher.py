@@ -9,12 +9,8 @@ from trl.chat_template_utils import get_training_chat_template, has_generation_m
 from llava_mod_hf.fingerprints import processor_parts
 from llava_mod_hf.losses.rows import ProjectedRows, shift_for_next_token
 from llava_mod_hf.teachers.output_head import head_of
-from llava_mod_hf.teachers.response_alignment import align_labels
+from llava_mod_hf.teachers.response_alignment import align_labels, check_responses
 from llava_mod_hf.teachers.vocabulary import check_teacher, shared_vocab_size
-
-# Of the words of the sampled responses, the share that may lack a counterpart in the teacher's: a template that puts a
-# space before the answer costs its first token, which is a small part of a sentence and all of a one-word answer.
-MAX_UNALIGNED = 0.25
 
 logger = logging.getLogger(__name__)
 
@@ -100,25 +96,12 @@ class LiveTeacher:
             `float`: share of the response tokens, ends of turns included, that have no counterpart.
 
         Raises:
-            ValueError: if more than `MAX_UNALIGNED` of the words, special tokens apart, have none.
+            ValueError: as [`~llava_mod_hf.teachers.response_alignment.check_responses`].
         """
-        keep, targets = shift_for_next_token(batch["labels"])
-        own = self.collate(examples, batch)
-        if not own or not len(targets):
+        if self.collator is None:
             return 0.0
-        missing = ~own["aligned"][keep]
-        words = ~torch.isin(targets, torch.tensor(self.tokenizer.all_special_ids))
-        share = missing[words].float().mean().item() if words.any() else 0.0
-        if share > MAX_UNALIGNED:
-            row = (keep & ~own["aligned"]).any(1).nonzero()[0].item()
-            labels, theirs = batch["labels"][row], self.collator([dict(examples[row])])["labels"][0]
-            ours, theirs = (self.tokenizer.decode(ids[ids != -100]) for ids in (labels, theirs))
-            raise ValueError(
-                f"{share:.0%} of the words of the responses have no counterpart in the teacher's, and at most "
-                f"{MAX_UNALIGNED:.0%} may: the first differing response is {ours!r} for the student and {theirs!r} for "
-                "the teacher, so make the chat templates write the answers alike."
-            )
-        share = missing.float().mean().item()
+        their_labels = self.collator([dict(example) for example in examples])["labels"]
+        share = check_responses(batch["labels"], their_labels, self.tokenizer)
         logger.info("The teacher says nothing about %.1f %% of the response tokens.", 100 * share)
         return share
 

@@ -8,10 +8,8 @@ from transformers import PreTrainedConfig
 from trl.trainer.dpo_trainer import DataCollatorForVisionPreference
 
 from llava_mod_hf.fingerprints import processor_parts
-from llava_mod_hf.losses.rows import shift_for_next_token
 from llava_mod_hf.teachers.cached_teacher import CachedTeacher
-from llava_mod_hf.teachers.live_teacher import MAX_UNALIGNED
-from llava_mod_hf.teachers.response_alignment import align_labels
+from llava_mod_hf.teachers.response_alignment import check_responses
 from llava_mod_hf.teachers.vocabulary import check_teacher, shared_vocab_size
 
 # log π(y⁺) and log π(y⁻), summed over the response; the names by which TRL reads them
@@ -165,7 +163,7 @@ def teachers_collator(student, teacher, processor, teacher_processor=None, *, co
     own = pair_collator(teacher_processor)
     batches = [collator([dict(example) for example in examples]) for collator in (collate, own)]
     labels, their_labels = (b["input_ids"].masked_fill(b["completion_mask"] == 0, -100) for b in batches)
-    _check_responses(labels, their_labels, processor.tokenizer)
+    check_responses(labels, their_labels, processor.tokenizer)
     return own
 
 
@@ -174,19 +172,3 @@ def pair_collator(processor):
     if processor.tokenizer.pad_token is None:
         processor.tokenizer.pad_token = processor.tokenizer.eos_token
     return DataCollatorForVisionPreference(processor)
-
-
-def _check_responses(labels, their_labels, tokenizer):
-    aligned, _ = align_labels(labels, their_labels, tokenizer)
-    keep, targets = shift_for_next_token(labels)
-    words = ~torch.isin(targets, torch.tensor(tokenizer.all_special_ids))
-    missing = ~aligned[keep] & words
-    share = missing.sum().item() / max(1, words.sum().item())
-    if share > MAX_UNALIGNED:
-        row = (keep & ~aligned).any(1).nonzero()[0].item()
-        ours, theirs = (tokenizer.decode(ids[row][ids[row] != -100]) for ids in (labels, their_labels))
-        raise ValueError(
-            f"{share:.0%} of the words of the responses are others for the teacher, and at most {MAX_UNALIGNED:.0%} "
-            f"may be: the first differing response is {ours!r} for the student and {theirs!r} for the teacher, so make "
-            "the chat templates write the answers alike."
-        )

@@ -6,6 +6,12 @@ from collections import Counter
 import torch
 from torch.nn import functional as F
 
+from llava_mod_hf.losses.rows import shift_for_next_token
+
+# Of the words of the sampled responses, the share that may lack a counterpart in the teacher's: a template that puts a
+# space before the answer costs its first token, which is a small part of a sentence and all of a one-word answer.
+MAX_UNALIGNED = 0.25
+
 
 def align_response(ours, theirs):
     """
@@ -59,6 +65,35 @@ def align_labels(labels, their_labels, tokenizer):
                     aligned[row, start + i - 1] = True
                     keep[row, their_start + j - 1] = True
     return aligned, keep
+
+
+def check_responses(labels, their_labels, tokenizer):
+    """
+    Refuses a teacher whose responses are not the student's.
+
+    Args:
+        labels, their_labels (`torch.LongTensor`), tokenizer (`PreTrainedTokenizerBase`): as for [`align_labels`].
+
+    Returns:
+        `float`: share of the response tokens, ends of turns included, that have no counterpart.
+
+    Raises:
+        ValueError: if more than `MAX_UNALIGNED` of the words, special tokens apart, have none.
+    """
+    aligned, _ = align_labels(labels, their_labels, tokenizer)
+    keep, targets = shift_for_next_token(labels)
+    missing = ~aligned[keep]
+    words = ~torch.isin(targets, torch.tensor(tokenizer.all_special_ids, device=targets.device))
+    share = (missing & words).sum().item() / max(1, words.sum().item())
+    if share > MAX_UNALIGNED:
+        row = (keep & ~aligned).any(1).nonzero()[0].item()
+        ours, theirs = (tokenizer.decode(ids[row][ids[row] != -100]) for ids in (labels, their_labels))
+        raise ValueError(
+            f"{share:.0%} of the words of the responses have no counterpart in the teacher's, and at most "
+            f"{MAX_UNALIGNED:.0%} may: the first differing response is {ours!r} for the student and {theirs!r} for the "
+            "teacher, so make the chat templates write the answers alike."
+        )
+    return missing.sum().item() / max(1, len(missing))
 
 
 def _responses(labels):
