@@ -97,11 +97,12 @@ class HubServer:
             `preupload`, `batch`, `put`, `verify`, `commit`, `resolve`.
         readers (`set[str]`): tokens that may read and not write.
         requests (`list[tuple[str, str]]`): method and path of each request.
+        bodies (`list[bytes]`): of the same requests.
     """
 
     def __init__(self, token="hf_" + "w" * 34):
         self.token, self.readers = token, set()
-        self.repos, self.lfs, self.fail, self.requests = {}, {}, {}, []
+        self.repos, self.lfs, self.fail, self.requests, self.bodies = {}, {}, {}, [], []
         self.lock = threading.Lock()
 
     def __enter__(self):
@@ -117,6 +118,19 @@ class HubServer:
         self._server.shutdown()
         self._server.server_close()
         self._thread.join()
+
+    def received(self):
+        """`{name: bytes}` of all that was ever sent here: bodies, what is base64 in them, and every commit's files."""
+        names = [f"{number} {method} {path}" for number, (method, path) in enumerate(self.requests)]
+        sent = dict(zip(names, self.bodies, strict=True))
+        for name, body in list(sent.items()):
+            packed = re.findall(rb'"(?:sample|content)": ?"([^"]*)"', body) if "validate-yaml" not in name else []
+            sent |= {f"{name} [{place}]": base64.b64decode(content) for place, content in enumerate(packed)}
+        commits = [
+            commit for repo in self.repos.values() for branch in repo.branches for commit in repo.commits(branch)
+        ]
+        sent |= {f"{commit.oid} {path}": blob.content for commit in commits for path, blob in commit.files.items()}
+        return sent | {f"{commit.oid} message": commit.message.encode() for commit in commits}
 
     def name_of(self, repo):
         return next(name for name, other in self.repos.items() if other is repo)
@@ -172,6 +186,7 @@ class _Handler(BaseHTTPRequestHandler):
         self.query = parse_qs(parts.query, keep_blank_values=True)
         with self.hub.lock:
             self.hub.requests.append((self.command, parts.path))
+            self.hub.bodies.append(self.body)
             try:
                 for method, pattern, step, write, function in ROUTES:
                     match = pattern.fullmatch(parts.path)
