@@ -9,6 +9,16 @@ from llava_mod_hf import PreferenceConfig, PreferenceTrainer
 BETA = 0.5
 
 
+def uneven(dataset):
+    """Pairs whose answers differ in length: every other rejected one is made longer."""
+
+    def longer(row, index):
+        ending = " of them all" if index % 2 else ""
+        return {"rejected": [{**message, "content": message["content"] + ending} for message in row["rejected"]]}
+
+    return dataset.map(longer, with_indices=True)
+
+
 def preference_trainer(
     student, teacher, processor, folder, *, batch=4, accumulation=1, trainer=PreferenceTrainer, **args
 ):

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from llava_mod_hf.losses.preference_losses import kto_pair_loss, margin_loss
+from llava_mod_hf.losses.preference_losses import kto_pair_loss, margin_loss, response_sums, without_tail
 
 BETA = 0.3
 MIXED = ([1.5, -0.5, 2.0], [0.25, -3.0, 4.0])
@@ -125,3 +125,13 @@ def test_low_precision_is_summed_in_float32(loss):
 def test_numbers_that_are_not_one_per_pair_are_refused(loss, shapes):
     with pytest.raises(ValueError, match="one number per pair"):
         loss(*(torch.zeros(shape) for shape in shapes), beta=BETA)
+
+
+def test_the_tail_of_a_response_is_what_is_longer_than_its_pairs_other():
+    log_probs = torch.tensor([[0, -1, -2, -4, 0], [0, 0, -8, 0, 0], [0, -1, 0, 0, 0], [0, 0, -3, -5, -7]]).double()
+    mask = (log_probs != 0).long()
+    sums, tails = response_sums(log_probs, mask)
+    assert sums.tolist() == [-7, -8, -1, -15]
+    assert tails.tolist() == [-6, 0, 0, -12]
+    assert without_tail(sums, tails, 0.25).tolist() == [-2.5, -8, -1, -6]
+    assert without_tail(sums, tails, None) is sums

@@ -1,6 +1,7 @@
 """The reference of pairs, computed once: equal to the live one, resumable, refused when of another making."""
 
 import dataclasses
+import functools
 import shutil
 
 import pytest
@@ -9,17 +10,31 @@ from datasets import load_dataset
 from safetensors.torch import load_file, save_file
 
 from helpers.ddp_gradients import RUN, assert_gradients_close, raw_gradients, sharpened
-from helpers.preference_trainers import log_probabilities
+from helpers.preference_trainers import log_probabilities, uneven
 from llava_mod_hf import PreferenceConfig, PreferenceTrainer, cli
 from llava_mod_hf.commands import cache_reference, prefer
 from llava_mod_hf.commands.arguments import DistillArguments
 from llava_mod_hf.commands.cache_reference import ReferenceCommand, run_cache_reference
-from llava_mod_hf.data.easy_vqa import load
+from llava_mod_hf.data import easy_vqa
 from llava_mod_hf.data.load import DataArguments
 from llava_mod_hf.loading import load_model_and_processor
-from llava_mod_hf.teachers.reference_model import REFERENCE_COLUMNS, CachedReference, pair_collator
+from llava_mod_hf.teachers.reference_model import REFERENCE_COLUMNS, TAIL_COLUMNS, CachedReference, pair_collator
 
 NUM_ROWS = 12
+
+
+@pytest.fixture(scope="module", autouse=True)
+def pairs_of_uneven_answers():
+    """The embedded pairs, whose answers are as long as one another, with every other rejected one made longer."""
+    plain = easy_vqa.load
+
+    @functools.cache
+    def load(config, split, seed=0):
+        return uneven(plain(config, split, seed).select(range(2 * NUM_ROWS)))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(easy_vqa, "load", load)
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -72,9 +87,9 @@ def columns(folder):
 
 def test_two_numbers_per_pair_are_the_sums_of_the_log_probabilities(models, caches):
     found = columns(caches["foreign"])
-    assert found.keys() == {"key", "row", *REFERENCE_COLUMNS} and len(found["row"]) == NUM_ROWS
+    assert found.keys() == {"key", "row", *REFERENCE_COLUMNS, *TAIL_COLUMNS} and len(found["row"]) == NUM_ROWS
     teacher, processor = load_model_and_processor(models["foreign"])
-    rows = load("preferences", "train", 0)
+    rows = easy_vqa.load("preferences", "train", 0)
     with torch.no_grad():
         for number in (0, NUM_ROWS - 1):
             chosen, rejected = log_probabilities(teacher, pair_collator(processor)([rows[number]]))[0].tolist()
@@ -82,24 +97,24 @@ def test_two_numbers_per_pair_are_the_sums_of_the_log_probabilities(models, cach
             assert found[REFERENCE_COLUMNS[1]][number] == pytest.approx(rejected, abs=1e-4)
 
 
-@pytest.mark.parametrize("name", ["teacher", "foreign"])
-def test_precomputed_and_live_have_the_same_loss_and_gradients(models, caches, tmp_path, name):
+@pytest.mark.parametrize(("name", "options"), [("teacher", {}), ("foreign", {}), ("foreign", {"ld_alpha": 0.25})])
+def test_precomputed_and_live_have_the_same_loss_and_gradients(models, caches, tmp_path, name, options):
     found = {}
-    rows = load("preferences", "train", 0).select(range(NUM_ROWS))
+    rows = easy_vqa.load("preferences", "train", 0).select(range(NUM_ROWS))
     for kind in ("live", "cached"):
         student, processor = load_model_and_processor(models["student"])
         teacher, teacher_processor = load_model_and_processor(models[name])
         trainer = PreferenceTrainer(
             student,
             teacher if kind == "live" else CachedReference(str(caches[name])),
-            groups(models, None, tmp_path / "run")[-1],
+            groups(models, None, tmp_path / "run", **options)[-1],
             train_dataset=rows,
             processing_class=processor,
             teacher_processor=teacher_processor if kind == "live" else None,
         )
         assert (trainer.ref_model is None) == (kind == "cached")
         found[kind] = raw_gradients(trainer), trainer.state.log_history[0]
-    for figure in ("loss", "rewards/chosen", "rewards/rejected", "margins/teacher"):
+    for figure in ("loss", "rewards/chosen", "rewards/rejected", "margins/teacher", "margins/student"):
         assert found["cached"][1][figure] == pytest.approx(found["live"][1][figure], abs=1e-5, rel=1e-5), figure
     assert_gradients_close(found["cached"][0], found["live"][0])
 

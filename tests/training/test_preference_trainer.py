@@ -14,11 +14,11 @@ from trl.trainer import dpo_trainer
 
 from helpers import ddp_preference
 from helpers.ddp_gradients import assert_gradients_close, gradients_of_two_processes, raw_gradients, rows, sharpened
-from helpers.preference_trainers import explicit_loss, log_probabilities, preference_trainer
+from helpers.preference_trainers import BETA, explicit_loss, log_probabilities, preference_trainer, uneven
 from llava_mod_hf import PreferenceConfig
 from llava_mod_hf.commands.pretrain import image_processor
 from llava_mod_hf.losses import preference_losses
-from llava_mod_hf.teachers.reference_model import REFERENCE_COLUMNS
+from llava_mod_hf.teachers.reference_model import REFERENCE_COLUMNS, TAIL_COLUMNS
 from llava_mod_hf.training import preference_trainer as preference_trainer_module
 
 PAIRS = 4
@@ -91,6 +91,33 @@ def test_other_losses_are_their_formulas(models, trainer_of, name):
     expected = gradients(loss, student)
     assert_gradients_close(raw_gradients(trainer), expected)
     assert trainer.state.log_history[0]["loss"] == pytest.approx(loss.item(), rel=1e-5)
+
+
+def test_margins_are_of_what_the_loss_weighs(models, trainer_of):
+    """With `ld_alpha` the tokens past the shorter response of a pair count less, for the student and the reference."""
+    student, teacher = models(())
+    trainer = trainer_of(student, teacher, ld_alpha=0.25, dataset=uneven(rows("preferences")))
+    trainer.train()
+    log = trainer.state.log_history[0]
+    assert log["margins/student"] == pytest.approx(log["logps/chosen"] - log["logps/rejected"], rel=1e-5)
+    assert log["margins/student"] - log["margins/teacher"] == pytest.approx(log["rewards/margins"] / BETA, rel=1e-4)
+    plain, _ = log_probabilities(student, batch_of(trainer))
+    assert abs(log["margins/student"] - (plain[:PAIRS] - plain[PAIRS:]).mean().item()) > 0.01
+
+
+def test_computed_references_without_tails_are_refused_with_ld_alpha(models, trainer_of):
+    student, teacher = models(())
+    dataset = with_reference(rows("preferences"), teacher, trainer_of(student, teacher))
+    with pytest.raises(ValueError, match=f"`ld_alpha` is 0.5, .* need the columns {', '.join(TAIL_COLUMNS)}"):
+        trainer_of(student, None, dataset=dataset, ld_alpha=0.5)
+    for name in TAIL_COLUMNS:
+        dataset = dataset.add_column(name, [-1.0] * PAIRS)
+    trainer = trainer_of(student, None, dataset=dataset, ld_alpha=0.5)
+    trainer.train()
+    plain = trainer_of(student, None, dataset=dataset)
+    plain.train()
+    found, expected = (each.state.log_history[0]["margins/teacher"] for each in (trainer, plain))
+    assert found == pytest.approx(expected, abs=1e-5), "the tails of both responses are alike"
 
 
 def test_a_mixture_is_the_weighted_sum_of_ours_and_the_parents(models, trainer_of):

@@ -18,12 +18,13 @@ from llava_mod_hf.data.load import DataArguments, load_rows
 from llava_mod_hf.data.parquet_shards import write_shards
 from llava_mod_hf.fingerprints import row_key
 from llava_mod_hf.loading import load_model_and_processor
-from llava_mod_hf.teachers.reference_model import REFERENCE_COLUMNS, teachers_collator
+from llava_mod_hf.losses.preference_losses import response_sums
+from llava_mod_hf.teachers.reference_model import REFERENCE_COLUMNS, TAIL_COLUMNS, teachers_collator
 from llava_mod_hf.training.preference_trainer import CHECKED_ROWS, PreferenceConfig
 
-FEATURES = Features(
-    {"key": Value("string"), "row": Value("int64"), **{name: Value("float32") for name in REFERENCE_COLUMNS}}
-)
+NUMBERS = REFERENCE_COLUMNS + TAIL_COLUMNS
+
+FEATURES = Features({"key": Value("string"), "row": Value("int64"), **{name: Value("float32") for name in NUMBERS}})
 
 logger = logging.getLogger(__name__)
 
@@ -70,24 +71,29 @@ class ReferenceWriter:
         )
         for batch_keys, batch in tqdm(batches, desc=f"Pairs from {numbers[0]}", disable=self.args.disable_tqdm):
             keys += batch_keys
-            found.append(self._log_probs(batch).reshape(2, -1))  # (chosen and rejected, pairs)
+            found.append(self._log_probs(batch).reshape(len(NUMBERS), -1))  # (numbers, pairs)
         values = torch.cat(found, dim=1)
         if not values.isfinite().all():
             raise ValueError(
                 f"The teacher's log-probabilities are not finite for {(~values.isfinite()).any(0).sum()} of "
                 f"{len(keys)} pairs: its weights are broken, or `teacher_dtype` cannot hold its activations."
             )
-        columns = dict(zip(REFERENCE_COLUMNS, values.tolist(), strict=True))
+        columns = dict(zip(NUMBERS, values.tolist(), strict=True))
         return Dataset.from_dict({"key": keys, "row": list(numbers), **columns}, features=FEATURES)
 
     def _log_probs(self, batch):
-        """Summed over the response, in float32: what TRL's `compute_ref_log_probs` computes in training."""
+        """
+        Summed over the response, in float32, then over its tail: what TRL's `compute_ref_log_probs` computes in
+        training, for any `ld_alpha`.
+        """
         device, args = self.teacher.device, self.args
         batch = {name: tensor.to(device) for name, tensor in batch.items()}
-        labels = batch["input_ids"].masked_fill(batch.pop("completion_mask") == 0, -100)
+        mask = batch.pop("completion_mask")
+        labels = batch["input_ids"].masked_fill(mask == 0, -100)
         precision = torch.bfloat16 if args.bf16 else torch.float16
         with torch.autocast(device.type, precision, enabled=args.bf16 or args.fp16):
-            return self.teacher(**batch, labels=labels, fused_lm_head=True).log_probs.sum(1).float().cpu()
+            log_probs = self.teacher(**batch, labels=labels, fused_lm_head=True).log_probs
+        return torch.cat(response_sums(log_probs, mask[:, 1:])).float().cpu()
 
 
 def run_cache_reference(

@@ -64,6 +64,37 @@ def margin_loss(student_margins, teacher_margins, *, beta):
     return beta * (teacher - student).relu().mean()
 
 
+def response_sums(log_probs, mask):
+    """
+    The log-probability of each response, and of its tail: the tokens past the length of its pair's shorter response.
+
+    Args:
+        log_probs (`torch.FloatTensor` of shape `(chosen and rejected, sequence)`):
+            Of tokens; the first half of the rows are the chosen responses of the pairs, the second the rejected.
+        mask (`torch.Tensor` of that shape): 1 where a token is of the response, where alone `log_probs` is not 0.
+
+    Returns:
+        `tuple[torch.FloatTensor, torch.FloatTensor]`: `(chosen and rejected,)` each, in nats.
+    """
+    shorter = mask.sum(1).reshape(2, -1).amin(0).repeat(2)
+    tail = mask.cumsum(1) > shorter[:, None]
+    return log_probs.sum(1), (log_probs * tail).sum(1)
+
+
+def without_tail(sums, tails, ld_alpha):
+    """
+    LD-DPO's log-probability of a response (Liu et al., 2024, arXiv 2409.06411): of its tail, α times.
+
+    Args:
+        sums, tails (`torch.FloatTensor`): as [`response_sums`] returns them.
+        ld_alpha (`float` or `None`): α; `None` for the whole.
+
+    Returns:
+        `torch.FloatTensor`.
+    """
+    return sums if ld_alpha is None else sums - (1 - ld_alpha) * tails
+
+
 def _pairs(first, second):
     """Two numbers per pair, in at least float32."""
     if first.shape != second.shape or first.dim() != 1 or len(first) == 0:

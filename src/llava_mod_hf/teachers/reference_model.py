@@ -15,6 +15,9 @@ from llava_mod_hf.teachers.vocabulary import check_teacher, shared_vocab_size
 # log π(y⁺) and log π(y⁻), summed over the response; the names by which TRL reads them
 REFERENCE_COLUMNS = ("ref_chosen_logps", "ref_rejected_logps")
 
+# of each, the tokens past the length of the pair's shorter response, which `ld_alpha` weighs less
+TAIL_COLUMNS = ("ref_chosen_tail_logps", "ref_rejected_tail_logps")
+
 
 class CachedReference(CachedTeacher):
     """
@@ -33,13 +36,13 @@ class CachedReference(CachedTeacher):
     def collate(self, examples, batch=None):
         """
         Returns:
-            `dict[str, torch.FloatTensor]`: `ref_chosen_logps` and `ref_rejected_logps`, `(pairs,)` each.
+            `dict[str, torch.FloatTensor]`: `REFERENCE_COLUMNS` and `TAIL_COLUMNS`, `(pairs,)` each.
 
         Raises:
             ValueError: if a pair is missing.
         """
         table = self._rows[self._found(examples)]
-        return {name: torch.tensor(table[name].to_pylist()) for name in REFERENCE_COLUMNS}
+        return {name: torch.tensor(table[name].to_pylist()) for name in REFERENCE_COLUMNS + TAIL_COLUMNS}
 
 
 @dataclass
@@ -62,7 +65,8 @@ class PreferenceCollator:
         # collators write into their examples
         batch = dict(self.student([dict(example) for example in examples]))
         if REFERENCE_COLUMNS[0] in examples[0]:
-            batch.update({name: torch.tensor([example[name] for example in examples]) for name in REFERENCE_COLUMNS})
+            names = [name for name in REFERENCE_COLUMNS + TAIL_COLUMNS if name in examples[0]]
+            batch.update({name: torch.tensor([example[name] for example in examples]) for name in names})
         elif self.cache is not None:
             batch.update(self.cache.collate(examples))
         elif self.teacher is not None:
@@ -76,17 +80,22 @@ class NoReference(torch.nn.Module):
     config = PreTrainedConfig()
 
 
-def has_reference(rows):
+def has_reference(rows, *, ld_alpha=None):
     """
     Whether rows carry the reference's log-probabilities.
 
     Raises:
-        ValueError: if there is one of the two columns alone.
+        ValueError: if there is one of the two columns alone, or `ld_alpha` and no log-probabilities of the tails.
     """
     row = next(iter(rows))
     found = [name for name in REFERENCE_COLUMNS if name in row]
     if len(found) == 1:
         raise ValueError(f"The rows have the column `{found[0]}` alone: they need {' and '.join(REFERENCE_COLUMNS)}.")
+    if found and ld_alpha is not None and not all(name in row for name in TAIL_COLUMNS):
+        raise ValueError(
+            f"`ld_alpha` is {ld_alpha}, which weighs the tokens past the shorter response of a pair apart, and the "
+            f"rows need the columns {', '.join(TAIL_COLUMNS)} for it: add them, or leave out `ld_alpha`."
+        )
     return bool(found)
 
 

@@ -11,10 +11,11 @@ from accelerate.utils import is_peft_model
 from trl import DPOConfig, DPOTrainer
 
 from llava_mod_hf.data.grouping import GroupedBatches
-from llava_mod_hf.losses.preference_losses import kto_pair_loss, margin_loss
+from llava_mod_hf.losses.preference_losses import kto_pair_loss, margin_loss, response_sums, without_tail
 from llava_mod_hf.model.moe_llava_mod import router_losses
 from llava_mod_hf.teachers.reference_model import (
     REFERENCE_COLUMNS,
+    TAIL_COLUMNS,
     CachedReference,
     NoReference,
     PreferenceCollator,
@@ -163,7 +164,7 @@ class PreferenceTrainer(GroupedBatches, DPOTrainer):
         args = args or PreferenceConfig()
         given = {"peft_config": peft_config, "train_dataset": train_dataset, **kwargs}
         check_trainer(args, PreferenceConfig, model, teachers=[ref_model], **given)
-        precomputed = [has_reference(rows) for rows in row_sets(train_dataset, eval_dataset)]
+        precomputed = [has_reference(rows, ld_alpha=args.ld_alpha) for rows in row_sets(train_dataset, eval_dataset)]
         check_reference(args, ref_model, precomputed)
         cache = ref_model if isinstance(ref_model, CachedReference) else None
         teacher = None if cache else ref_model
@@ -201,9 +202,10 @@ class PreferenceTrainer(GroupedBatches, DPOTrainer):
                 examples=list(itertools.islice(self.train_dataset, CHECKED_ROWS)),
             )
         self.data_collator = PreferenceCollator(self.data_collator, collate_for_teacher, cache)
+        self._set_signature_columns_if_needed()
         if self._is_vision_dataset:  # the parent has the columns for text alone
-            self._set_signature_columns_if_needed()
             self._signature_columns += REFERENCE_COLUMNS
+        self._signature_columns += TAIL_COLUMNS
 
         weighted = list(zip(self.loss_types, self.loss_weights, strict=True))
         self.own_losses = [(name, weight) for name, weight in weighted if name in OWN_LOSSES]
@@ -232,7 +234,11 @@ class PreferenceTrainer(GroupedBatches, DPOTrainer):
     def _compute_loss(self, model, inputs, return_outputs):
         inputs = dict(inputs)
         reference_inputs = inputs.pop("reference_inputs", inputs)
-        if REFERENCE_COLUMNS[0] not in inputs:
+        tails = [inputs.pop(name, None) for name in TAIL_COLUMNS]
+        if REFERENCE_COLUMNS[0] in inputs:  # computed before, of whole responses
+            for name, tail in zip(REFERENCE_COLUMNS, tails, strict=True):
+                inputs[name] = without_tail(inputs[name], tail, self.args.ld_alpha)
+        else:
             inputs.update(zip(REFERENCE_COLUMNS, self._reference_log_probs(reference_inputs), strict=True))
         noted = _NotedModel(model, self._base_model(), self.model.config.get_text_config())
         # only here: `evaluate` reads it too, and would compute the references of text rows anew
@@ -261,7 +267,8 @@ class PreferenceTrainer(GroupedBatches, DPOTrainer):
     def _own_terms(self, noted, inputs):
         metrics = self._metrics["train" if self.model.training else "eval"]
         mask = inputs["completion_mask"][:, 1:]
-        student = noted.log_probs[:, -mask.shape[1] :].sum(1)  # (chosen and rejected,)
+        # (chosen and rejected,), as the parent's loss and the reference have them
+        student = without_tail(*response_sums(noted.log_probs[:, -mask.shape[1] :], mask), self.args.ld_alpha)
         reference = torch.cat([inputs[name] for name in REFERENCE_COLUMNS])
         self._log_margins(metrics, student.detach(), reference)
         loss = student.new_zeros(())
