@@ -68,6 +68,8 @@ def weights_hash(folder):
 
 # --- rows ---
 
+ROW_KEY_VERSION = 1  # to be raised with every change of what `row_key` returns
+
 
 def row_text_key(row):
     """Sixteen hexadecimal digits of the words of a row."""

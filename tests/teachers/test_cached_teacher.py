@@ -22,7 +22,6 @@ from trl.trainer.sft_trainer import DataCollatorForVisionLanguageModeling
 from helpers.ddp_gradients import RUN, assert_gradients_close, raw_gradients, sharpened
 from helpers.hub_server import HubServer
 from llava_mod_hf import MimicConfig, MimicTrainer, cli
-from llava_mod_hf.commands import arguments as arguments_module
 from llava_mod_hf.commands import cache_teacher, mimic
 from llava_mod_hf.commands.arguments import DistillArguments, UpcycleArguments
 from llava_mod_hf.commands.cache_teacher import CacheCommand, run_cache_teacher
@@ -31,6 +30,7 @@ from llava_mod_hf.data.load import DataArguments
 from llava_mod_hf.fingerprints import row_key, weights_hash
 from llava_mod_hf.loading import load_model_and_processor
 from llava_mod_hf.losses.rows import shift_for_next_token
+from llava_mod_hf.teachers import answer_cache
 from llava_mod_hf.teachers.answer_cache import check_settings
 from llava_mod_hf.teachers.cached_teacher import CachedTeacher
 from llava_mod_hf.training import run_folder
@@ -219,20 +219,24 @@ def test_rows_are_found_by_content(caches, processor):
         assert (answer.index.dtype, answer.log_probs.dtype) == (torch.int64, torch.float32)
 
 
+def check_rows(teacher, rows):
+    teacher._cache.check({}, rows)
+
+
 def test_rows_that_the_cache_lacks_are_refused_with_their_number(caches, processor, tmp_path):
     teacher = CachedTeacher(str(caches["teacher"]))
-    teacher.check_rows(train_rows().shuffle(seed=0))
+    check_rows(teacher, train_rows().shuffle(seed=0))
     more = easy_vqa.load("mixture", "train", SEED).select(range(10, NUM_ROWS + 7))
     known = {str((row["prompt"], row["completion"])) for row in train_rows()}
     new = [number for number, row in enumerate(more) if str((row["prompt"], row["completion"])) not in known]
     assert 10 in new and len(new) > 1
     with pytest.raises(ValueError, match=rf"lacks {len(new)} of 17 rows.*first row {new[0]}, whose words"):
-        teacher.check_rows(more)
+        check_rows(teacher, more)
     columns = train_rows().select_columns(["prompt", "completion", "images"])
     images = columns["images"][:]
     swapped = Dataset.from_dict({**columns[:], "images": [images[-1], *images[1:]]}, features=columns.features)
     with pytest.raises(ValueError, match=r"lacks 1 of 16 rows.*first row 0, whose images"):
-        teacher.check_rows(swapped)
+        check_rows(teacher, swapped)
     collator = DataCollatorForVisionLanguageModeling(processor, completion_only_loss=True)
     examples = [dict(row) for row in more.select([0, 15, 16])]
     with pytest.raises(ValueError, match=r"lacks 2 of 3 rows of a batch"):
@@ -259,16 +263,13 @@ def test_a_key_says_words_and_images_and_nothing_else():
 
 
 def trained_from(models, folder, **changes):
-    """The mimic stage's check of a cache, with a recipe that differs."""
-    groups = recipe(
-        models, folder, **{k: v for k, v in changes.items() if k in ("temperature", "teacher", "max_steps")}
-    )
+    """The checks of a cache by the mimic stage and its trainer, with a recipe that differs."""
+    groups = recipe(models, folder, **{k: v for k, v in changes.items() if k in ("temperature", "bf16")})
     distill = dataclasses.replace(groups[1], **{k: v for k, v in changes.items() if k.startswith("teacher_")})
     processor = changes.get("processor") or AutoProcessor.from_pretrained(models["student"])
-    settings = arguments_module.settings_of_cache(
-        distill, groups[-1], processor, changes.get("columns", ["prompt", "completion"])
-    )
-    return CachedTeacher(str(folder), expected=settings)
+    teacher = CachedTeacher(str(folder), expected=distill.teacher_settings(trust_remote_code=False))
+    teacher.check_run(groups[-1], processor, changes.get("rows") or train_rows())
+    return teacher
 
 
 def copy_of(models, name, tmp_path, change):
@@ -314,12 +315,43 @@ def test_another_teacher_is_refused_by_what_differs(models, caches, tmp_path, wh
         ("temperature", {"temperature": 1.0}),
         ("teacher dtype", {"teacher_dtype": "bfloat16"}),
         ("teacher quantization", {"teacher_quantization": "8bit"}),
-        ("loss on", {"columns": ["messages"]}),
+        ("loss on", {"rows": [{"messages": [], "images": []}]}),
+        ("mixed precision", {"bf16": True}),
     ],
 )
 def test_other_options_are_refused(models, caches, what, changes):
     with pytest.raises(ValueError, match=f"another `{what}`"):
         trained_from(models, caches["teacher"], **changes)
+
+
+@pytest.mark.parametrize(
+    ("what", "changes"), [("temperature", {"temperature": 1.0}), ("loss on", {"completion_only_loss": False})]
+)
+def test_the_trainer_refuses_what_the_stage_does(models, caches, tmp_path, what, changes):
+    with pytest.raises(ValueError, match=f"another `{what}`"):
+        cached_trainer(models, caches["teacher"], tmp_path, **changes)
+
+
+def test_the_trainer_refuses_another_template_and_rows_that_the_cache_lacks(models, caches, tmp_path, monkeypatch):
+    more = easy_vqa.load("mixture", "train", SEED).select(range(NUM_ROWS + 3))
+    with pytest.raises(ValueError, match="lacks 3 of 23 rows"):
+        cached_trainer(models, caches["teacher"], tmp_path, dataset=more)
+    original = MimicTrainer.__init__
+
+    def with_other_template(self, *args, processing_class, **kwargs):
+        processing_class.chat_template += " "
+        original(self, *args, processing_class=processing_class, **kwargs)
+
+    monkeypatch.setattr(MimicTrainer, "__init__", with_other_template)
+    with pytest.raises(ValueError, match="another `chat template`"):
+        cached_trainer(models, caches["teacher"], tmp_path)
+
+
+@pytest.mark.parametrize("name", ["ALIGNMENT_VERSION", "ROW_KEY_VERSION"])
+def test_a_cache_of_an_older_version_is_refused(models, caches, monkeypatch, name):
+    monkeypatch.setattr(answer_cache, name, getattr(answer_cache, name) + 1)
+    with pytest.raises(ValueError, match=f"another `{name.lower().replace('_', ' ')}`: 1 there, 2 here"):
+        trained_from(models, caches["teacher"])
 
 
 def test_another_template_of_the_student_is_refused(models, caches, processor):
@@ -454,7 +486,7 @@ def test_pushed_to_the_hub_and_trained_from_there(models, caches, hub: HubServer
     ]
     assert hub.repos["me/answers"].private
     teacher = CachedTeacher("me/answers")
-    teacher.check_rows(train_rows())
+    check_rows(teacher, train_rows())
     assert teacher.settings == yaml.safe_load((folder / "shards.yaml").read_text())
     (folder / "weights.bin").touch()
     with pytest.raises(ValueError, match="weights.bin"):

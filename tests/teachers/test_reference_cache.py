@@ -8,6 +8,7 @@ import pytest
 import torch
 from datasets import load_dataset
 from safetensors.torch import load_file, save_file
+from transformers import AutoProcessor
 
 from helpers.ddp_gradients import RUN, assert_gradients_close, raw_gradients, sharpened
 from helpers.preference_trainers import log_probabilities, uneven
@@ -177,6 +178,25 @@ def test_a_cache_of_another_making_is_refused(models, caches, tmp_path):
     more = (dataclasses.replace(more[0], max_samples=NUM_ROWS + 3), *more[1:])
     with pytest.raises(ValueError, match=f"lacks 3 of {NUM_ROWS + 3} rows .* by `llava-mod cache-reference`"):
         prefer.prefer(*more)
+
+
+def cached_trainer(models, cache, tmp_path, rows, **changes):
+    student, processor = load_model_and_processor(models["student"])
+    for name, value in changes.items():
+        setattr(processor, name, value)
+    args = groups(models, None, tmp_path / "run")[-1]
+    return PreferenceTrainer(student, CachedReference(str(cache)), args, train_dataset=rows, processing_class=processor)
+
+
+def test_the_trainer_refuses_another_template_and_pairs_that_the_cache_lacks(models, caches, tmp_path):
+    rows = easy_vqa.load("preferences", "train", 0)
+    template = AutoProcessor.from_pretrained(models["student"]).chat_template
+    with pytest.raises(ValueError, match="another `chat template`"):
+        cached_trainer(models, caches["teacher"], tmp_path, rows.select(range(4)), chat_template=template + " ")
+    with pytest.raises(ValueError, match=rf"lacks 2 of {NUM_ROWS + 2} rows .* by `llava-mod cache-reference`"):
+        cached_trainer(models, caches["teacher"], tmp_path, rows.select(range(NUM_ROWS + 2)))
+    with pytest.raises(ValueError, match="no column `images`"):
+        cached_trainer(models, caches["teacher"], tmp_path, rows.select(range(4)).remove_columns("images"))
 
 
 def test_a_teacher_that_is_not_finite_is_refused(models, tmp_path):

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from llava_mod_hf.data.fitting import fit_rows
 from llava_mod_hf.loading import load_model_and_processor
 from llava_mod_hf.students.upcycling import PLACEMENTS, upcycle
-from llava_mod_hf.teachers.answer_cache import cache_settings
+from llava_mod_hf.teachers.answer_cache import teacher_settings
 
 
 @dataclass
@@ -66,31 +66,14 @@ class DistillArguments:
             trust_remote_code=trust_remote_code,
         )
 
-
-def settings_of_cache(distill_args, args, processor, columns):
-    """What a cache of the teacher's answers has to be made with, for these arguments and the columns of the rows."""
-    completion_only = args.completion_only_loss
-    if completion_only is None:  # as the parent of the trainer decides
-        completion_only = {"prompt", "completion"} <= set(columns)
-    loss_on = "assistant" if args.assistant_only_loss else "completion" if completion_only else "all"
-    return {"temperature": args.temperature, **_settings(distill_args, args, processor, loss_on)}
-
-
-def settings_of_reference(distill_args, args, processor):
-    """What a cache of the teacher's log-probabilities of pairs has to be made with, for these arguments."""
-    return _settings(distill_args, args, processor, "pairs")
-
-
-def _settings(distill_args, args, processor, loss_on):
-    return cache_settings(
-        distill_args.teacher,
-        processor,
-        loss_on=loss_on,
-        dtype=distill_args.teacher_dtype,
-        quantization=distill_args.teacher_quantization,
-        autocast="bf16" if args.bf16 else "fp16" if args.fp16 else None,
-        trust_remote_code=args.trust_remote_code,
-    )
+    def teacher_settings(self, trust_remote_code):
+        """What a cache of the teacher has to be made with, for these arguments."""
+        return teacher_settings(
+            self.teacher,
+            dtype=self.teacher_dtype,
+            quantization=self.teacher_quantization,
+            trust_remote_code=trust_remote_code,
+        )
 
 
 @dataclass

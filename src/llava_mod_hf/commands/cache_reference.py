@@ -12,14 +12,15 @@ from tqdm.auto import tqdm
 from trl.trainer.dpo_trainer import DataCollatorForVisionPreference
 from trl.trainer.utils import add_fused_lm_head
 
-from llava_mod_hf.commands.arguments import DistillArguments, fit_to_recipe, settings_of_reference
+from llava_mod_hf.commands.arguments import DistillArguments, fit_to_recipe
 from llava_mod_hf.commands.cache_teacher import ShardArguments, finish_cache
 from llava_mod_hf.data.load import DataArguments, load_rows
 from llava_mod_hf.data.parquet_shards import write_shards
 from llava_mod_hf.fingerprints import row_key
 from llava_mod_hf.loading import load_model_and_processor
 from llava_mod_hf.losses.preference_losses import response_sums
-from llava_mod_hf.teachers.reference_model import REFERENCE_COLUMNS, TAIL_COLUMNS, teachers_collator
+from llava_mod_hf.teachers.answer_cache import preference_settings
+from llava_mod_hf.teachers.reference_model import REFERENCE_COLUMNS, TAIL_COLUMNS, own_reading
 from llava_mod_hf.training.preference_trainer import CHECKED_ROWS, PreferenceConfig
 
 NUMBERS = REFERENCE_COLUMNS + TAIL_COLUMNS
@@ -122,10 +123,10 @@ def run_cache_reference(
         teacher.to(args.device)
     collate = DataCollatorForVisionPreference(processor, max_length=args.max_length)
     examples = [rows[number] for number in range(min(CHECKED_ROWS, len(rows)))]
-    own = teachers_collator(student, teacher, processor, teacher_processor, collate=collate, examples=examples)
+    own = own_reading(student, teacher, processor, teacher_processor, collate=collate, examples=examples)
 
-    settings = settings_of_reference(distill_args, args, processor)
-    make = ReferenceWriter(teacher, own or collate, rows, args)
+    settings = {**preference_settings(args, processor), **distill_args.teacher_settings(trust)}
+    make = ReferenceWriter(teacher, collate if own is None else own.collator, rows, args)
     written = write_shards(
         folder, len(rows), settings, make, shard_size=cache_args.shard_size, process=process, num_processes=processes
     )

@@ -13,7 +13,7 @@ from tqdm.auto import tqdm
 from trl.chat_template_utils import get_training_chat_template, has_generation_markers
 from trl.trainer.sft_trainer import DataCollatorForVisionLanguageModeling
 
-from llava_mod_hf.commands.arguments import DistillArguments, UpcycleArguments, fit_to_recipe, settings_of_cache
+from llava_mod_hf.commands.arguments import DistillArguments, UpcycleArguments, fit_to_recipe
 from llava_mod_hf.data.load import DataArguments, load_rows
 from llava_mod_hf.data.parquet_shards import check_shards, shard_path, write_shards
 from llava_mod_hf.fingerprints import row_key
@@ -21,7 +21,7 @@ from llava_mod_hf.loading import load_model_and_processor
 from llava_mod_hf.losses.rows import shift_for_next_token
 from llava_mod_hf.publishing.push import push_dataset
 from llava_mod_hf.recipes import packaged
-from llava_mod_hf.teachers.answer_cache import cache_features, cached_rows, top_k_log_probs
+from llava_mod_hf.teachers.answer_cache import cache_features, cached_rows, mimic_settings, top_k_log_probs
 from llava_mod_hf.teachers.live_teacher import LiveTeacher
 from llava_mod_hf.training.mimic_trainer import MimicConfig
 
@@ -177,7 +177,8 @@ def run_cache_teacher(
     vocabulary = len(teacher.head.weight)
     top_k = min(cache_args.top_k, vocabulary)
     settings = {
-        **settings_of_cache(distill_args, args, processor, rows.column_names),
+        **mimic_settings(args, processor, rows.column_names),
+        **distill_args.teacher_settings(trust),
         "vocabulary": vocabulary,
         "top_k": top_k,
         "log_probs": cache_args.log_probs_dtype,

@@ -13,9 +13,9 @@ from pyarrow.parquet import read_metadata
 from llava_mod_hf.data.load import MESSAGES, DataArguments, image_root, load_rows
 from llava_mod_hf.data.parquet_shards import check_shards, write_shards
 from llava_mod_hf.evaluation.answers import sample_answers
-from llava_mod_hf.fingerprints import content_hash
+from llava_mod_hf.fingerprints import content_hash, processor_parts
 from llava_mod_hf.loading import load_model_and_processor
-from llava_mod_hf.teachers.answer_cache import cache_settings
+from llava_mod_hf.teachers.answer_cache import teacher_settings
 
 logger = logging.getLogger(__name__)
 
@@ -81,9 +81,9 @@ class GenerationArguments:
 
     def identity(self, role, name, processor):
         """What says whether a model is the same, for `shards.yaml`."""
-        settings = cache_settings(
-            name, processor, loss_on="answers", dtype=self.dtype, trust_remote_code=self.trust_remote_code
-        )
+        settings = teacher_settings(name, dtype=self.dtype, trust_remote_code=self.trust_remote_code)
+        parts = processor_parts(processor)
+        settings |= {name: parts[name] for name in ("tokenizer", "chat_template")}
         return {role: content_hash(settings)}
 
     def sampling(self):

@@ -1,6 +1,6 @@
 """`llava-mod mimic`: distil the teacher, dense-to-dense or dense-to-sparse."""
 
-from llava_mod_hf.commands.arguments import fit_to_recipe, settings_of_cache, upcycle_student
+from llava_mod_hf.commands.arguments import fit_to_recipe, upcycle_student
 from llava_mod_hf.data.load import load_rows
 from llava_mod_hf.teachers.cached_teacher import CachedTeacher
 from llava_mod_hf.training.mimic_trainer import MimicTrainer
@@ -16,9 +16,8 @@ def mimic(data_args, distill_args, upcycle_args, args):
     student = upcycle_student(student, upcycle_args, router_aux_loss_coef=args.router_aux_loss_coef, seed=args.seed)
     teacher, teacher_processor = None, None
     if args.kl_weight and distill_args.teacher_cache:
-        expected = settings_of_cache(distill_args, args, processor, rows.column_names)
+        expected = distill_args.teacher_settings(args.trust_remote_code)
         teacher = CachedTeacher(distill_args.teacher_cache, expected=expected)
-        teacher.check_rows(rows)
     elif args.kl_weight:
         teacher, teacher_processor = distill_args.load_teacher(args.trust_remote_code)
     trainer = MimicTrainer(

@@ -1,6 +1,6 @@
 """`llava-mod prefer`: preference distillation with the teacher as reference."""
 
-from llava_mod_hf.commands.arguments import fit_to_recipe, settings_of_reference
+from llava_mod_hf.commands.arguments import fit_to_recipe
 from llava_mod_hf.data.load import load_rows
 from llava_mod_hf.teachers.reference_model import CachedReference
 from llava_mod_hf.training.preference_trainer import PreferenceTrainer
@@ -16,9 +16,8 @@ def prefer(data_args, distill_args, args):
     rows = fit_to_recipe(rows, processor, data_args, args)
     teacher, teacher_processor = None, None
     if args.reference == "teacher" and distill_args.teacher_cache:
-        expected = settings_of_reference(distill_args, args, processor)
+        expected = distill_args.teacher_settings(args.trust_remote_code)
         teacher = CachedReference(distill_args.teacher_cache, expected=expected)
-        teacher.check_rows(rows)
     elif args.reference == "teacher":
         teacher, teacher_processor = distill_args.load_teacher(args.trust_remote_code)
     trainer = PreferenceTrainer(

@@ -12,8 +12,9 @@ from torch.nn import functional as F
 from transformers import AutoConfig, AutoProcessor
 
 from llava_mod_hf.data.parquet_shards import SHARDS_FILE
-from llava_mod_hf.fingerprints import content_hash, processor_parts, weights_hash
+from llava_mod_hf.fingerprints import ROW_KEY_VERSION, content_hash, processor_parts, weights_hash
 from llava_mod_hf.loading import resolve
+from llava_mod_hf.teachers.response_alignment import ALIGNMENT_VERSION
 
 # of a model's config, what has no influence on its logits or is an option of its own
 VOLATILE = {"_name_or_path", "architectures", "auto_map", "dtype", "torch_dtype", "transformers_version", "use_cache"}
@@ -32,30 +33,55 @@ def _local(name):
         return None
 
 
-def cache_settings(teacher, processor, *, loss_on, dtype, quantization=None, autocast=None, trust_remote_code=False):
+def mimic_settings(args, processor, columns):
     """
-    What determines a teacher's answers to a row, and which of the student's tokens they are for.
+    What determines which of the student's tokens a cache of answers is for, and what is kept of them.
 
     Args:
-        teacher (`str`): name of the teacher; what is not on this machine, since a cache stands for it, is left out.
+        args ([`~llava_mod_hf.MimicConfig`]).
         processor (`ProcessorMixin`): the student's.
-        loss_on (`str`): which tokens are supervised, such as `"completion"`.
-        dtype, quantization (`str`): of the teacher's weights in memory.
-        autocast (`str`, *optional*): precision of mixed precision, such as `"bf16"`.
-        trust_remote_code (`bool`, *optional*, defaults to `False`).
+        columns (`Iterable[str]`): of the rows.
 
     Returns:
-        `dict[str, str]`: flat and plain, for `shards.yaml`.
+        `dict`: flat and plain, for `shards.yaml`.
     """
+    completion_only = args.completion_only_loss
+    if completion_only is None:  # as the parent of the trainer decides
+        completion_only = {"prompt", "completion"} <= set(columns)
+    loss_on = "assistant" if args.assistant_only_loss else "completion" if completion_only else "all"
+    return {"temperature": args.temperature, **_student_settings(args, processor, loss_on)}
+
+
+def preference_settings(args, processor):
+    """As [`mimic_settings`], of a cache of pairs and with a [`~llava_mod_hf.PreferenceConfig`]."""
+    return _student_settings(args, processor, "pairs")
+
+
+def _student_settings(args, processor, loss_on):
     parts = processor_parts(processor)
-    settings = {
+    return {
         "tokenizer": parts["tokenizer"],
         "chat template": parts["chat_template"],
         "loss on": loss_on,
-        "teacher dtype": dtype,
-        "teacher quantization": quantization or "none",
-        "mixed precision": autocast or "no",
+        "mixed precision": "bf16" if args.bf16 else "fp16" if args.fp16 else "no",
+        "alignment version": ALIGNMENT_VERSION,
+        "row key version": ROW_KEY_VERSION,
     }
+
+
+def teacher_settings(teacher, *, dtype, quantization=None, trust_remote_code=False):
+    """
+    What determines a teacher's answers to its inputs.
+
+    Args:
+        teacher (`str`): its name; what is not on this machine, since a cache stands for it, is left out.
+        dtype, quantization (`str`): of its weights in memory.
+        trust_remote_code (`bool`, *optional*, defaults to `False`).
+
+    Returns:
+        `dict`: flat and plain, for `shards.yaml`.
+    """
+    settings = {"teacher dtype": dtype, "teacher quantization": quantization or "none"}
     folder = _local(teacher)
     if folder is not None:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
@@ -72,13 +98,14 @@ def _without_volatile(value):
     return value
 
 
-def check_settings(folder, expected):
+def check_settings(folder, expected, *, command="llava-mod cache-teacher"):
     """
     Refuses a cache of another making.
 
     Args:
         folder (`str` or `Path`): of the cache.
         expected (`dict`): settings of this run; those that it leaves out are not compared.
+        command (`str`, *optional*): that makes such a cache.
 
     Returns:
         `dict`: the cache's settings.
@@ -88,15 +115,27 @@ def check_settings(folder, expected):
     """
     path = Path(folder) / SHARDS_FILE
     if not path.is_file():
-        raise ValueError(f"`{folder}` has no `{SHARDS_FILE}`: make the cache with `llava-mod cache-teacher` first.")
+        raise ValueError(f"`{folder}` has no `{SHARDS_FILE}`: make the cache with `{command}` first.")
     found = yaml.safe_load(path.read_text())
+    compare_settings(folder, found, expected)
+    return found
+
+
+def compare_settings(folder, found, expected):
+    """
+    Args:
+        folder (`str` or `Path`): of a cache.
+        found, expected (`dict`): its settings, and this run's; those that this leaves out are not compared.
+
+    Raises:
+        ValueError: naming the first that differs.
+    """
     for name, value in expected.items():
         if found.get(name) != value:
             raise ValueError(
                 f"The cache `{folder}` was made with another `{name}`: {found.get(name)!r} there, {value!r} here. Take "
                 "what it was made with, or make another cache."
             )
-    return found
 
 
 def top_k_log_probs(rows, k, temperature):

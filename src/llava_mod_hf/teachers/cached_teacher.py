@@ -1,23 +1,11 @@
 """A teacher whose answers were written before."""
 
-import json
-from pathlib import Path
-
 import numpy as np
 import torch
-from datasets import load_dataset
-from huggingface_hub import snapshot_download
 
-from llava_mod_hf.data.parquet_shards import check_shards
-from llava_mod_hf.fingerprints import TEXT_COLUMNS, row_key, row_text_key
 from llava_mod_hf.losses.rows import TopKRows, shift_for_next_token
-from llava_mod_hf.teachers.answer_cache import check_settings
-
-SAMPLE = 16  # rows whose images are compared at the start; every row's are when it is read
-
-
-def _download(repo_id):
-    return Path(snapshot_download(repo_id, repo_type="dataset", allow_patterns=["*.parquet", "*.yaml"]))
+from llava_mod_hf.teachers.answer_cache import mimic_settings
+from llava_mod_hf.teachers.cached_rows import CachedRows
 
 
 class CachedTeacher:
@@ -26,8 +14,8 @@ class CachedTeacher:
 
     Args:
         folder (`str`): a cache of `llava-mod cache-teacher`, or a data set of the Hub with one.
-        expected (`dict`, *optional*): settings that it must have been made with, as for [`check_settings`].
-        weight (`float`, *optional*, defaults to 1.0): of its divergence, among several teachers.
+        expected (`dict`, *optional*): settings that it must have been made with, as for
+            [`~llava_mod_hf.teachers.answer_cache.check_settings`].
 
     Attributes:
         shared_vocab_size (`int`): the first tokens, which the probabilities are over.
@@ -36,65 +24,15 @@ class CachedTeacher:
         ValueError: if the cache is of another making, or not whole.
     """
 
-    command = "llava-mod cache-teacher"  # that makes such a cache
-
-    def __init__(self, folder, *, expected=None, weight=1.0):
-        self.folder, self.weight = folder, weight
-        path = Path(folder) if Path(folder).is_dir() else _download(folder)
-        self.settings = check_settings(path, expected or {})
-        check_shards(path)
+    def __init__(self, folder, *, expected=None):
+        self.folder = folder
+        self._cache = CachedRows(folder, command="llava-mod cache-teacher", expected=expected)
+        self.settings = self._cache.settings
         self.shared_vocab_size = self.settings.get("vocabulary")
-        files = sorted(str(file) for file in path.rglob("train-*.parquet"))
-        self._rows = load_dataset("parquet", data_files=files, split="train").with_format("arrow")
-        keys = self._rows.select_columns("key")[:]["key"].to_numpy(zero_copy_only=False).astype("S33")
-        self._order = np.argsort(keys)
-        self._keys = keys[self._order]
 
-    def check_rows(self, rows):
-        """
-        Refuses a cache that lacks rows: compares all their words, and the images of a sample.
-
-        Args:
-            rows (`datasets.Dataset` or `datasets.IterableDataset`): what is trained on; of a stream nothing is read,
-                and a missing row is refused when it comes.
-
-        Raises:
-            ValueError: with the number of missing rows and the first of them.
-        """
-        if not hasattr(rows, "__len__"):
-            return
-        texts = set(self._keys.astype("S16").tolist())
-        words = rows.select_columns([name for name in TEXT_COLUMNS if name in rows.column_names])
-        missing = [number for number, row in enumerate(words) if row_text_key(row).encode() not in texts]
-        self._refuse(missing, len(rows), "words")
-        sample = sorted(set(np.linspace(0, len(rows) - 1, SAMPLE).astype(int).tolist()))
-        missing = [number for number in sample if self._places([row_key(rows[number])])[0] < 0]
-        self._refuse(missing, len(sample), "images")
-
-    def _refuse(self, missing, count, what):
-        if missing:
-            raise ValueError(
-                f"The cache `{self.folder}` lacks {len(missing)} of {count} rows that were looked for, first row "
-                f"{missing[0]}, whose {what} it does not have: make it of this data, by `{self.command}`."
-            )
-
-    def _places(self, keys):
-        """Where rows are in the cache, −1 for those that are not."""
-        keys = np.array(keys, "S33")
-        at = np.searchsorted(self._keys, keys).clip(max=len(self._keys) - 1)
-        return np.where(self._keys[at] == keys, self._order[at], -1).tolist()
-
-    def _found(self, examples):
-        """Where the rows of a batch are in the cache; refuses one that is missing."""
-        places = self._places([row_key(example) for example in examples])
-        if -1 in places:
-            first = examples[places.index(-1)]
-            words = {name: first[name] for name in TEXT_COLUMNS if name in first}
-            raise ValueError(
-                f"The cache `{self.folder}` lacks {places.count(-1)} of {len(places)} rows of a batch, first the one "
-                f"with {json.dumps(words, default=str)[:200]}: make it of this data, by `{self.command}`."
-            )
-        return places
+    def check_run(self, args, processor, rows):
+        """As [`~llava_mod_hf.teachers.protocol.Teacher.check_run`]: the same settings, and all of the rows."""
+        self._cache.check(mimic_settings(args, processor, next(iter(rows))), rows)
 
     def collate(self, examples, batch):
         """
@@ -110,7 +48,7 @@ class CachedTeacher:
         Raises:
             ValueError: if a row is missing, or has another number of response tokens.
         """
-        table = self._rows[self._found(examples)]
+        table = self._cache.find(examples)
         keep, _ = shift_for_next_token(batch["labels"])
         aligned = torch.zeros_like(keep)
         for row, (flags, number) in enumerate(zip(*(table[n].to_pylist() for n in ("aligned", "row")), strict=True)):

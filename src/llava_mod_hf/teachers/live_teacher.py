@@ -66,6 +66,9 @@ class LiveTeacher:
             options["chat_template"] = None if marked else get_training_chat_template(processor)
         return dataclasses.replace(collator, **options)
 
+    def check_run(self, args, processor, rows):
+        """Nothing: it was compared with the student when it was made."""
+
     def collate(self, examples, batch):
         """
         The teacher's own tensors of the same rows, and which of the student's tokens it speaks about.

@@ -8,7 +8,9 @@ from transformers import PreTrainedConfig
 from trl.trainer.dpo_trainer import DataCollatorForVisionPreference
 
 from llava_mod_hf.fingerprints import processor_parts
-from llava_mod_hf.teachers.cached_teacher import CachedTeacher
+from llava_mod_hf.teachers.answer_cache import preference_settings
+from llava_mod_hf.teachers.cached_rows import CachedRows
+from llava_mod_hf.teachers.protocol import Reference
 from llava_mod_hf.teachers.response_alignment import check_responses
 from llava_mod_hf.teachers.vocabulary import check_teacher, shared_vocab_size
 
@@ -19,21 +21,28 @@ REFERENCE_COLUMNS = ("ref_chosen_logps", "ref_rejected_logps")
 TAIL_COLUMNS = ("ref_chosen_tail_logps", "ref_rejected_tail_logps")
 
 
-class CachedReference(CachedTeacher):
+class CachedReference:
     """
-    What a teacher says of pairs, computed before: two numbers each, found by the pair's words and images.
+    What a teacher says of pairs, computed before: a few numbers each, found by the pair's words and images.
 
     Args:
         folder (`str`): of `llava-mod cache-reference`, or a data set of the Hub with one.
-        expected (`dict`, *optional*): settings that it must have been made with.
+        expected (`dict`, *optional*): settings that it must have been made with, as for
+            [`~llava_mod_hf.teachers.answer_cache.check_settings`].
 
     Raises:
         ValueError: if the cache is of another making, or not whole.
     """
 
-    command = "llava-mod cache-reference"
+    def __init__(self, folder, *, expected=None):
+        self._cache = CachedRows(folder, command="llava-mod cache-reference", expected=expected)
 
-    def collate(self, examples, batch=None):
+    def check_run(self, args, processor, rows):
+        """As [`~llava_mod_hf.teachers.protocol.Reference.check_run`]: the same settings, and all of the pairs."""
+        check_images(next(iter(rows)))
+        self._cache.check(preference_settings(args, processor), rows)
+
+    def collate(self, examples, batch):
         """
         Returns:
             `dict[str, torch.FloatTensor]`: `REFERENCE_COLUMNS` and `TAIL_COLUMNS`, `(pairs,)` each.
@@ -41,37 +50,64 @@ class CachedReference(CachedTeacher):
         Raises:
             ValueError: if a pair is missing.
         """
-        table = self._rows[self._found(examples)]
+        table = self._cache.find(examples)
         return {name: torch.tensor(table[name].to_pylist()) for name in REFERENCE_COLUMNS + TAIL_COLUMNS}
+
+
+class ColumnsReference:
+    """The reference's log-probabilities as columns of the rows."""
+
+    def check_run(self, args, processor, rows):
+        """Nothing: [`has_reference`] has looked at the columns."""
+
+    def collate(self, examples, batch):
+        """
+        Returns:
+            `dict[str, torch.FloatTensor]`: those of `REFERENCE_COLUMNS` and `TAIL_COLUMNS` that the rows have.
+        """
+        names = [name for name in REFERENCE_COLUMNS + TAIL_COLUMNS if name in examples[0]]
+        return {name: torch.tensor([example[name] for example in examples]) for name in names}
+
+
+class OwnReading:
+    """
+    The pairs as a reference with another processor reads them.
+
+    Args:
+        collator (`Callable`): of that processor.
+    """
+
+    def __init__(self, collator):
+        self.collator = collator
+
+    def check_run(self, args, processor, rows):
+        """Nothing: [`own_reading`] has compared the responses."""
+
+    def collate(self, examples, batch):
+        """
+        Returns:
+            `dict`: `reference_inputs`, as a collator of pairs makes them.
+        """
+        return {"reference_inputs": dict(self.collator([dict(example) for example in examples]))}
 
 
 @dataclass
 class PreferenceCollator:
     """
-    The parent's batches, with what its collator for images drops (the columns of a reference) or does not know (a
-    cached reference, or the same pairs as the teacher's processor writes them).
+    The student's batches, with what the reference adds to them.
 
     Args:
         student (`Callable`): the parent's collator.
-        teacher (`Callable`, *optional*): that of a teacher with another processor.
-        cache ([`CachedReference`], *optional*).
+        reference ([`~llava_mod_hf.teachers.protocol.Reference`]).
     """
 
     student: Callable
-    teacher: Callable | None = None
-    cache: CachedReference | None = None
+    reference: Reference
 
     def __call__(self, examples):
         # collators write into their examples
         batch = dict(self.student([dict(example) for example in examples]))
-        if REFERENCE_COLUMNS[0] in examples[0]:
-            names = [name for name in REFERENCE_COLUMNS + TAIL_COLUMNS if name in examples[0]]
-            batch.update({name: torch.tensor([example[name] for example in examples]) for name in names})
-        elif self.cache is not None:
-            batch.update(self.cache.collate(examples))
-        elif self.teacher is not None:
-            batch["reference_inputs"] = dict(self.teacher([dict(example) for example in examples]))
-        return batch
+        return {**batch, **self.reference.collate(examples, batch)}
 
 
 class NoReference(torch.nn.Module):
@@ -99,24 +135,20 @@ def has_reference(rows, *, ld_alpha=None):
     return bool(found)
 
 
-def row_sets(train_dataset, eval_dataset):
-    """The data sets that a trainer was given, as a list."""
-    sets = [train_dataset, *(eval_dataset.values() if isinstance(eval_dataset, dict) else [eval_dataset])]
-    return [rows for rows in sets if rows is not None]
-
-
 def check_reference(args, teacher, cached):
     """
     There is exactly one reference: a teacher, the student itself, or columns of all rows.
 
     Args:
         args ([`~llava_mod_hf.PreferenceConfig`]).
-        teacher (`PreTrainedModel`, [`CachedReference`] or `None`).
+        teacher (`PreTrainedModel`, [`~llava_mod_hf.teachers.protocol.Reference`] or `None`).
         cached (`list[bool]`): for each data set, whether it has the columns.
 
     Raises:
-        ValueError: if there is none, or more than one.
+        ValueError: if there is none, or more than one, or it is of another kind.
     """
+    if not (teacher is None or isinstance(teacher, torch.nn.Module) or hasattr(teacher, "collate")):
+        raise ValueError(f"`ref_model` is a {type(teacher).__name__}: give a model that is loaded, or a reference.")
     columns = ", ".join(REFERENCE_COLUMNS)
     if any(cached) and not all(cached):
         raise ValueError(
@@ -137,7 +169,19 @@ def check_reference(args, teacher, cached):
         )
 
 
-def teachers_collator(student, teacher, processor, teacher_processor=None, *, collate, examples):
+def check_images(row):
+    """
+    Raises:
+        ValueError: if a row has no column of images, so that the parent has tokenized it once, for everybody.
+    """
+    if "images" not in row and "image" not in row:
+        raise ValueError(
+            "The reference reads the pairs apart from the student, and the rows have no column `images`: rows of text "
+            "alone are tokenized once, for both. Give rows with `images`, empty lists for text."
+        )
+
+
+def own_reading(student, teacher, processor, teacher_processor=None, *, collate, examples):
     """
     How a teacher reads the pairs, checked.
 
@@ -149,7 +193,7 @@ def teachers_collator(student, teacher, processor, teacher_processor=None, *, co
         examples (`list[dict]`): rows whose responses are compared where the two processors differ.
 
     Returns:
-        `Callable` or `None`: a collator; `None` if teacher and student read the same tensors.
+        [`OwnReading`] or `None`: `None` if teacher and student read the same tensors.
 
     Raises:
         ValueError: if vocabulary, tokenizer or image tokens do not fit, or the templates write other responses.
@@ -158,11 +202,7 @@ def teachers_collator(student, teacher, processor, teacher_processor=None, *, co
         check_teacher(student, teacher, processor, teacher_processor)
         return None
     shared_vocab_size(student, teacher, processor, teacher_processor)
-    if "images" not in examples[0] and "image" not in examples[0]:
-        raise ValueError(
-            "The teacher has another processor than the student, and the rows have no column `images`: rows of text "
-            "alone are tokenized once, for both. Give rows with `images`, empty lists for text."
-        )
+    check_images(examples[0])
     token, expected = teacher_processor.image_token_id, teacher.config.image_token_id
     if token != expected:
         raise ValueError(
@@ -173,7 +213,7 @@ def teachers_collator(student, teacher, processor, teacher_processor=None, *, co
     batches = [collator([dict(example) for example in examples]) for collator in (collate, own)]
     labels, their_labels = (b["input_ids"].masked_fill(b["completion_mask"] == 0, -100) for b in batches)
     check_responses(labels, their_labels, processor.tokenizer)
-    return own
+    return OwnReading(own)
 
 
 def pair_collator(processor):

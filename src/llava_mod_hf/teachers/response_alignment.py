@@ -8,6 +8,8 @@ from torch.nn import functional as F
 
 from llava_mod_hf.losses.rows import shift_for_next_token
 
+ALIGNMENT_VERSION = 1  # to be raised with every change of which positions `align_labels` finds: caches hold them
+
 # Of the words of the sampled responses, the share that may lack a counterpart in the teacher's: a template that puts a
 # space before the answer costs its first token, which is a small part of a sentence and all of a one-word answer.
 MAX_UNALIGNED = 0.25

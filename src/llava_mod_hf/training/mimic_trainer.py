@@ -23,6 +23,7 @@ from llava_mod_hf.model.moe_llava_mod import router_losses
 from llava_mod_hf.teachers.fsdp_layers import shard_layers, whole
 from llava_mod_hf.teachers.live_teacher import LiveTeacher
 from llava_mod_hf.teachers.output_head import head_of
+from llava_mod_hf.teachers.protocol import row_sets
 from llava_mod_hf.teachers.vision_sharing import share_vision_tower
 from llava_mod_hf.training.authors_behaviour import ReferenceCompat
 from llava_mod_hf.training.on_policy import answer_batches, check_on_policy
@@ -192,6 +193,8 @@ class MimicTrainer(GroupedBatches, SFTTrainer):
     def _prepare_data(self):
         # a cache has no collator, and its answers come with the batch as well
         apart = [teacher for teacher in self.teachers if getattr(teacher, "collator", self) is not None]
+        for teacher, rows in itertools.product(self.teachers, row_sets(self.train_dataset, self.eval_dataset)):
+            teacher.check_run(self.args, self.processing_class, rows)
         if self.args.on_policy_share:
             check_on_policy(self.train_dataset, self.teachers)
         if apart and self.train_dataset is not None:

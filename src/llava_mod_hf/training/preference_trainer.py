@@ -13,16 +13,16 @@ from trl import DPOConfig, DPOTrainer
 from llava_mod_hf.data.grouping import GroupedBatches
 from llava_mod_hf.losses.preference_losses import kto_pair_loss, margin_loss, response_sums, without_tail
 from llava_mod_hf.model.moe_llava_mod import router_losses
+from llava_mod_hf.teachers.protocol import row_sets
 from llava_mod_hf.teachers.reference_model import (
     REFERENCE_COLUMNS,
     TAIL_COLUMNS,
-    CachedReference,
+    ColumnsReference,
     NoReference,
     PreferenceCollator,
     check_reference,
     has_reference,
-    row_sets,
-    teachers_collator,
+    own_reading,
 )
 from llava_mod_hf.training.trainable import check_train_modules, train_only, trained_as_before
 from llava_mod_hf.training.trainer_options import check_dependent_options, check_options, check_trainer, check_weights
@@ -133,9 +133,9 @@ class PreferenceTrainer(GroupedBatches, DPOTrainer):
 
     Args:
         model: the student, as in the parent.
-        ref_model (`PreTrainedModel` or [`~llava_mod_hf.teachers.reference_model.CachedReference`], *optional*):
-            The teacher, or what `llava-mod cache-reference` wrote of it; none with `reference="self"`, nor with rows
-            that have the columns `ref_chosen_logps` and `ref_rejected_logps`.
+        ref_model (`PreTrainedModel` or [`~llava_mod_hf.teachers.protocol.Reference`], *optional*):
+            The teacher, or a [`~llava_mod_hf.teachers.reference_model.CachedReference`]; none with `reference="self"`,
+            nor with rows that have the columns `ref_chosen_logps` and `ref_rejected_logps`.
         args (`PreferenceConfig`, *optional*).
         teacher_processor (`ProcessorMixin`, *optional*):
             The teacher's, which it reads the pairs through; without it, it reads the student's tokens and images.
@@ -148,28 +148,15 @@ class PreferenceTrainer(GroupedBatches, DPOTrainer):
     _tag_names = ["llava-mod", "preference-distillation"]
     _name = "LLaVA-MoD preference distillation"
 
-    def __init__(
-        self,
-        model,
-        ref_model=None,
-        args=None,
-        *,
-        train_dataset=None,
-        eval_dataset=None,
-        processing_class=None,
-        teacher_processor=None,
-        peft_config=None,
-        **kwargs,
-    ):
+    def __init__(self, model, ref_model=None, args=None, *, teacher_processor=None, peft_config=None, **kwargs):
         args = args or PreferenceConfig()
-        given = {"peft_config": peft_config, "train_dataset": train_dataset, **kwargs}
-        check_trainer(args, PreferenceConfig, model, teachers=[ref_model], **given)
-        precomputed = [has_reference(rows, ld_alpha=args.ld_alpha) for rows in row_sets(train_dataset, eval_dataset)]
+        check_trainer(args, PreferenceConfig, model, teachers=[ref_model], peft_config=peft_config, **kwargs)
+        sets = row_sets(kwargs.get("train_dataset"), kwargs.get("eval_dataset"))
+        precomputed = [has_reference(rows, ld_alpha=args.ld_alpha) for rows in sets]
         check_reference(args, ref_model, precomputed)
-        cache = ref_model if isinstance(ref_model, CachedReference) else None
-        teacher = None if cache else ref_model
-        without_model = any(precomputed) or cache is not None
-        if without_model:
+        teacher = ref_model if isinstance(ref_model, torch.nn.Module) else None
+        reference = ColumnsReference() if any(precomputed) else ref_model if teacher is None else None
+        if reference is not None:
             ref_model = NoReference()
         elif (
             args.reference == "self" and peft_config is None and not isinstance(model, str) and not is_peft_model(model)
@@ -178,22 +165,12 @@ class PreferenceTrainer(GroupedBatches, DPOTrainer):
             ref_model = copy.deepcopy(model)
         if ref_model is not None:
             ref_model.eval().requires_grad_(False)
-        super().__init__(
-            model,
-            ref_model,
-            args=args,
-            train_dataset=train_dataset,
-            eval_dataset=eval_dataset,
-            processing_class=processing_class,
-            peft_config=peft_config,
-            **kwargs,
-        )
+        super().__init__(model, ref_model, args=args, peft_config=peft_config, **kwargs)
         train_only(self.model, args.train_modules)
-        if without_model:
+        if reference is not None:
             self.ref_model = None
-        collate_for_teacher = None
-        if teacher is not None:
-            collate_for_teacher = teachers_collator(
+        elif teacher is not None:
+            reference = own_reading(
                 self.model,
                 teacher,
                 self.processing_class,
@@ -201,17 +178,24 @@ class PreferenceTrainer(GroupedBatches, DPOTrainer):
                 collate=self.data_collator,
                 examples=list(itertools.islice(self.train_dataset, CHECKED_ROWS)),
             )
-        self.data_collator = PreferenceCollator(self.data_collator, collate_for_teacher, cache)
-        self._set_signature_columns_if_needed()
-        if self._is_vision_dataset:  # the parent has the columns for text alone
-            self._signature_columns += REFERENCE_COLUMNS
-        self._signature_columns += TAIL_COLUMNS
+        self._take(reference, sets)
 
         weighted = list(zip(self.loss_types, self.loss_weights, strict=True))
         self.own_losses = [(name, weight) for name, weight in weighted if name in OWN_LOSSES]
         self.loss_types = [name for name, _ in weighted if name not in OWN_LOSSES]
         self.loss_weights = [weight for name, weight in weighted if name not in OWN_LOSSES]
         self._warn_of_weak_signals()
+
+    def _take(self, reference, sets):
+        """What answers for the pairs beside the parent's own tensors, if anything does."""
+        if reference is None:
+            return
+        for rows in sets:
+            reference.check_run(self.args, self.processing_class, rows)
+        self.data_collator = PreferenceCollator(self.data_collator, reference)
+        self._set_signature_columns_if_needed()
+        # the parent has the former for text alone
+        self._signature_columns += [*(REFERENCE_COLUMNS if self._is_vision_dataset else ()), *TAIL_COLUMNS]
 
     def _warn_of_weak_signals(self):
         names = [name.removesuffix("_norm") for name, _ in self.own_losses]
