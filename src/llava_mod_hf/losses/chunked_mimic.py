@@ -154,21 +154,19 @@ class _ChunkedMimicLoss(torch.autograd.Function):
         teachers = [_Teacher(rows, options, len(targets)) for rows in teachers]
         needs = [with_gradient and needed for needed in ctx.needs_input_grad[:3]]
         with torch.autocast(hidden.device.type, enabled=False):
-            sums, gradients = _sums_and_gradients(
+            sums, ctx.gradients = _sums_and_gradients(
                 hidden.to(dtype),
                 head._replace(weight=weight.to(dtype), bias=None if bias is None else bias.to(dtype)),
                 targets,
                 teachers,
                 options,
-                items,
                 rows_per_chunk,
                 needs,
             )
         loss, kl, lm, correct = sums
-        inputs = (hidden, weight, bias)
-        ctx.gradients = [None if g is None else g.to(i.dtype) for g, i in zip(gradients, inputs, strict=True)]
+        ctx.items, ctx.dtypes = items, [None if tensor is None else tensor.dtype for tensor in (hidden, weight, bias)]
         ctx.mark_non_differentiable(kl, lm, correct)
-        return loss, kl, lm, correct
+        return loss / items, kl, lm, correct
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -176,11 +174,17 @@ class _ChunkedMimicLoss(torch.autograd.Function):
         if ctx.gradients is None:
             raise RuntimeError("The chunked mimic loss keeps no graph: call `backward` once per forward pass.")
         gradients, ctx.gradients = ctx.gradients, None
-        if grad_loss != 1:  # in place, and not at all where it may be left out: the head's is as large as the head
-            for gradient in gradients:
-                if gradient is not None:
-                    gradient.mul_(grad_loss)
-        return (*gradients, *[None] * 7)
+        factor = grad_loss / ctx.items  # at once: divided by N alone, a gradient in fp16 would be 0 before it is scaled
+        scaled = [
+            None if gradient is None else _scaled(gradient, factor, dtype)
+            for gradient, dtype in zip(gradients, ctx.dtypes, strict=True)
+        ]
+        return (*scaled, *[None] * 7)
+
+
+def _scaled(gradient, factor, dtype):
+    """`factor · gradient` in `dtype`, rounded to it last; in place where it can be, as the head's is a large one."""
+    return gradient.to(torch.promote_types(gradient.dtype, dtype)).mul_(factor).to(dtype)
 
 
 def _compute_dtype(hidden):
@@ -235,13 +239,19 @@ class _Teacher:
         return others.masked_scatter(aligned, found)
 
 
-def _sums_and_gradients(hidden, head, targets, teachers, options, items, rows_per_chunk, needs):
-    """The four sums of [`MimicTerms`], and the gradients of hidden states, weight and bias where they are needed."""
+def _sums_and_gradients(hidden, head, targets, teachers, options, rows_per_chunk, needs):
+    """
+    The four sums of [`MimicTerms`], and the first one's gradients of hidden states, weight and bias where needed.
+
+    Neither is divided by N. Those of fp16 are multiplied in float32, as their sums over rows may leave its range.
+    """
     needs_hidden, needs_weight, needs_bias = needs
     zero = head.finish(hidden.new_zeros(()))
     sums = [zero.clone(), zero.new_zeros(len(teachers)), zero.clone(), zero.clone()]
+    dtype = torch.float32 if hidden.dtype == torch.float16 else hidden.dtype  # of the gradients' products
+    weight = head.weight.to(dtype) if needs_hidden else None
     # summed over chunks in float32, whatever the head's type
-    grad_hidden = torch.zeros_like(hidden) if needs_hidden else None
+    grad_hidden = torch.zeros_like(hidden, dtype=dtype) if needs_hidden else None
     grad_weight = None
     grad_bias = torch.zeros_like(head.bias, dtype=zero.dtype) if needs_bias else None
     for start in range(0, len(hidden), rows_per_chunk):
@@ -251,16 +261,14 @@ def _sums_and_gradients(hidden, head, targets, teachers, options, items, rows_pe
         chunks = [teacher.chunk(start, stop, hidden.device) for teacher in teachers]
         for block in _blocks(projected):
             bounds = start + block.start, start + block.stop
-            terms = _block_terms(
-                projected[block], head, targets, teachers, chunks, start, bounds, options, items, needs
-            )
+            terms = _block_terms(projected[block], head, targets, teachers, chunks, start, bounds, options, needs)
             for total, term in zip(sums, terms, strict=True):
                 total += term
-        gradient = projected.to(hidden.dtype)  # the blocks have put it in the projection's place
+        gradient = projected.to(dtype)  # the blocks have put it in the projection's place
         if needs_hidden:
-            torch.mm(gradient, head.weight, out=grad_hidden[start:stop])
+            torch.mm(gradient, weight, out=grad_hidden[start:stop])
         if needs_weight:
-            grad_weight = _add_product(grad_weight, gradient, rows)
+            grad_weight = _add_product(grad_weight, gradient, rows.to(dtype))
         if needs_bias:
             grad_bias += projected.sum(0)
     if needs_weight and grad_weight is None:  # no rows
@@ -275,7 +283,7 @@ def _blocks(projected):
     return [slice(start, min(start + size, rows)) for start in range(0, rows, size)]
 
 
-def _block_terms(projected, head, targets, teachers, chunks, chunk_start, bounds, options, items, needs):
+def _block_terms(projected, head, targets, teachers, chunks, chunk_start, bounds, options, needs):
     """Terms of one block of rows; replaces `projected` by the gradient of the loss where one is needed."""
     with torch.set_grad_enabled(any(needs)):
         leaf = projected.detach().requires_grad_(any(needs))
@@ -289,7 +297,7 @@ def _block_terms(projected, head, targets, teachers, chunks, chunk_start, bounds
         weighted = [weight * term for weight, term in zip(options.kl_weights, kl, strict=True)]
         if options.lm_weight or not teachers:  # else its gradient is not worth a pass
             weighted.append(options.lm_weight * lm)
-        loss = torch.stack(weighted).sum() / items
+        loss = torch.stack(weighted).sum()
     with torch.no_grad():
         chosen = logits.gather(-1, targets[slice(*bounds), None]).squeeze(-1)
         correct = (chosen == logits.amax(-1)).sum()
