@@ -12,7 +12,7 @@ export TOKENIZERS_PARALLELISM ?= false
 WORKERS := -n 2 --dist loadfile
 test test-quantisation test-all: export OMP_NUM_THREADS ?= 1
 
-.PHONY: setup quickstart test test-quantisation test-all lint typecheck weights clean
+.PHONY: setup quickstart test test-quantisation test-versions test-all lint typecheck weights clean
 
 setup: $(VENV)/.installed
 
@@ -39,6 +39,10 @@ test-quantisation: $(QUANTISATION)
 
 test-all: setup test-quantisation
 	$(BIN)/python -m pytest -q $(WORKERS) -m ''
+
+# Every minor version of transformers, each in a folder of its own, about four minutes without the downloads.
+test-versions: setup
+	PYTHONPATH=tests $(BIN)/python tests/versions/check.py $(VERSIONS)
 
 lint: setup
 	$(BIN)/ruff check .

@@ -1,8 +1,11 @@
 """Models and processors by their names: of the Hub, of a folder, or `embedded:…`."""
 
 import json
+import logging
+import re
 from pathlib import Path
 
+from safetensors import SafetensorError
 from transformers import AutoModelForImageTextToText, AutoProcessor, BitsAndBytesConfig, ProcessorMixin
 from transformers.quantizers.auto import AutoQuantizationConfig
 
@@ -33,6 +36,56 @@ BITS = {
 }
 
 
+class _Report(logging.Handler):
+    """Keeps what transformers reports of a loading: of experts of which some are missing, its error names none."""
+
+    def __init__(self):
+        super().__init__()
+        self.text = ""
+
+    def emit(self, record):
+        self.text += record.getMessage()
+
+
+def load_whole(auto_class, path, **kwargs):
+    """
+    `auto_class.from_pretrained`, which initialises what a checkpoint lacks: a student with a new router or norm would
+    answer at random, so here it is refused.
+
+    Args:
+        auto_class (`type`): such as `AutoModelForImageTextToText`.
+        path (`str` or `os.PathLike`): folder or Hub name.
+        kwargs: of `from_pretrained`.
+
+    Returns:
+        `PreTrainedModel`.
+
+    Raises:
+        ValueError: if a file cannot be read, or weights are missing or of another shape; it names them.
+    """
+    report, logger = _Report(), logging.getLogger("transformers.modeling_utils")
+    logger.addHandler(report)
+    try:
+        # or another shape would be an error that names none
+        model, info = auto_class.from_pretrained(path, output_loading_info=True, ignore_mismatched_sizes=True, **kwargs)
+    except (RuntimeError, SafetensorError) as error:
+        _refuse_missing(path, re.findall(r"^(\S+) +\| CONVERSION", report.text, flags=re.M))
+        raise ValueError(f"The weights of `{path}` are cut off or of another model: {error}") from error
+    finally:
+        logger.removeHandler(report)
+    _refuse_missing(path, {*info["missing_keys"], *(name for name, *_ in info["mismatched_keys"])})
+    return model
+
+
+def _refuse_missing(path, names):
+    if names:
+        shown = ", ".join(sorted(names)[:8]) + (", …" if len(names) > 8 else "")
+        raise ValueError(
+            f"`{path}` has {len(names)} of the model's weights not at all, in part or in another shape: {shown}. It is "
+            "cut off or of another model."
+        )
+
+
 def load_model_and_processor(
     name, *, dtype="float32", attn_implementation=None, quantization=None, device=None, trust_remote_code=False
 ):
@@ -51,11 +104,13 @@ def load_model_and_processor(
         `tuple[PreTrainedModel, ProcessorMixin]`.
 
     Raises:
-        ValueError: if the folder has no processor, only a tokenizer, or the quantisation is unknown or not installed.
+        ValueError: as in [`load_whole`], and if the folder has no processor, only a tokenizer, or the quantisation is
+            unknown or not installed.
     """
     path = resolve(name)
     try:
-        model = AutoModelForImageTextToText.from_pretrained(
+        model = load_whole(
+            AutoModelForImageTextToText,
             path,
             dtype=dtype,
             attn_implementation=attn_implementation,

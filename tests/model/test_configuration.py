@@ -7,6 +7,7 @@ import torch
 from transformers import AutoConfig, LlamaConfig
 
 from llava_mod_hf import LlavaModConfig
+from llava_mod_hf.model import configuration_llava_mod as config_module
 
 SPARSE = {
     "moe_layers": [2, 0],
@@ -156,18 +157,17 @@ def test_auto_map_names_all_three_classes(tmp_path):
         ("router_aux_coef", "router_aux_loss_coef"),
     ],
 )
-def test_an_unknown_field_is_refused_with_the_nearest_name(tmp_path, name, nearest):
-    message = f"`{name}` is no field of LlavaModConfig: the nearest name is `{nearest}`"
-    with pytest.raises(ValueError, match=message):
-        make_config(**{name: 1})
-    make_config(**SPARSE).save_pretrained(tmp_path)
-    stored = json.loads((tmp_path / "config.json").read_text())
-    (tmp_path / "config.json").write_text(json.dumps({**stored, name: 1}))
-    with pytest.raises(ValueError, match=message):
-        AutoConfig.from_pretrained(tmp_path)
+def test_an_unknown_field_is_kept_with_a_warning_of_the_nearest_name(tmp_path, caplog, name, nearest):
+    message = f"keeps fields that it does not read: `{name}` (the nearest that it reads is `{nearest}`)"
+    config_module.logger.warning_once.cache_clear()
+    make_config(**SPARSE, **{name: 17}).save_pretrained(tmp_path)
+    read = AutoConfig.from_pretrained(tmp_path)
+    assert getattr(read, name) == json.loads((tmp_path / "config.json").read_text())[name] == 17
+    assert moe_values(read) == SPARSE | {"moe_layers": [0, 2]}
+    assert caplog.text.count(message) == 1
 
 
-def test_what_transformers_writes_passes(tmp_path):
+def test_what_transformers_writes_passes(tmp_path, caplog):
     config = make_config(**SPARSE)
     # as its Trainer, its quantizers and its older versions do
     config.pad_token_id, config.use_cache, config.dtype = 0, False, "bfloat16"
@@ -178,6 +178,7 @@ def test_what_transformers_writes_passes(tmp_path):
     quantised = {"quantization_config": {"quant_method": "torchao", "quant_type": "int8_weight_only"}}
     (tmp_path / "config.json").write_text(json.dumps({**stored, **older, **quantised}))
     loaded = LlavaModConfig.from_pretrained(tmp_path)
+    assert "does not read" not in caplog.text
     assert (loaded.pad_token_id, loaded.dtype) == (0, torch.bfloat16)
     assert loaded.quantization_config["quant_method"] == "torchao"
     assert moe_values(loaded) == moe_values(config)

@@ -18,6 +18,7 @@ from transformers import (
 from helpers.models import assert_same_logits, image_batch, moe_blocks, sharpen, stock_twin
 from llava_mod_hf import LlavaModConfig, LlavaModForConditionalGeneration, LlavaModModel
 from llava_mod_hf.data.easy_vqa import image_paths
+from llava_mod_hf.loading import load_whole
 from llava_mod_hf.losses import divergences
 from llava_mod_hf.model.moe_llava_mod import LlavaModExperts, router_losses
 
@@ -398,11 +399,16 @@ def test_new_routers_and_experts_are_initialised(make_student, std):
     assert_initialised(LlavaModForConditionalGeneration(config), std)
 
 
-def test_a_checkpoint_that_lacks_weights_is_refused(make_student, tmp_path):
+def test_a_checkpoint_that_lacks_weights_is_refused_by_the_stages_alone(make_student, tmp_path):
     make_student(moe_layers=[]).save_pretrained(tmp_path)
     message = r"has 6 of the model's weights not at all.*: model\.language_model\.layers\.0\.mlp\.experts\.down_proj"
+    config = make_student().config
     with pytest.raises(ValueError, match=message):
-        LlavaModForConditionalGeneration.from_pretrained(tmp_path, config=make_student().config)
+        load_whole(LlavaModForConditionalGeneration, tmp_path, config=config)
+    # transformers reports and initialises: routers too
+    assert_initialised(
+        LlavaModForConditionalGeneration.from_pretrained(tmp_path, config=config), config.text_config.initializer_range
+    )
 
 
 @torch.no_grad()

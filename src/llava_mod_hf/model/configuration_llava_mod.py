@@ -1,9 +1,13 @@
 """Configuration of the LLaVA-MoD student. Ships to the Hub with every checkpoint."""
 
 import difflib
-from dataclasses import fields
+import inspect
+from dataclasses import fields, is_dataclass
 
-from transformers import AutoConfig, GenerationConfig, LlavaConfig
+from transformers import AutoConfig, GenerationConfig, LlavaConfig, PreTrainedConfig
+from transformers.utils import logging
+
+logger = logging.get_logger(__name__)
 
 MOE_DEFAULTS = {
     "moe_layers": [],
@@ -30,7 +34,7 @@ WRITTEN_BY_TRANSFORMERS = {
     "bos_token_id", "eos_token_id", "pad_token_id", "sep_token_id", "tokenizer_class", "custom_pipelines",
     "is_decoder", "add_cross_attention", "cross_attention_hidden_size", "decoder_start_token_id", "finetuning_task",
     "prefix", "pruned_heads", "task_specific_params", "tf_legacy_loss", "tie_encoder_decoder", "torchscript",
-    "use_bfloat16", "ignore_index", "vocab_size",
+    "use_bfloat16", "ignore_index", "vocab_size", "transformers_version", "chunk_size_feed_forward",
 }  # fmt: skip
 
 
@@ -81,11 +85,11 @@ class LlavaModConfig(LlavaConfig):
         output_router_logits (`bool`, *optional*, defaults to `False`):
             Whether `forward` returns the router logits and adds the router's losses.
         kwargs:
-            Fields of [`~transformers.LlavaConfig`].
+            Fields of [`~transformers.LlavaConfig`]; others are kept, with a warning that names them.
 
     Raises:
-        ValueError: if a field is unknown, a layer index is out of range or repeated, `num_experts_per_tok` is not
-            between 1 and `num_experts`, or a value is of the wrong kind.
+        ValueError: if a layer index is out of range or repeated, `num_experts_per_tok` is not between 1 and
+            `num_experts`, or a value is of the wrong kind.
     """
 
     model_type = "llava_mod"
@@ -113,13 +117,16 @@ class LlavaModConfig(LlavaConfig):
     router_z_loss_coef = _text_field("router_z_loss_coef", 0.0)
     output_router_logits = _text_field("output_router_logits", False)
 
-    def __post_init__(self, **kwargs):
-        self._check_names(kwargs)
+    # Written out, since transformers made configs dataclasses with a `__post_init__` in 5.4 only.
+    def __init__(self, **kwargs):
+        self._tell_unknown_names(kwargs)
         given = {name: kwargs.pop(name) for name in MOE_DEFAULTS if name in kwargs}
-        given = {name: value for name, value in given.items() if value is not None}
-        super().__post_init__(**kwargs)
+        super().__init__(**kwargs)
         # `save_pretrained` writes the entries of the classes that it saves: `AutoModel` would be missing
         self.auto_map = dict(AUTO_MAP)
+        self._set_moe({name: value for name, value in given.items() if value is not None})
+
+    def _set_moe(self, given):
         text_config = self.text_config
         was_sparse = bool(getattr(text_config, "moe_layers", []))
         if not given.get("moe_layers", was_sparse):
@@ -136,16 +143,25 @@ class LlavaModConfig(LlavaConfig):
     @classmethod
     def known_fields(cls):
         """Names that the constructor takes and that stand for something, in this class or in transformers."""
-        return {field.name for field in fields(cls)} | set(MOE_DEFAULTS) | set(cls.attribute_map)
+        if is_dataclass(LlavaConfig):
+            declared = {field.name for field in fields(LlavaConfig)}
+        else:
+            parents = (LlavaConfig.__init__, PreTrainedConfig.__init__)
+            declared = {name for parent in parents for name in inspect.signature(parent).parameters}
+        return declared | set(MOE_DEFAULTS) | set(cls.attribute_map)
 
-    def _check_names(self, kwargs):
+    def _tell_unknown_names(self, kwargs):
+        """A checkpoint of tomorrow loads today: a field that nothing reads is kept, as in transformers' models."""
         known = self.known_fields()
         passed = known | WRITTEN_BY_TRANSFORMERS | set(GenerationConfig._get_default_generation_params())
-        for name in kwargs:
-            # a name with an underscore is transformers' own, never a user's
-            if name not in passed and not name.startswith("_"):
-                nearest = difflib.get_close_matches(name, sorted(known), n=1, cutoff=0.0)[0]
-                raise ValueError(f"`{name}` is no field of {type(self).__name__}: the nearest name is `{nearest}`.")
+        # a name with an underscore is transformers' own, never a user's
+        unknown = sorted(name for name in kwargs if name not in passed and not name.startswith("_"))
+        if unknown:
+            nearest = {name: difflib.get_close_matches(name, sorted(known), n=1, cutoff=0.0)[0] for name in unknown}
+            logger.warning_once(
+                f"{type(self).__name__} keeps fields that it does not read: "
+                + ", ".join(f"`{name}` (the nearest that it reads is `{near}`)" for name, near in nearest.items())
+            )
 
     def _check_moe(self):
         layers, num_layers = self.moe_layers, self.text_config.num_hidden_layers

@@ -2,10 +2,9 @@
 
 import functools
 import inspect
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
-from safetensors import SafetensorError
 from torch import nn
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
@@ -15,48 +14,85 @@ from transformers import (
     GenerationMixin,
 )
 from transformers.conversion_mapping import register_checkpoint_conversion_mapping
-from transformers.modeling_utils import slice_logits_to_keep
-from transformers.models.llava.modeling_llava import (
-    LlavaCausalLMOutputWithPast,
-    LlavaModel,
-    LlavaModelOutputWithPast,
-    LlavaMultiModalProjector,
-    LlavaPreTrainedModel,
-)
+from transformers.core_model_loading import WeightRenaming
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.models.llava.modeling_llava import LlavaModel, LlavaMultiModalProjector, LlavaPreTrainedModel
 from transformers.utils import can_return_tuple
-from transformers.utils.output_capturing import OutputRecorder
 
 from .configuration_llava_mod import LlavaModConfig
-from .moe_llava_mod import LlavaModSparseMoeBlock, LlavaModTopKRouter, init_moe_weights, router_losses
+from .moe_llava_mod import (
+    HAS_IMPLEMENTATIONS,
+    LlavaModSparseMoeBlock,
+    LlavaModTopKRouter,
+    init_moe_weights,
+    router_losses,
+)
+
+try:
+    from transformers.utils.output_capturing import OutputRecorder
+except ImportError:  # before transformers 5.2
+    from transformers.utils.generic import OutputRecorder  # type: ignore[attr-defined, no-redef]
 
 
+# Of transformers' oldest output classes, which name the cache as the language model's output does; what a LLaVA adds is
+# our own, since the fields of the stock LLaVA's outputs change from release to release.
 @dataclass
-class LlavaModModelOutputWithPast(LlavaModelOutputWithPast):
+class LlavaModModelOutputWithPast(BaseModelOutputWithPast):
     """
     Output of [`LlavaModModel`].
 
     Args:
+        image_hidden_states (`torch.FloatTensor`, *optional*):
+            What the adaptor made of the images, `(images, features, width)` of the batch in a row.
         router_logits (`tuple[torch.FloatTensor]`, *optional*):
             One `(batch * sequence, num_experts)` float32 tensor per mixture-of-experts layer.
     """
 
+    image_hidden_states: torch.FloatTensor | None = None
     router_logits: tuple[torch.FloatTensor, ...] | None = None
 
 
 @dataclass
-class LlavaModCausalLMOutputWithPast(LlavaCausalLMOutputWithPast):
+class LlavaModCausalLMOutputWithPast(CausalLMOutputWithPast):
     """
     Output of [`LlavaModForConditionalGeneration`].
 
     Args:
+        image_hidden_states, router_logits:
+            As in [`LlavaModModelOutputWithPast`].
         aux_loss (`torch.FloatTensor`, *optional*):
             Load-balancing loss of the config's `router_aux_loss_type`, before its coefficient; with `labels` only.
-        router_logits (`tuple[torch.FloatTensor]`, *optional*):
-            One `(batch * sequence, num_experts)` float32 tensor per mixture-of-experts layer.
     """
 
+    image_hidden_states: torch.FloatTensor | None = None
     aux_loss: torch.FloatTensor | None = None
     router_logits: tuple[torch.FloatTensor, ...] | None = None
+
+
+# transformers 5.24 renames the argument and the output
+CACHE = "cache" if "cache" in {field.name for field in fields(BaseModelOutputWithPast)} else "past_key_values"
+
+
+def rows_to_project(hidden_states, logits_to_keep):
+    """
+    The hidden states whose logits are wanted, as transformers reads `logits_to_keep`.
+
+    Args:
+        hidden_states (`torch.Tensor` of shape `(batch, sequence, width)`).
+        logits_to_keep (`int` or `torch.Tensor`):
+            The last `n` positions (0: all), indices of positions (`(kept,)` for all rows, `(batch, kept)` for each), or
+            a boolean `(batch, sequence)` mask.
+
+    Returns:
+        `torch.Tensor` of shape `(batch, kept, width)`, or with a mask `(kept, width)`.
+    """
+    if isinstance(logits_to_keep, int):
+        return hidden_states[:, -logits_to_keep:] if logits_to_keep else hidden_states
+    if logits_to_keep.dtype == torch.bool:
+        return hidden_states[logits_to_keep]
+    if logits_to_keep.ndim == 2:
+        return hidden_states.take_along_dim(logits_to_keep[..., None], dim=1)
+    return hidden_states[:, logits_to_keep]
 
 
 def logit_transform(text_config):
@@ -172,14 +208,13 @@ def _sparse_text_model_class(text_model_class, low_rank):
             for index in config.moe_layers:
                 layer = self.layers[index]
                 layer.mlp = LlavaModSparseMoeBlock(config, layer.mlp, f"language_model.layers.{index}.mlp")
-            conversions = getattr(layer.mlp.experts, "file_conversions", list)()
-            register_checkpoint_conversion_mapping(type(self).__name__, conversions, overwrite=True)
+            self.file_conversions = getattr(layer.mlp.experts, "file_conversions", list)()
             self.post_init()
 
         @classmethod
         def _can_set_experts_implementation(cls):
             # transformers keeps the answer by class, and here would find the stock class's, which has no experts
-            return True
+            return HAS_IMPLEMENTATIONS
 
         @torch.no_grad()
         def _init_weights(self, module):
@@ -191,53 +226,27 @@ def _sparse_text_model_class(text_model_class, low_rank):
     return SparseTextModel
 
 
-def _refuse_missing(path, names):
-    if names:
-        shown = ", ".join(sorted(names)[:8]) + (", …" if len(names) > 8 else "")
-        raise ValueError(
-            f"`{path}` has {len(names)} of the model's weights not at all, in part or in another shape: {shown}. It is "
-            "cut off or of another model."
-        )
+def _register_file_names(language_model, vision_tower):
+    """How the names in a file become the model's, which transformers keeps for the class, and before 5.9 by type."""
+    conversions = getattr(language_model, "file_conversions", None)
+    if "model_type" not in inspect.signature(register_checkpoint_conversion_mapping).parameters:
+        if conversions is not None:
+            register_checkpoint_conversion_mapping(type(language_model).__name__, conversions, overwrite=True)
+        return
+    conversions = list(conversions or [])
+    if hasattr(vision_tower, "vision_model"):  # the parts of an encoder lie a level deeper before 5.6 than in the file
+        conversions.append(WeightRenaming(r"vision_tower\.(?!vision_model\.)", "vision_tower.vision_model."))
+    register_checkpoint_conversion_mapping("llava_mod", conversions, overwrite=True)
 
 
 class LlavaModPreTrainedModel(LlavaPreTrainedModel):
     config_class = LlavaModConfig
     config: LlavaModConfig
 
-    # The parent initialises what a checkpoint lacks and says so in a table: a student would answer at random.
-    @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path, *args, output_loading_info=False, **kwargs):
-        """
-        As in transformers, but a checkpoint that is cut off or lacks weights is refused.
-
-        Raises:
-            ValueError: if a file cannot be read, or weights are missing or of another shape; it names them.
-        """
-        try:
-            model, info = super().from_pretrained(
-                pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs
-            )
-        except (RuntimeError, SafetensorError) as error:
-            raise ValueError(
-                f"The weights of `{pretrained_model_name_or_path}` are cut off or of another model: {error}"
-            ) from error
-        if pretrained_model_name_or_path is not None:  # else weights were given, and whoever gave them checks
-            _refuse_missing(pretrained_model_name_or_path, info["missing_keys"])
-        return (model, info) if output_loading_info else model
-
-    # The parent's errors about other shapes, and about experts of which some are missing, name none of them.
-    @staticmethod
-    def _finalize_model_loading(model, load_config, loading_info):
-        names = set(loading_info.conversion_errors)
-        if not load_config.ignore_mismatched_sizes:
-            names |= {name for name, *_ in loading_info.mismatched_keys}
-        _refuse_missing(load_config.pretrained_model_name_or_path, names)
-        return LlavaPreTrainedModel._finalize_model_loading(model, load_config, loading_info)
-
     @classmethod
     def _can_set_experts_implementation(cls):
         # transformers keeps the answer by class, and `LlavaModModel` would find that of the stock `LlavaModel`
-        return True
+        return HAS_IMPLEMENTATIONS
 
 
 class LlavaModModel(LlavaModPreTrainedModel, LlavaModel):
@@ -262,6 +271,7 @@ class LlavaModModel(LlavaModPreTrainedModel, LlavaModel):
             self.language_model = text_model_class._from_config(text_config)
         else:
             self.language_model = AutoModel.from_config(text_config)
+        _register_file_names(self.language_model, self.vision_tower)
         self.post_init()
 
     def _check_checkpointing(self, kwargs):
@@ -281,7 +291,6 @@ class LlavaModModel(LlavaModPreTrainedModel, LlavaModel):
         pixel_values=None,
         attention_mask=None,
         position_ids=None,
-        past_key_values=None,
         inputs_embeds=None,
         vision_feature_layer=None,
         vision_feature_select_strategy=None,
@@ -293,8 +302,8 @@ class LlavaModModel(LlavaModPreTrainedModel, LlavaModel):
                 Token ids, one `<image>` placeholder per image feature. This or `inputs_embeds`.
             pixel_values (`torch.FloatTensor` of shape `(images, channels, height, width)`, *optional*):
                 The images of the whole batch, in the order of their placeholders.
-            attention_mask, position_ids, past_key_values, inputs_embeds, kwargs:
-                As in the language model.
+            attention_mask, position_ids, inputs_embeds, kwargs:
+                As in the language model; the cache of a prefix, too, by the name that it has there.
             vision_feature_layer, vision_feature_select_strategy:
                 Override the config's.
 
@@ -326,17 +335,16 @@ class LlavaModModel(LlavaModPreTrainedModel, LlavaModel):
         outputs = self.language_model(
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
             **kwargs,
         )
         return LlavaModModelOutputWithPast(
             last_hidden_state=outputs.last_hidden_state,
-            past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
             image_hidden_states=image_features,
             router_logits=outputs.get("router_logits"),
+            **{CACHE: outputs.get(CACHE)},
         )
 
 
@@ -359,6 +367,16 @@ class LlavaModForConditionalGeneration(LlavaModPreTrainedModel, GenerationMixin)
     def get_image_features(self, pixel_values, **kwargs):
         return self.model.get_image_features(pixel_values, **kwargs)
 
+    # Not every version of transformers leaves out the pictures of tokens that the cache holds already.
+    def prepare_inputs_for_generation(self, *args, **kwargs):
+        inputs = super().prepare_inputs_for_generation(*args, **kwargs)
+        token_ids, cache = inputs.get("input_ids"), inputs.get(CACHE)
+        if token_ids is not None and cache is not None and cache.get_seq_length():
+            # not by the placeholder alone: a model may answer with one
+            seen = token_ids.shape[1] == 1 or not (token_ids == self.config.image_token_index).any()
+            inputs["pixel_values"] = None if seen else inputs.get("pixel_values")
+        return inputs
+
     @can_return_tuple
     def forward(
         self,
@@ -366,7 +384,6 @@ class LlavaModForConditionalGeneration(LlavaModPreTrainedModel, GenerationMixin)
         pixel_values=None,
         attention_mask=None,
         position_ids=None,
-        past_key_values=None,
         inputs_embeds=None,
         vision_feature_layer=None,
         vision_feature_select_strategy=None,
@@ -399,14 +416,13 @@ class LlavaModForConditionalGeneration(LlavaModPreTrainedModel, GenerationMixin)
             pixel_values=pixel_values,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
             vision_feature_layer=vision_feature_layer,
             vision_feature_select_strategy=vision_feature_select_strategy,
             output_router_logits=output_router_logits,
             **kwargs,
         )
-        logits = project(slice_logits_to_keep(outputs.last_hidden_state, logits_to_keep), self.lm_head, text_config)
+        logits = project(rows_to_project(outputs.last_hidden_state, logits_to_keep), self.lm_head, text_config)
 
         loss = aux_loss = None
         if labels is not None:
@@ -417,12 +433,12 @@ class LlavaModForConditionalGeneration(LlavaModPreTrainedModel, GenerationMixin)
         return LlavaModCausalLMOutputWithPast(
             loss=loss,
             logits=logits,
-            past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
             image_hidden_states=outputs.image_hidden_states,
             aux_loss=aux_loss,
             router_logits=outputs.router_logits if output_router_logits else None,
+            **{CACHE: outputs.get(CACHE)},
         )
 
 

@@ -1,6 +1,7 @@
 """The mixture of experts that takes the place of a dense FFN. Ships to the Hub with every checkpoint."""
 
 import copy
+import inspect
 from typing import NamedTuple
 
 import torch
@@ -8,8 +9,7 @@ from torch import nn
 from torch.nn import functional as F
 from transformers import initialization
 from transformers.core_model_loading import Concatenate, MergeModulelist, WeightConverter
-from transformers.integrations import use_experts_implementation
-from transformers.integrations.moe import ExpertsInterface, grouped_mm_experts_forward
+from transformers.integrations import moe, use_experts_implementation
 from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 from transformers.models.switch_transformers.modeling_switch_transformers import router_z_loss_func
 from transformers.utils import logging
@@ -82,12 +82,19 @@ def _grouped_mm_where_aligned(self, hidden_states, top_k_index, top_k_weights):
             f"in {self.down_proj.dtype}, and the experts have {widths[0]} and {widths[1]}: using the `eager` ones."
         )
         return type(self).loop_over_experts(self, hidden_states, top_k_index, top_k_weights)
-    return grouped_mm_experts_forward(self, hidden_states, top_k_index, top_k_weights)
+    return moe.grouped_mm_experts_forward(self, hidden_states, top_k_index, top_k_weights)
 
 
-EXPERTS_FUNCTIONS = ExpertsInterface()
+# `experts_implementation="grouped_mm"` and others: since 5.4 transformers lets a class bring its own
+HAS_IMPLEMENTATIONS = "experts_interface" in inspect.signature(use_experts_implementation).parameters
 
-EXPERTS_FUNCTIONS["grouped_mm"] = _grouped_mm_where_aligned
+
+def _with_implementations(experts_class):
+    if not HAS_IMPLEMENTATIONS:
+        return experts_class
+    functions = moe.ExpertsInterface()
+    functions["grouped_mm"] = _grouped_mm_where_aligned
+    return use_experts_implementation(experts_interface=functions)(experts_class)
 
 
 class LlavaModTopKRouter(nn.Module):
@@ -107,7 +114,7 @@ class LlavaModTopKRouter(nn.Module):
         return router_logits, top_k_weights.to(hidden_states.dtype), top_k_index
 
 
-@use_experts_implementation(experts_interface=EXPERTS_FUNCTIONS)
+@_with_implementations
 class LlavaModExperts(nn.Module):
     """
     Whole FFNs as packed tensors, named as transformers' expert kernels read them: `gate_up_proj (E, 2I, H)`, or
@@ -138,7 +145,11 @@ class LlavaModExperts(nn.Module):
         for expert in range(self.num_experts):
             token_idx, choice = torch.where(top_k_index == expert)
             inner = F.linear(hidden_states[token_idx], first[expert], first_bias[expert] if self.has_bias else None)
-            inner = self._apply_gate(inner) if self.has_gate else self.act_fn(inner)
+            if self.has_gate:
+                gate, up = inner.chunk(2, dim=-1)
+                inner = self.act_fn(gate) * up
+            else:
+                inner = self.act_fn(inner)
             expert_output = F.linear(inner, self.down_proj[expert], down_bias[expert] if self.has_bias else None)
             expert_output = expert_output * top_k_weights[token_idx, choice, None]
             output.index_add_(0, token_idx, expert_output.to(output.dtype))

@@ -9,6 +9,7 @@ from pathlib import Path
 from safetensors import SafetensorError, safe_open
 from transformers import AutoProcessor
 
+from llava_mod_hf.loading import load_whole
 from llava_mod_hf.model.modeling_llava_mod import LlavaModForConditionalGeneration
 from llava_mod_hf.publishing.card import render_card, write_eval_results
 from llava_mod_hf.publishing.figures import plot_expert_load, plot_losses
@@ -158,7 +159,7 @@ def publish(
     """
     checkpoint, output_dir = Path(checkpoint).resolve(), Path(output_dir).resolve()
     _check_output(checkpoint, output_dir)
-    model = LlavaModForConditionalGeneration.from_pretrained(checkpoint, dtype="auto", local_files_only=True)
+    model = load_whole(LlavaModForConditionalGeneration, checkpoint, dtype="auto", local_files_only=True)
     if sorted(loads) != model.config.moe_layers:
         raise ValueError(
             f"`loads` has the layers {sorted(loads)}, but the student's mixture-of-experts layers are "

@@ -3,7 +3,7 @@
 import torch
 from transformers import AutoModelForImageTextToText, BitsAndBytesConfig, TorchAoConfig
 
-from llava_mod_hf.loading import resolve
+from llava_mod_hf.loading import load_whole, resolve
 from llava_mod_hf.model.moe_llava_mod import LlavaModExperts
 
 # The matrices of the decoder layers. Not the router, a thousandth of the size, whose rounding flips the choice of
@@ -70,8 +70,13 @@ def load_quantised(name, *, bits=8, dtype="bfloat16", trust_remote_code=False, *
     config = quantization_config(bits)
     if bits == 4:
         config.bnb_4bit_compute_dtype = getattr(torch, dtype)
-    model = AutoModelForImageTextToText.from_pretrained(
-        resolve(str(name)), quantization_config=config, dtype=dtype, trust_remote_code=trust_remote_code, **kwargs
+    model = load_whole(
+        AutoModelForImageTextToText,
+        resolve(str(name)),
+        quantization_config=config,
+        dtype=dtype,
+        trust_remote_code=trust_remote_code,
+        **kwargs,
     )
     if bits == 4:
         from bitsandbytes.nn.parametrize import replace_parameter_4bit

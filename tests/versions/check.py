@@ -1,0 +1,146 @@
+"""
+Saved students load, compute and answer the same in every minor version of transformers, without this package.
+
+    python tests/versions/check.py [VERSION ...]
+
+Each version is installed by pip into a folder under `.venv/versions`; torch and the rest are those of this environment.
+Without arguments: the newest patch of every minor from `LOWEST` to the newest on the package index.
+"""
+
+import argparse
+import importlib.metadata
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+from answer import answer, prepare
+from packaging.requirements import Requirement
+from packaging.version import Version
+from safetensors.torch import load_file, save_file
+
+from helpers.models import image_batch, sharpen
+from helpers.tiny import make_processor, make_student
+from llava_mod_hf.commands.pretrain import train_tokenizer
+
+ROOT = Path(__file__).parents[2]
+FOLDER = ROOT / ".venv" / "versions"
+LOWEST = Version("5.0.0")
+# what is wrong with a release itself
+BROKEN = {"5.3.0": "it does not tie the head of any model whose code is not its own"}
+NEEDED = ("huggingface-hub", "tokenizers")  # what transformers binds to a range, beside what all versions take
+
+
+def pip(*arguments):
+    command = [sys.executable, "-m", "pip", "--disable-pip-version-check", *map(str, arguments)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        raise SystemExit(f"{' '.join(command)} failed: {done.stderr[-2000:]}")
+    return done.stdout
+
+
+def released():
+    """The newest patch of every minor from `LOWEST` on, newest first."""
+    listed = re.search(r"Available versions: (.*)", pip("index", "versions", "transformers"))[1]
+    newest = {}
+    for version in sorted(map(Version, listed.split(", "))):
+        if version >= LOWEST:
+            newest[version.release[:2]] = version
+    return [str(version) for version in sorted(newest.values(), reverse=True)]
+
+
+def install(version):
+    """Paths that make a process import that transformers, with the libraries that it asks for."""
+    target = FOLDER / version
+    if not target.is_dir():
+        pip("install", "--quiet", "--no-deps", "--no-compile", "--target", target, f"transformers=={version}")
+    (distribution,) = importlib.metadata.distributions(name="transformers", path=[str(target)])
+    asked = [Requirement(text) for text in distribution.requires]
+    asked = [part for part in asked if part.name in NEEDED and part.marker is None]
+    if all(part.specifier.contains(importlib.metadata.version(part.name)) for part in asked):
+        return [target]
+    libraries = FOLDER / re.sub(r"\W+", "-", " ".join(sorted(map(str, asked))))
+    if not libraries.is_dir():
+        pip("install", "--quiet", "--no-compile", "--target", libraries, *asked)
+    return [target, libraries]
+
+
+def run(paths, *arguments):
+    path = os.pathsep.join(map(str, paths))
+    return subprocess.run(
+        [sys.executable, *map(str, arguments)],
+        env={**os.environ, "PYTHONPATH": path, "HF_HUB_OFFLINE": "1", "PYTHONWARNINGS": "ignore"},
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+    )
+
+
+def save_students(folder):
+    """Four students under `folder`, and what they compute here: `{name: (tensors, sums of what a processor makes)}`."""
+    tokenizer = train_tokenizer(384)
+    processor, expected = make_processor(tokenizer), {}
+    for family in ("llama", "qwen2"):
+        for kind, layers in (("dense", ()), ("sparse", (0, 2))):
+            name = f"{family}-{kind}"
+            student = sharpen(make_student(tokenizer, layers, family))
+            student.save_pretrained(folder / name)
+            processor.save_pretrained(folder / name)
+            inputs = image_batch(processor, ["is there a red circle?", "what is it?"])
+            save_file({key: value.contiguous() for key, value in inputs.items()}, folder / name / "inputs.safetensors")
+            processed = {key: value.float().sum().item() for key, value in prepare(folder / name).items()}
+            expected[name] = (answer(folder / name), processed)
+    return expected
+
+
+def differences(folder, name, expected, processed):
+    """What a version computes otherwise, in words."""
+    tensors, inputs = expected
+    found = load_file(folder / name / "found.safetensors")
+    wrong = []
+    for key, value in tensors.items():
+        if value.is_floating_point():
+            same = torch.allclose(found[key], value, rtol=0, atol=1e-5 * value.abs().max().item())
+        else:
+            same = torch.equal(found[key], value)
+        wrong += [] if same else [f"{name}: {key}"]
+    if processed != inputs:
+        wrong.append(f"{name}: processor ({processed})")
+    return wrong
+
+
+def check(version, folder, expected):
+    done = run(install(version), Path(__file__).parent / "answer.py", *(folder / name for name in expected))
+    if done.returncode:
+        return [done.stderr.strip().splitlines()[-1]]
+    wrong = []
+    for line, name in zip(done.stdout.splitlines(), expected, strict=True):
+        wrong += differences(folder, name, expected[name], json.loads(line)["processed"])
+    return wrong
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.strip().splitlines()[0])
+    parser.add_argument("versions", nargs="*", help="by default, one of every minor")
+    versions = parser.parse_args().versions or released()
+    failed = []
+    with tempfile.TemporaryDirectory() as folder:
+        expected = save_students(Path(folder))
+        for version in versions:
+            if version in BROKEN:
+                sys.stdout.write(f"transformers {version}: not tried, {BROKEN[version]}\n")
+                continue
+            wrong = check(version, Path(folder), expected)
+            failed += [version] if wrong else []
+            sys.stdout.write(f"transformers {version}: {'; '.join(wrong) or 'the same'}\n")
+            sys.stdout.flush()
+    if failed:
+        raise SystemExit(f"Students do not load the same in transformers {', '.join(failed)}.")
+
+
+if __name__ == "__main__":
+    main()
