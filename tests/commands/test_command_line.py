@@ -10,10 +10,9 @@ from huggingface_hub import HfApi, snapshot_download
 
 from llava_mod_hf import loading, recipes
 from llava_mod_hf.cli import COMMANDS, main, named
-from llava_mod_hf.commands import publish
 from llava_mod_hf.data import easy_vqa
 from llava_mod_hf.loading import load_model_and_processor
-from llava_mod_hf.publishing.repository import check_publishable
+from llava_mod_hf.publishing.checks import check_publishable
 
 ROOT = Path(__file__).parents[2]
 TINY_RECIPES = sorted((ROOT / "recipes" / "tiny").glob("*.yaml"))
@@ -262,15 +261,6 @@ def chain(save, tmp_path_factory):
     argv = ["--dataset_name", easy_vqa.DATASET, "--dataset_config", "questions", "--max_samples", "40"]
     assert main(["evaluate", "--model", str(folders["prefer"]), "--teacher", teacher, *argv]) == 0
     return folders
-
-
-def test_runs_that_name_each_other_end(tmp_path):
-    for stage, student in (("adapt", "prefer"), ("prefer", "adapt")):
-        (tmp_path / stage).mkdir()
-        (tmp_path / stage / "run.json").write_text(
-            json.dumps({"stage": stage, "recipe": {"student": str(tmp_path / student)}})
-        )
-    assert list(publish.stage_runs(tmp_path / "prefer")) == ["adapt", "prefer"]
 
 
 def test_evaluate_writes_all_measures(chain):

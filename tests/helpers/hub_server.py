@@ -375,7 +375,10 @@ def _info(request, repo, rev):
     siblings = [{"rfilename": path} for path in sorted(commit.files)]
     if "blobs" in request.query:
         siblings = [{"rfilename": path, **_entry(path, blob)} for path, blob in sorted(commit.files.items())]
-        siblings = [{**entry, "blobId": entry["oid"]} for entry in siblings]
+        for entry in siblings:  # named differently here than in a tree
+            entry["blobId"] = entry["oid"]
+            if "lfs" in entry:
+                entry["lfs"]["sha256"] = entry["lfs"]["oid"]
     name = request.hub.name_of(repo)
     answer = {"id": name, "modelId": name, "sha": commit.oid, "private": repo.private, "siblings": siblings, "tags": []}
     return {**answer, "downloads": 0, "likes": 0}

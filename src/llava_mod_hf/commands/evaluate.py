@@ -9,9 +9,8 @@ from llava_mod_hf.data.load import DataArguments, load_rows
 from llava_mod_hf.evaluation.answers import evaluate_blind, evaluate_model
 from llava_mod_hf.evaluation.expert_load import expert_load
 from llava_mod_hf.loading import load_model_and_processor
+from llava_mod_hf.publishing.provenance import RESULTS_FILE
 from llava_mod_hf.training.run_folder import write_json
-
-RESULTS_FILE = "results.json"
 
 QUESTION_COLUMNS = ("prompt", "completion", "question", "answer", "kind")
 

@@ -21,7 +21,6 @@ from transformers.utils import logging as hf_logging
 from llava_mod_hf import recipes
 from llava_mod_hf.commands import adapt, mimic, prefer
 from llava_mod_hf.commands.arguments import DistillArguments, StudentArguments, UpcycleArguments
-from llava_mod_hf.commands.evaluate import RESULTS_FILE
 from llava_mod_hf.commands.publish import PublishCommand, run_publish
 from llava_mod_hf.data import easy_vqa
 from llava_mod_hf.data.load import DataArguments
@@ -29,6 +28,7 @@ from llava_mod_hf.evaluation.answers import evaluate_blind, evaluate_model, resp
 from llava_mod_hf.evaluation.expert_load import expert_load
 from llava_mod_hf.loading import load_model_and_processor
 from llava_mod_hf.publishing import fresh_process
+from llava_mod_hf.publishing.provenance import RESULTS_FILE
 from llava_mod_hf.students.build import build_student
 from llava_mod_hf.students.upcycling import upcycle
 from llava_mod_hf.training import run_folder

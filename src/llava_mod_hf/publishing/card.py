@@ -2,14 +2,14 @@
 
 import math
 import re
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import yaml
 from huggingface_hub import EvalResult, EvalResultEntry, ModelCard, ModelCardData, eval_result_entries_to_yaml
 
+from llava_mod_hf.publishing.public_names import TITLES, PublicNames, without_paths
 from llava_mod_hf.recipes import packaged
-
-HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 
 LABELS = {
     "exact_match": "Exact match",
@@ -20,9 +20,60 @@ LABELS = {
 }
 
 
-def _scores(results):
+@dataclass
+class CardFacts:
+    """
+    What a card tells of a student; what is left out is said to be missing. Names of this machine are told by their
+    last part alone, and link nowhere.
+
+    Args:
+        repo_id (`str`): Where the student will be found: named in the usage snippet.
+        stage (`str`, *optional*): The last stage of training, such as `"mimic_sparse"`.
+        license (`str`, *optional*): The student's licence, as the Hub names it.
+        base_models (`dict[str, str]`, *optional*): Role, such as `"language model"` → Hub id or name.
+        teachers (`list[str]`, *optional*): Hub ids or names.
+        datasets (`list[str]`, *optional*): Hub ids or names of the training data.
+        eval_dataset (`str`, *optional*): What the results were measured on, its test split.
+        results (`dict`, *optional*): `exact_match`, and where measured `exact_match_by_kind`, `hallucination_rate`,
+            `miss_rate`, `balanced_accuracy`, `kl_to_teacher`, `params_total`, `params_active`. Fractions, not
+            percentages.
+        teacher_results, blind_results (`dict`, *optional*): The same of the teacher, and of answering without looking
+            at the image.
+        recipe_text (`str`, *optional*): The resolved recipe, YAML.
+        names ([`PublicNames`], *optional*): Tells names of this machine from Hub ids.
+    """
+
+    repo_id: str
+    stage: str | None = None
+    license: str | None = None
+    base_models: dict = field(default_factory=dict)
+    teachers: list = field(default_factory=list)
+    datasets: list = field(default_factory=list)
+    eval_dataset: str | None = None
+    results: dict | None = None
+    teacher_results: dict | None = None
+    blind_results: dict | None = None
+    recipe_text: str | None = None
+    names: PublicNames = field(default_factory=PublicNames)
+
+    def __post_init__(self):
+        self.recipe_text = without_paths(self.recipe_text) if self.recipe_text else None
+
+    def columns(self):
+        """`{"student": scores, …}` of those that were measured, as [`scores`] has them."""
+        named = {"student": self.results, "teacher": self.teacher_results, "blind": self.blind_results}
+        return {title: scores(results) for title, results in named.items() if results is not None}
+
+    def eval_dataset_id(self):
+        """The data set of the results where others find it, or `None`: no name that would link to another's."""
+        name = self.eval_dataset or ""
+        known = name in TITLES or name in TITLES.values() or self.names.is_hub_id(name)
+        return TITLES.get(name, name) if known else None
+
+
+def scores(results):
     """`{metric id: (label, value)}` of what was measured, exact match by kind included; refuses NaN and infinity."""
-    if results.get("exact_match") is None:
+    if not isinstance(results, dict) or results.get("exact_match") is None:
         raise ValueError(f"The results are {results}, without `exact_match`: evaluate the model first.")
     named = [(metric, label, results.get(metric)) for metric, label in LABELS.items()]
     named[1:1] = [
@@ -30,121 +81,104 @@ def _scores(results):
         for kind, value in results.get("exact_match_by_kind", {}).items()
     ]
     for metric, _, value in named:
-        if value is not None and not math.isfinite(value):
+        if value is not None and not (isinstance(value, int | float) and math.isfinite(value)):
             raise ValueError(f"`{metric}` is {value}, not a finite number: leave out what was not measured.")
     return {metric: (label, float(value)) for metric, label, value in named if value is not None}
 
 
-def _on_hub(names):
-    """The names that look like Hub ids: the Hub refuses a card whose metadata name local folders."""
-    return [name for name in names if HUB_NAME.fullmatch(name) and not Path(name).exists()] or None
+def _metadata(facts, columns):
+    """The card's metadata: what the Hub searches, links and shows beside it."""
+    ids = {
+        "base_model": facts.base_models.values(),
+        "teacher_model": facts.teachers,
+        "datasets": facts.datasets,
+    }
+    linked = {name: list(dict.fromkeys(filter(facts.names.is_hub_id, values))) or None for name, values in ids.items()}
+    task = {
+        "task_type": "image-text-to-text",
+        "task_name": "Visual question answering",
+        "dataset_type": facts.eval_dataset_id() or "local",
+        "dataset_name": facts.names.public(facts.eval_dataset) if facts.eval_dataset else "unnamed",
+        "dataset_split": "test",
+    }
+    return ModelCardData(
+        model_name=facts.repo_id.rpartition("/")[-1] if columns else None,
+        license=facts.license,
+        library_name="transformers",
+        pipeline_tag="image-text-to-text",
+        tags=["llava-mod", "mixture-of-experts", "distillation"],
+        # of several models the Hub would take the student for a merge
+        base_model_relation="finetune" if linked["base_model"] else None,
+        eval_results=[
+            EvalResult(**task, metric_type=metric, metric_name=label, metric_value=value)
+            for metric, (label, value) in columns.get("student", {}).items()
+        ]
+        or None,
+        **linked,
+    )
 
 
-def render_card(
-    *,
-    repo_id,
-    config,
-    stage,
-    results,
-    teacher=None,
-    blind=None,
-    recipe_text,
-    base_models,
-    datasets,
-    eval_dataset="easy-VQA",
-    license,
-    loss_figure,
-    router_figure=None,
-):
+def render_card(facts, config, *, loss_figure=None, router_figure=None):
     """
     The model card of a student, from the template `student.md.j2`.
 
     Args:
-        repo_id (`str`): Where the student will be found: named in the usage snippet.
-        config (`LlavaModConfig`): The student's configuration.
-        stage (`str`): The last stage of training, such as `"mimic_sparse"`.
-        results (`dict`): `exact_match`, and where measured `exact_match_by_kind`, `hallucination_rate`, `miss_rate`,
-            `balanced_accuracy`, `kl_to_teacher`, `params_total`, `params_active`. Fractions, not percentages.
-        teacher, blind (`dict`, *optional*): The same of the teacher, and of answering without looking at the image.
-        recipe_text (`str`): The resolved recipe, YAML.
-        base_models (`dict[str, str]`): Role, such as `"teacher"` → Hub id or name.
-        datasets (`list[str]`): Hub ids or names of the training data.
-        eval_dataset (`str`, *optional*, defaults to `"easy-VQA"`): What the results were measured on, its test split.
-        license (`str`): The student's licence, as the Hub names it.
-        loss_figure (`str`), router_figure (`str`, *optional*): Paths of the figures in the repository.
+        facts ([`CardFacts`]): What it tells.
+        config ([`~transformers.PreTrainedConfig`]): The student's configuration.
+        loss_figure, router_figure (`str`, *optional*): Paths of the figures in the repository.
 
     Returns:
         [`~huggingface_hub.ModelCard`].
 
     Raises:
-        ValueError: if `exact_match` is missing or a result is not a finite number.
+        ValueError: if results are given without `exact_match`, or one is not a finite number.
     """
-    columns = {"student": results, "teacher": teacher, "blind": blind}
-    columns = {title: _scores(column) for title, column in columns.items() if column is not None}
-    labels = {metric: label for column in columns.values() for metric, (label, _) in column.items()}
-    name = repo_id.rpartition("/")[-1]
-    task = {
-        "task_type": "image-text-to-text",
-        "task_name": "Visual question answering",
-        "dataset_type": eval_dataset,
-        "dataset_name": eval_dataset,
-        "dataset_split": "test",
-    }
-    data = ModelCardData(
-        model_name=name,
-        license=license,
-        library_name="transformers",
-        pipeline_tag="image-text-to-text",
-        tags=["llava-mod", "mixture-of-experts", "distillation"],
-        base_model=_on_hub(base_models.values()),
-        datasets=_on_hub(datasets),
-        eval_results=[
-            EvalResult(**task, metric_type=metric, metric_name=label, metric_value=value)
-            for metric, (label, value) in columns["student"].items()
-        ],
-    )
+    columns, names = facts.columns(), facts.names
+    made_from = [*facts.base_models.items(), *(("teacher", name) for name in facts.teachers)]
     return ModelCard.from_template(
-        data,
+        _metadata(facts, columns),
         template_path=str(packaged("model_cards", "student.md.j2")),
-        name=name,
-        repo_id=repo_id,
+        name=facts.repo_id.rpartition("/")[-1],
+        repo_id=facts.repo_id,
         config=config,
-        stage=stage,
-        results=results,
+        stage=facts.stage,
+        license=facts.license,
+        results=facts.results or {},
         columns=columns,
-        labels=labels,
-        recipe_text=recipe_text.strip(),
-        base_models=base_models,
-        datasets=datasets,
-        eval_dataset=eval_dataset,
+        labels={metric: label for column in columns.values() for metric, (label, _) in column.items()},
+        recipe_text=(facts.recipe_text or "").strip(),
+        made_from=[(role, names.public(name)) for role, name in made_from],
+        datasets=[names.public(name) for name in facts.datasets],
+        eval_dataset=names.public(facts.eval_dataset) if facts.eval_dataset else None,
         loss_figure=loss_figure,
         router_figure=router_figure,
     )
 
 
-def write_eval_results(folder, results, *, eval_dataset="easy-VQA"):
+def write_eval_results(folder, facts):
     """
     Writes the scores as `.eval_results/<dataset>.yaml`, one task per metric.
 
     Args:
         folder (`str` or `Path`): The repository's folder.
-        results (`dict`): As for [`render_card`].
-        eval_dataset (`str`, *optional*, defaults to `"easy-VQA"`): What they were measured on; the Hub shows those of
-            benchmarks that it has under this id.
+        facts ([`CardFacts`]): With results; the Hub shows those of benchmarks that it has under the data set's id.
 
     Returns:
-        `Path`: the file.
+        `Path` or `None`: the file; none of a data set that nobody else has, whose name could be another's.
 
     Raises:
         ValueError: as [`render_card`].
     """
-    notes = f"{eval_dataset}, test split; a fraction between 0 and 1; measured by the authors of this repository."
+    measured, dataset = scores(facts.results), facts.eval_dataset_id()
+    if dataset is None:
+        return None
+    notes = f"{dataset}, test split; a fraction between 0 and 1; measured by the authors of this repository."
     entries = [
-        EvalResultEntry(dataset_id=eval_dataset, task_id=metric, value=value, notes=notes)
-        for metric, (_, value) in _scores(results).items()
+        EvalResultEntry(dataset_id=dataset, task_id=metric, value=value, notes=notes)
+        for metric, (_, value) in measured.items()
         if metric != "kl_to_teacher"  # compares two models: not a score of the benchmark
     ]
-    slug = re.sub(r"\W+", "-", eval_dataset).lower()
+    slug = re.sub(r"\W+", "-", dataset).lower()
     path = Path(folder) / ".eval_results" / f"{slug}.yaml"
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(yaml.safe_dump(eval_result_entries_to_yaml(entries), sort_keys=False), encoding="utf-8")

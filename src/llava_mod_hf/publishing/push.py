@@ -1,81 +1,178 @@
 """From a folder to one commit on the Hub."""
 
+import json
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
 from huggingface_hub.errors import HfHubHTTPError
+from transformers import AutoConfig
 
-from llava_mod_hf.publishing.repository import _files, check_publishable
+from llava_mod_hf.publishing.card import render_card
+from llava_mod_hf.publishing.checks import check_private, check_publishable, files_to_commit
+from llava_mod_hf.publishing.manifest import MANIFEST_FILE, manifest_of, ours_among
+from llava_mod_hf.publishing.provenance import RECIPE_FILE, RESULTS_FILE, RUN_FILE, gather_facts, results_text
+
+CARD_FILE = "README.md"
+
+# of the client's HTTP library, whichever it is: nobody answered, or not to the end
+NO_ANSWER = HfHubHTTPError.__bases__[0]
 
 
-def push_checkpoint(folder, repo_id, *, private=False, revision=None):
+def push_checkpoint(folder, repo_id, *, private=False, revision=None, mirror=False):
     """
-    Makes a Hub repository equal to a folder, everything or nothing, in one commit.
+    Brings a folder to a Hub repository, everything or nothing, in one commit.
 
-    The repository and the branch are created if missing, and stay, without the files, if the upload then fails. Files
-    of the repository that the folder does not have are deleted in the same commit, `.gitattributes` apart. The commit
-    is refused by the Hub if somebody else committed in between. Without any difference there is no commit.
+    The repository and the branch are created if missing, and stay, without the files, if the upload then fails. A file
+    of the folder replaces that of the same name; what an earlier push brought, and the folder no longer has, is deleted
+    in the same commit. Files that others put there stay: `.llava_mod_files.json` in the repository lists ours. The
+    commit is refused by the Hub if somebody else committed in between. Without any difference there is no commit.
+
+    A folder without a card gets one in the repository, unless that has somebody's already: it tells what the config,
+    `run.json` and `results.json` tell, and names what they leave out. Of a stage's output folder, what only serves the
+    run stays behind (`run.json`, `checkpoint-*`, `training_args.bin`, event logs), and in `recipe.yaml` and
+    `results.json` paths of this machine become names.
 
     Args:
         folder (`str` or `Path`): What [`check_publishable`] accepts.
         repo_id (`str`): `"owner/name"`, or `"name"` for the token's owner.
         private (`bool`, *optional*, defaults to `False`): Create the repository private.
         revision (`str`, *optional*, defaults to `"main"`): Branch to commit to.
+        mirror (`bool`, *optional*, defaults to `False`):
+            Make the repository equal to the folder: delete every other file, whosever it is, `.gitattributes` apart.
 
     Returns:
         [`~huggingface_hub.CommitInfo`].
 
     Raises:
-        ValueError: if the folder is refused, if the Hub refuses the token, or if `private` is asked for a repository
-            that is public.
-        HfHubHTTPError or RuntimeError: if the Hub or the upload of a file fails; then there is no commit.
+        ValueError: if the folder is refused, if the Hub refuses the token or what is sent, or if `private` is asked for
+            a repository that is public.
+        ConnectionError: if the Hub fails or does not answer, or the upload of a file fails; then there is no commit.
     """
-    files = check_publishable(folder)
-    return _push(Path(folder), files, repo_id, "Upload LLaVA-MoD student", private=private, revision=revision)
+    folder = Path(folder)
+    content = {path.relative_to(folder).as_posix(): path for path in check_publishable(folder)}
+    defaults = {}
+    if CARD_FILE not in content or (folder / RUN_FILE).is_file():
+        facts = gather_facts(folder, repo_id)
+        if CARD_FILE not in content:
+            card = render_card(facts, AutoConfig.from_pretrained(folder, local_files_only=True))
+            defaults[CARD_FILE] = str(card).encode()
+        if (folder / RUN_FILE).is_file():
+            told = {RECIPE_FILE: facts.recipe_text, RESULTS_FILE: results_text(facts)}
+            content |= {name: text.encode() for name, text in told.items() if name in content}
+    destination = Destination(repo_id, private=private, revision=revision, mirror=mirror)
+    return _push(destination, "Upload LLaVA-MoD student", content, defaults)
 
 
-def push_dataset(folder, repo_id, *, private=False, revision=None):
+def push_dataset(folder, repo_id, *, private=False, revision=None, mirror=False):
     """
-    Makes a data set of the Hub equal to a folder of Parquet files and its card, as [`push_checkpoint`] does a model.
+    Brings a folder of Parquet files and their card to a data set of the Hub, as [`push_checkpoint`] does a model.
 
     Raises:
         ValueError: if the folder has no Parquet files or no card, or something else than them and a YAML file.
     """
     folder = Path(folder)
-    files = [path for path in _files(folder) if not path.name.startswith(".")]
-    strange = [path for path in files if path.suffix not in (".parquet", ".yaml") and path.name != "README.md"]
+    files = [path for path in files_to_commit(folder) if not path.name.startswith(".")]
+    strange = [path for path in files if path.suffix not in (".parquet", ".yaml") and path.name != CARD_FILE]
     if strange or not {".parquet", ".md"} <= {path.suffix for path in files}:
         raise ValueError(
             f"`{folder}` is not a data set to publish: it needs Parquet files and a README.md, and "
             f"{f'has `{strange[0]}` too' if strange else 'lacks some of them'}."
         )
-    return _push(folder, files, repo_id, "Upload data set", repo_type="dataset", private=private, revision=revision)
+    check_private(folder, files)
+    content = {path.relative_to(folder).as_posix(): path for path in files}
+    destination = Destination(repo_id, repo_type="dataset", private=private, revision=revision, mirror=mirror)
+    return _push(destination, "Upload data set", content, {})
 
 
-def _push(folder, files, repo_id, message, *, repo_type="model", private=False, revision=None):
-    """One commit that makes a repository hold these files of a folder and no others."""
+@dataclass(frozen=True)
+class Destination:
+    """
+    Where a push goes.
+
+    Args:
+        repo_id (`str`), repo_type (`str`, *optional*, defaults to `"model"`), revision (`str`, *optional*): as the Hub
+            names it.
+        private (`bool`, *optional*, defaults to `False`), mirror (`bool`, *optional*, defaults to `False`): as in
+            [`push_checkpoint`].
+    """
+
+    repo_id: str
+    repo_type: str = "model"
+    private: bool = False
+    revision: str | None = None
+    mirror: bool = False
+
+
+def _push(to, message, content, defaults):
+    """
+    One commit.
+
+    Args:
+        to ([`Destination`]): where.
+        message (`str`): the commit's.
+        content (`dict[str, Path | bytes]`): path in the repository → file, brought whatever is there.
+        defaults (`dict[str, bytes]`): the same, unless there is one that is not ours.
+    """
     api = HfApi()
-    kind = {"repo_type": repo_type}
-    try:
-        repo_id = api.create_repo(repo_id, private=private, exist_ok=True, **kind).repo_id
-        if private and not api.repo_info(repo_id, **kind).private:
+    kind = {"repo_type": to.repo_type}
+    with _told_in_a_sentence(api.endpoint, to.repo_id):
+        repo_id = api.create_repo(to.repo_id, private=to.private, exist_ok=True, **kind).repo_id
+        if to.private and not api.repo_info(repo_id, **kind).private:
             raise ValueError(f"`private=True` was given, but `{repo_id}` exists and is public: make it private first.")
-        if revision is not None and not api.revision_exists(repo_id, revision, **kind):
-            api.create_branch(repo_id, branch=revision, **kind)
-        head = api.repo_info(repo_id, revision=revision, **kind)
+        if to.revision is not None and not api.revision_exists(repo_id, to.revision, **kind):
+            api.create_branch(repo_id, branch=to.revision, **kind)
+        head = api.repo_info(repo_id, revision=to.revision, files_metadata=True, **kind)
         remote = {sibling.rfilename for sibling in head.siblings}
         if ".gitignore" in remote:
             raise ValueError(f"`{repo_id}` has a .gitignore, for which the Hub would skip files: delete it there.")
-        local = {path.relative_to(folder).as_posix(): path for path in files}
-        operations = [CommitOperationAdd(name, path) for name, path in local.items()]
-        operations += [CommitOperationDelete(name) for name in sorted(remote - local.keys() - {".gitattributes"})]
+        # what is there and not brought: the only files that may have to go, or to stay in a default's place
+        kept = remote - content.keys() - {".gitattributes", MANIFEST_FILE}
+        replaced = kept if to.mirror else ours_among(kept, api, head, **kind)
+        content = {name: text for name, text in defaults.items() if name not in kept - replaced} | content
+        additions = [CommitOperationAdd(name, file) for name, file in sorted(content.items())]
+        deletions = [CommitOperationDelete(name) for name in sorted(replaced - content.keys())]
         return api.create_commit(
-            repo_id, operations, commit_message=message, revision=revision, parent_commit=head.sha, **kind
+            repo_id,
+            [*additions, manifest_of(additions), *deletions],
+            commit_message=message,
+            revision=to.revision,
+            parent_commit=head.sha,
+            **kind,
         )
+
+
+@contextmanager
+def _told_in_a_sentence(endpoint, repo_id):
+    """Says in one sentence what went wrong between the client and the Hub, and what is there now."""
+    try:
+        yield
     except HfHubHTTPError as error:
-        if error.response.status_code not in (401, 403):
-            raise
-        raise ValueError(
-            f"{api.endpoint} refused to write `{repo_id}` (HTTP {error.response.status_code}): log in by `hf auth "
-            "login` with a token that may write there."
+        status = error.response.status_code
+        if status in (401, 403):
+            raise ValueError(
+                f"{endpoint} refused to write `{repo_id}` (HTTP {status}): log in by `hf auth login` with a token that "
+                "may write there."
+            ) from error
+        if status == 412:
+            raise ConnectionError(
+                f"Somebody else committed to `{repo_id}` during the push (HTTP 412), so nothing was committed: look at "
+                "what is there, and push again."
+            ) from error
+        reason = " ".join((error.server_message or "without a reason").split())[:300]
+        kind = ValueError if status < 500 else ConnectionError
+        raise kind(
+            f"{endpoint} answered the push to `{repo_id}` with HTTP {status} ({reason}): nothing was committed."
+        ) from error
+    except (NO_ANSWER, RuntimeError) as error:  # the client's word for a file whose upload failed
+        reason = " ".join(str(error.__cause__ or error).split())[:300] or type(error).__name__
+        raise ConnectionError(
+            f"The connection to {endpoint} broke during the push to `{repo_id}` ({reason}): the commit is there whole, "
+            "or not at all. Push again."
+        ) from error
+    except json.JSONDecodeError as error:
+        raise ConnectionError(
+            f"{endpoint} answered the push to `{repo_id}` with something else than JSON, perhaps the page of a proxy "
+            "or a login: see that `HF_ENDPOINT` is right, and push again."
         ) from error

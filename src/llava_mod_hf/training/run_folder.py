@@ -14,11 +14,10 @@ import yaml
 from transformers import ProgressCallback, TrainerCallback
 
 from llava_mod_hf.data.load import DataArguments, load_rows  # noqa: F401 (the command line looks up its groups here)
+from llava_mod_hf.publishing.provenance import RUN_FILE
 from llava_mod_hf.training.mimic_trainer import MimicConfig, MimicTrainer  # noqa: F401
 from llava_mod_hf.training.preference_trainer import PreferenceConfig, PreferenceTrainer  # noqa: F401
 from llava_mod_hf.training.trainable import check_train_modules, set_trainable, train_only  # noqa: F401 (found here before)
-
-RUN_FILE = "run.json"
 
 
 @dataclass

@@ -1,0 +1,140 @@
+"""What may go to the Hub, and what of a folder does: checked before anything is sent."""
+
+import json
+import os
+import re
+from pathlib import Path
+
+from huggingface_hub import get_token
+from safetensors import SafetensorError, safe_open
+
+from llava_mod_hf.publishing.manifest import MANIFEST_FILE
+from llava_mod_hf.publishing.provenance import RECIPE_FILE, RESULTS_FILE, RUN_FILE
+
+NEEDED = ("config.json", "*.safetensors")
+
+PICKLES = {".bin", ".pt", ".pth", ".pkl", ".ckpt", ".pickle"}
+
+TRAINING_STATE = ("optimizer", "rng_state")
+
+NOT_OURS = {".git", ".cache"}  # kept by git and by huggingface_hub's downloads; the client refuses to commit them
+
+# what a run keeps for itself: they hold paths, the names of event logs that of the host
+LEFT_BEHIND = re.compile(r"checkpoint-\d+(/.*)?|training_args\.bin|run\.json|(.*/)?events\.out\.tfevents\.[^/]*")
+
+REWRITTEN = {RECIPE_FILE, RESULTS_FILE}  # of a run's folder, for the commit: they name local files
+
+HUB_TOKEN = re.compile(rb"\bhf_[A-Za-z0-9]{30,}")
+
+
+def files_to_commit(folder):
+    """
+    The files of a folder that are committed: not those that a run keeps for itself.
+
+    Raises:
+        ValueError: if there is a link that leads out, which could name anything on this machine.
+    """
+    files, root = [], folder.resolve()
+    for path in sorted(folder.rglob("*")):
+        inside = path.relative_to(folder)
+        if NOT_OURS.intersection(inside.parts) or LEFT_BEHIND.fullmatch(inside.as_posix()):
+            continue
+        if path.is_symlink() and not (path.is_file() and path.resolve().is_relative_to(root)):
+            raise ValueError(
+                f"`{path}` is a link to `{os.readlink(path)}`, not to a file in the folder: copy that there."
+            )
+        if path.is_file() and inside.as_posix() != MANIFEST_FILE:
+            files.append(path)
+    return files
+
+
+def _check_whole(folder):
+    """Refuses cut weights, and an index or an `auto_map` that names files which are not there."""
+    for path in folder.glob("*.safetensors"):
+        try:
+            with safe_open(path, framework="numpy"):  # compares the header with the file's size
+                pass
+        except SafetensorError as error:
+            raise ValueError(f"`{path}` is not a whole safetensors file ({error}): save the model again.") from error
+    named = set()
+    for path in folder.glob("*.safetensors.index.json"):
+        named |= set(json.loads(path.read_text())["weight_map"].values())
+    for code in json.loads((folder / "config.json").read_text()).get("auto_map", {}).values():
+        if "--" not in code:  # else the code is in another repository
+            named.add(code.rpartition(".")[0] + ".py")
+    if missing := sorted(name for name in named if not (folder / name).is_file()):
+        raise ValueError(
+            f"`{folder}` lacks {', '.join(missing)}, which its config or index names: save the model again."
+        )
+
+
+def _text_of(path):
+    """The bytes of a file that may hold words: of weights the header alone."""
+    with open(path, "rb") as file:
+        if path.suffix != ".safetensors":
+            return file.read()
+        size = int.from_bytes(file.read(8), "little")
+        return file.read(min(size, path.stat().st_size))
+
+
+def _local_paths(folder):
+    """Matches paths of this machine: its home, and where the process and the folder are."""
+    places = {str(place) for place in (Path.home(), Path.cwd(), folder.resolve().parent)} - {"/"}
+    # `/root` alone may be a token of a vocabulary
+    ends = {place: rb"/\w" if place.count("/") == 1 else rb"(?![\w.-])" for place in places}
+    patterns = [re.escape(place).encode() + end for place, end in sorted(ends.items(), reverse=True)]
+    return re.compile(rb"(?<![\w/.-])(?:" + b"|".join(patterns or [rb"(?!)"]) + rb")")
+
+
+def check_private(folder, files):
+    """
+    Refuses a Hub token and paths of this machine in any of the files.
+
+    Raises:
+        ValueError: the message names the file; of a token it says nothing.
+    """
+    own, paths = get_token(), _local_paths(folder)
+    for path in files:
+        text = _text_of(path)
+        if HUB_TOKEN.search(text) or (own and own.encode() in text):
+            raise ValueError(f"`{path}` contains a Hub token: take it out, and revoke it if it was ever shared.")
+        if (folder / RUN_FILE).is_file() and path.relative_to(folder).as_posix() in REWRITTEN:
+            continue
+        if found := paths.search(text):
+            raise ValueError(f"`{path}` names a folder of this machine, `{found[0].decode()}…`: take it out.")
+
+
+def check_publishable(folder):
+    """
+    Refuses a folder that should not go to the Hub, before anything is sent.
+
+    Args:
+        folder (`str` or `Path`): A checkpoint, such as a stage of training saves or [`publish`] writes.
+
+    Returns:
+        `list[Path]`: the files that are committed.
+
+    Raises:
+        ValueError: if the folder, its config, weights or code is missing; if weights are cut; if it holds pickles,
+            training state, a link that leads out, a `.gitignore`, a Hub token or a path of this machine.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise ValueError(f"`{folder}` is not a folder: give the one that was written for publishing.")
+    files = files_to_commit(folder)
+    for pattern in NEEDED:
+        if not any(path.is_file() for path in folder.glob(pattern)):
+            raise ValueError(f"`{folder}` has no {pattern} but needs {' and '.join(NEEDED)}: save the model there.")
+    for path in files:
+        parts = path.relative_to(folder).parts
+        if path.suffix.lower() in PICKLES:
+            raise ValueError(
+                f"`{path}` is a pickle, which runs code when loaded: save weights as .safetensors instead."
+            )
+        if any(part.lower().startswith(TRAINING_STATE) for part in parts):
+            raise ValueError(f"`{path}` is training state, needed only to resume: leave it out of what is published.")
+        if path.name == ".gitignore":
+            raise ValueError(f"`{path}` would make the Hub skip files without a word: remove it.")
+    check_private(folder, files)
+    _check_whole(folder)
+    return files

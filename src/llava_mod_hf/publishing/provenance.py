@@ -1,0 +1,120 @@
+"""What the stages of training left in their folders, `run.json` and `results.json`, and what it tells a card."""
+
+import itertools
+import json
+from pathlib import Path
+
+import yaml
+
+from llava_mod_hf.publishing.card import CardFacts
+from llava_mod_hf.publishing.public_names import PublicNames
+
+RUN_FILE = "run.json"
+
+RESULTS_FILE = "results.json"
+
+RECIPE_FILE = "recipe.yaml"
+
+# role in a card → the option that names it
+PARTS = {"student": "student", "vision encoder": "vision_tower", "language model": "language_model"}
+
+
+def read_fields(path, **fields):
+    """
+    A JSON file of ours that holds some fields.
+
+    Args:
+        path (`Path`): the file.
+        fields: name → type of each that is needed.
+
+    Raises:
+        ValueError: if it is no JSON, no mapping, or lacks a field.
+    """
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:  # UnicodeDecodeError is one
+        raise ValueError(f"`{path}` is no JSON ({error}): run again what wrote it.") from error
+    if not isinstance(values, dict):
+        raise ValueError(f"`{path}` holds a {type(values).__name__}, not the fields of a {path.name}.")
+    for name, kind in fields.items():
+        if not isinstance(values.get(name), kind):
+            raise ValueError(f"`{path}` lacks `{name}`, or it is no {kind.__name__}: run again what wrote it.")
+    return values
+
+
+def stage_runs(checkpoint, **fields):
+    """
+    `{stage: run}` of a checkpoint and of those that it was trained from, the first stage first.
+
+    Args:
+        checkpoint (`str` or `Path`): the last stage's output folder.
+        fields: what is needed of each run, beside its stage and recipe, as for [`read_fields`].
+
+    Raises:
+        ValueError: if a `run.json` is damaged.
+    """
+    runs, seen, folder = {}, set(), Path(checkpoint)
+    while folder.resolve() not in seen and (folder / RUN_FILE).is_file():
+        seen.add(folder.resolve())
+        run = read_fields(folder / RUN_FILE, stage=str, recipe=dict, **fields)
+        runs = {run["stage"]: run, **runs}
+        folder = Path(run["recipe"].get("student") or folder)
+    return runs
+
+
+def gather_facts(checkpoint, repo_id, *, license=None):
+    """
+    What is known of a checkpoint, from the `run.json` of its stages and the `results.json` of `llava-mod evaluate`.
+
+    Args:
+        checkpoint (`str` or `Path`): A folder; without these files nothing is known.
+        repo_id (`str`): Where it will be found.
+        license (`str`, *optional*): Of the weights.
+
+    Returns:
+        [`CardFacts`].
+
+    Raises:
+        ValueError: if one of the files is damaged.
+    """
+    checkpoint = Path(checkpoint)
+    runs = stage_runs(checkpoint)
+    options = [run["recipe"] for run in runs.values()]
+    names = PublicNames.of_run(checkpoint, options)
+    recipes = [{"stage": stage, **names.recipe(run["recipe"])} for stage, run in runs.items()]
+    for previous, recipe in itertools.pairwise(recipes):
+        recipe["student"] = previous["stage"]
+    parts = {
+        role: recipe[key]
+        for number, recipe in enumerate(options)
+        for role, key in PARTS.items()
+        if recipe.get(key) and (key != "student" or number == 0)  # later, it is what the stage before made
+    }
+    results = {}
+    if (checkpoint / RESULTS_FILE).is_file():
+        results = read_fields(checkpoint / RESULTS_FILE, student=dict)
+    return CardFacts(
+        repo_id=repo_id,
+        stage=list(runs)[-1] if runs else None,
+        license=license,
+        base_models=parts,
+        teachers=_each(options, "teacher"),
+        datasets=_each(options, "dataset_name"),
+        eval_dataset=results.get("dataset"),
+        results=results.get("student"),
+        teacher_results=results.get("teacher"),
+        blind_results=results.get("blind"),
+        recipe_text=yaml.safe_dump_all(recipes, sort_keys=False) if recipes else None,
+        names=names,
+    )
+
+
+def _each(recipes, option):
+    return list(dict.fromkeys(recipe[option] for recipe in recipes if recipe.get(option)))
+
+
+def results_text(facts):
+    """The `results.json` of a repository."""
+    measured = {"student": facts.results, "teacher": facts.teacher_results, "blind": facts.blind_results}
+    dataset = facts.names.public(facts.eval_dataset) if facts.eval_dataset else None
+    return json.dumps({**measured, "dataset": dataset}, indent=2) + "\n"
