@@ -1,6 +1,7 @@
 """The teacher: which tokens it is compared on, its head, its own processor and images, and what is refused."""
 
 import copy
+import dataclasses
 import math
 
 import pytest
@@ -87,13 +88,20 @@ def test_tokens_are_aligned_at_the_same_place_of_the_text(ours, theirs, pairs):
     assert align_response(ours, theirs) == pairs
 
 
-def test_a_row_with_another_number_of_responses_is_not_aligned(tokenizer):
-    labels = torch.tensor([[-100, 300, -100, 301], [-100, 300, -100, 301]])
-    theirs = torch.tensor([[-100, -100, 300, 301], [300, -100, -100, 301]])
-    aligned, keep = align_labels(labels, theirs, tokenizer)
-    # the first has one run there and two here; in the second nothing predicts the first token
-    assert aligned.tolist() == [[False] * 4, [False, False, True, False]]
-    assert keep.tolist() == [[False] * 4, [False, False, True, False]]
+def test_of_a_row_with_another_number_of_responses_the_first_of_the_same_text_are_aligned(tokenizer):
+    yes, no, red = (tokenizer.encode(word)[0] for word in ("yes", "no", "red"))
+    end = tokenizer.eos_token_id
+    ours = torch.tensor([[-100, yes, -100, no, -100], [-100, no, -100, red, -100], [-100, end, -100, yes, -100]])
+    theirs = torch.tensor(
+        [
+            [-100, -100, yes, -100, no, -100, red],  # a turn more
+            [-100, -100, yes, -100, red, -100, no],  # another first turn: the others may be other turns too
+            [-100, yes, -100, no, -100, end, -100],  # which has nothing where the student ends its turn
+        ]
+    )
+    aligned, keep = align_labels(ours, theirs, tokenizer)
+    assert aligned.tolist() == [[True, False, True, False, False], [False] * 5, [False] * 5]
+    assert keep.tolist() == [[False, True, False, True, False, False, False], [False] * 7, [False] * 7]
 
 
 def marked_targets(labels, mask):
@@ -122,6 +130,22 @@ def test_another_template_and_image_size_are_aligned_token_by_token(live, make_t
     assert ours == [token for token in targets.tolist() if token != end]  # all but the ends of turns
     assert (targets == end).sum() == (3 if turns == "two" else 4)
     assert not (own["aligned"] & ~keep).any()
+
+
+@pytest.mark.parametrize("left", [0, 1], ids=["a turn is cut away", "within a turn"])
+def test_turns_that_max_length_leaves_are_aligned(live, make_teacher, processor, left):
+    data, collator = conversation(processor)
+    labels = collator([dict(row) for row in data])["labels"][0]
+    ends = (labels == processor.tokenizer.convert_tokens_to_ids("<|end|>")).nonzero().flatten().tolist()
+    second = next(i for i in range(ends[0] + 1, len(labels)) if labels[i] != -100)
+    teacher = live(*make_teacher(end="<|end|>"), collator=collator)
+    cut = dataclasses.replace(collator, max_length=second + left)
+    batch = cut([dict(row) for row in data])
+    own = teacher.collate(data, batch)
+    keep, targets = shift_for_next_token(batch["labels"])
+    assert torch.equal(own["aligned"], keep)
+    assert marked_targets(own["input_ids"], own["keep"]) == targets.tolist()
+    assert keep[0].sum() == ends[0] - labels.ne(-100).nonzero()[0].item() + 1 + left
 
 
 def test_the_same_template_and_another_image_size_align_every_token(live, make_teacher, processor, collator):

@@ -8,7 +8,7 @@ from torch.nn import functional as F
 
 from llava_mod_hf.losses.rows import shift_for_next_token
 
-ALIGNMENT_VERSION = 1  # to be raised with every change of which positions `align_labels` finds: caches hold them
+ALIGNMENT_VERSION = 2  # to be raised with every change of which positions `align_labels` finds: caches hold them
 
 # Of the words of the sampled responses, the share that may lack a counterpart in the teacher's: a template that puts a
 # space before the answer costs its first token, which is a small part of a sentence and all of a one-word answer.
@@ -52,14 +52,13 @@ def align_labels(labels, their_labels, tokenizer):
 
     Returns:
         `tuple[torch.BoolTensor, torch.BoolTensor]`: of the shapes of `labels` and `their_labels`, with equally many
-        marked positions, in the same order. A row with another number of responses has none.
+        marked positions, in the same order. Of a row with another number of responses, as `max_length` cuts the
+        student's last ones, the first are marked as long as their texts are the same.
     """
     aligned, keep = (torch.zeros_like(values, dtype=torch.bool) for values in (labels, their_labels))
     for row in range(len(labels)):
         runs, their_runs = _responses(labels[row]), _responses(their_labels[row])
-        if len(runs) != len(their_runs):
-            continue
-        for (start, ids), (their_start, their_ids) in zip(runs, their_runs, strict=True):
+        for (start, ids), (their_start, their_ids) in _common_responses(runs, their_runs, tokenizer):
             pairs = align_response(tokenizer.convert_ids_to_tokens(ids), tokenizer.convert_ids_to_tokens(their_ids))
             for i, j in pairs:
                 # the position before a token predicts it; nothing predicts the first of a sequence
@@ -67,6 +66,21 @@ def align_labels(labels, their_labels, tokenizer):
                     aligned[row, start + i - 1] = True
                     keep[row, their_start + j - 1] = True
     return aligned, keep
+
+
+def _common_responses(runs, their_runs, tokenizer):
+    """Pairs of runs that are the same turn's."""
+    pairs = list(zip(runs, their_runs, strict=False))
+    if len(runs) == len(their_runs):
+        return pairs
+    return list(itertools.takewhile(lambda pair: _same_text(*(ids for _, ids in pair), tokenizer), pairs))
+
+
+def _same_text(ids, their_ids, tokenizer):
+    """Whether one response begins with the other: the last may be cut, and a template may write its own end."""
+    texts = (tokenizer.decode(tokens, skip_special_tokens=True).strip() for tokens in (ids, their_ids))
+    shorter, longer = sorted(texts, key=len)
+    return longer.startswith(shorter) and bool(shorter) == bool(longer)
 
 
 def check_responses(labels, their_labels, tokenizer):
