@@ -459,7 +459,7 @@ def test_the_tower_runs_once_per_step_with_identical_results(pair, processor, co
     own = sum(p.numel() for p in teacher.model.vision_tower.parameters())
     total = teacher.num_parameters()
     runs.clear()
-    assert share_vision_tower(student, teacher, processor, copy.deepcopy(processor))
+    teacher = share_vision_tower(student, teacher, processor, copy.deepcopy(processor))
     assert teacher.num_parameters() == total - own
     assert isinstance(teacher.model.vision_tower, SharedVisionTower)
     student.train()
@@ -479,11 +479,30 @@ def test_the_tower_runs_once_per_step_with_identical_results(pair, processor, co
     assert student.state_dict().keys() == pair()[0].state_dict().keys()
 
 
+def test_the_callers_teacher_stays_whole(pair, collator, tmp_path):
+    student, teacher, runs = pair()
+    before = {name: value.clone() for name, value in teacher.state_dict().items()}
+    batch = batches(collator, 1)[0]
+    expected = teacher(**batch).logits
+    sharing = share_vision_tower(student, teacher)
+    assert sharing.lm_head is teacher.lm_head
+    assert sharing.model.language_model is teacher.model.language_model
+    found = teacher.state_dict()
+    assert found.keys() == before.keys()
+    assert all(torch.equal(found[name], value) for name, value in before.items())
+    runs.clear()
+    assert torch.equal(teacher(**batch).logits, expected)
+    assert runs == ["teacher"]
+    teacher.save_pretrained(tmp_path)
+    again = type(teacher).from_pretrained(tmp_path)
+    assert torch.equal(again(**batch).logits, expected)
+
+
 def test_shared_features_are_never_stale(pair, collator):
     student, teacher, runs = pair()
     first, second = batches(collator)
     expected = [teacher(**batch).logits for batch in (first, second)]
-    assert share_vision_tower(student, teacher)
+    teacher = share_vision_tower(student, teacher)
     runs.clear()
     student(**first)
     assert torch.equal(teacher(**second).logits, expected[1])  # other pixels
@@ -505,7 +524,7 @@ def test_a_teacher_of_lower_precision_takes_the_students_features(pair, collator
     teacher = teacher.to(torch.bfloat16)
     batch = batches(collator, 1)[0]
     expected = teacher(**batch).logits
-    assert share_vision_tower(student, teacher)
+    teacher = share_vision_tower(student, teacher)
     student(**batch)
     found = teacher(**batch).logits
     assert found.dtype == torch.bfloat16
@@ -524,13 +543,13 @@ def test_towers_that_differ_or_are_trained_are_not_shared(pair, processor, why):
         other.image_processor.image_mean = [0.0, 0.0, 0.0]
     elif why == "config":
         teacher.model.vision_tower.config.layer_norm_eps = 1e-3
-    assert not share_vision_tower(student, teacher, processor, other)
+    assert share_vision_tower(student, teacher, processor, other) is teacher
     assert not isinstance(teacher.model.vision_tower, SharedVisionTower)
 
 
 def test_a_shared_tower_that_is_trained_later_is_refused(pair, collator):
     student, teacher, _ = pair()
-    assert share_vision_tower(student, teacher)
+    teacher = share_vision_tower(student, teacher)
     student.model.vision_tower.requires_grad_(True)
     with pytest.raises(ValueError, match="freeze it"):
         teacher(**batches(collator, 1)[0])

@@ -81,35 +81,52 @@ def _without_volatile(config):
 
 def share_vision_tower(student, teacher, processor=None, teacher_processor=None):
     """
-    Lets the teacher take the features of the student's vision tower, and frees its own, where they are the same.
+    A teacher that takes the features of the student's vision tower, where that is the same as its own.
 
     They are if the towers' configs and weights are equal, bit for bit, both read the same layer and the same pixels,
     and the student's is frozen and has no dropout. Weights that are equal once rounded to the teacher's dtype count as
     equal: the teacher then reads the more precise features.
 
     Args:
-        student, teacher (`PreTrainedModel`): the teacher is changed if this returns `True`.
+        student, teacher (`PreTrainedModel`): neither is changed.
         processor, teacher_processor (`ProcessorMixin`, *optional*): without them, both read the same pixels.
 
     Returns:
-        `bool`: whether they share.
+        `PreTrainedModel`: the teacher itself if they do not share; else a copy that has all of its parts, the very
+        same ones, but the tower. The caller's stays whole: what it alone has is freed when the caller lets go of it.
     """
     ours, theirs = (getattr(model.base_model, "vision_tower", None) for model in (student, teacher))
     if ours is None or theirs is None or any(parameter.requires_grad for parameter in ours.parameters()):
-        return False
+        return teacher
     if any(getattr(ours.config, name, 0) for name in DROPOUTS) or any(
         getattr(student.config, name, None) != getattr(teacher.config, name, None)
         for name in ("vision_feature_layer", "vision_feature_select_strategy")
     ):
-        return False
+        return teacher
     if processor is not None and teacher_processor is not None:
         name = "image_processor"
         if processor_parts(processor)[name] != processor_parts(teacher_processor)[name]:
-            return False
+            return teacher
     if _without_volatile(ours.config) != _without_volatile(theirs.config) or not _same_weights(ours, theirs):
-        return False
-    teacher.base_model.vision_tower = SharedVisionTower(ours, theirs.dtype)
-    return True
+        return teacher
+    return _with_tower(teacher, SharedVisionTower(ours, theirs.dtype))
+
+
+def _with_tower(teacher, tower):
+    base = _shallow_copy(teacher.base_model)
+    base.vision_tower = tower
+    if teacher.base_model is teacher:
+        return base
+    copied = _shallow_copy(teacher)
+    setattr(copied, teacher.base_model_prefix, base)
+    return copied
+
+
+def _shallow_copy(module):
+    """Another module of the same parts: to give it another part does not change the first."""
+    copied = copy.copy(module)
+    copied._modules = module._modules.copy()
+    return copied
 
 
 def _same_weights(ours, theirs):

@@ -174,7 +174,9 @@ class MimicTrainer(GroupedBatches, SFTTrainer):
                 )
             if isinstance(teacher, LiveTeacher):
                 if self.args.share_vision_tower:
-                    share_vision_tower(self._base_student(self.model), teacher.model, self.processing_class, processor)
+                    teacher.model = share_vision_tower(
+                        self._base_student(self.model), teacher.model, self.processing_class, processor
+                    )
                 teacher.model = self._prepare_teacher(teacher.model)
             if teacher is not None:
                 made.append(teacher)
