@@ -1,13 +1,17 @@
 """`llava-mod publish`, and the push of a run's folder: what they tell, what they keep, and how they refuse."""
 
 import json
+import re
+import resource
 import shutil
+from contextlib import contextmanager
 
 import pytest
 import yaml
 from huggingface_hub import ModelCard
 
 from helpers.leaks import find_leaks, private_words
+from helpers.publishing import tree
 from llava_mod_hf import push_checkpoint
 from llava_mod_hf.cli import main
 from llava_mod_hf.loading import load_model_and_processor
@@ -179,3 +183,34 @@ def test_a_damaged_file_is_named(capsys, run, name, content, expected):
     (run / name).write_text(content)
     assert expected in refused(capsys, run)
     assert not (run.parent / "tiny").exists()
+
+
+@pytest.mark.parametrize(
+    ("step", "how", "expected"), [("commit", "drop", "connection to .* broke"), ("create", "html", "else than JSON")]
+)
+def test_a_hub_that_fails_is_one_sentence_and_half_pushes_nothing(capsys, run, hub, step, how, expected):
+    hub.fail[step] = how
+    assert re.search(expected, refused(capsys, run, "--push_to", REPO))
+    assert [commit.message for repo in hub.repos.values() for commit in repo.commits()] in ([], ["initial commit"])
+
+
+@pytest.mark.parametrize("limit", [1_000, 20_000, 60_000])
+def test_a_full_disk_is_one_sentence_and_leaves_what_was_there(capsys, run, limit):
+    """Files beyond a limit of this process cannot be written, as on a full disk: code, figures or weights."""
+    assert publish(run) == 0
+    before = tree(run.parent / "tiny")
+    with files_of_at_most(limit):
+        message = refused(capsys, run)
+    assert re.search(r"tiny` could not be written \(.*\): it is as it was before", message), message
+    assert tree(run.parent / "tiny") == before
+    assert sorted(path.name for path in run.parent.iterdir()) == ["prefer", "tiny"]
+
+
+@contextmanager
+def files_of_at_most(size):
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))

@@ -93,8 +93,9 @@ class HubServer:
 
     Attributes:
         repos (`dict[str, Repo]`); lfs (`dict[str, bytes]`): what was uploaded, by sha256.
-        fail (`dict[str, int]`): step → status with which it fails from now on. Steps: `create`, `branch`, `info`,
-            `preupload`, `batch`, `put`, `verify`, `commit`, `resolve`.
+        fail (`dict[str, int | str]`): step → status with which it fails from now on; `"drop"` closes the connection
+            without an answer, `"html"` answers 200 with a page. Steps: `create`, `branch`, `info`, `preupload`,
+            `batch`, `put`, `verify`, `commit`, `resolve`.
         readers (`set[str]`): tokens that may read and not write.
         requests (`list[tuple[str, str]]`): method and path of each request.
         bodies (`list[bytes]`): of the same requests.
@@ -192,7 +193,8 @@ class _Handler(BaseHTTPRequestHandler):
                     match = pattern.fullmatch(parts.path)
                     if match and self.command in method.split():
                         if step in self.hub.fail:
-                            raise Refusal(self.hub.fail[step], message=f"told to fail at {step}")
+                            answer = self._failing(self.hub.fail[step], step)
+                            break
                         found = {name: unquote(value) for name, value in match.groupdict(default="").items()}
                         found["repo"] = self._check_access(found.pop("repo", None), write)
                         answer = function(self, **{k: v for k, v in found.items() if v is not None})
@@ -204,6 +206,9 @@ class _Handler(BaseHTTPRequestHandler):
                 if refusal.code:
                     headers["X-Error-Code"] = refusal.code
                 answer = refusal.status, headers, json.dumps({"error": refusal.message, **refusal.body}).encode()
+        if answer is None:
+            self.close_connection = True
+            return
         if not isinstance(answer, tuple):
             answer = 200, {"Content-Type": "application/json"}, json.dumps(answer).encode()
         status, headers, content = answer
@@ -213,6 +218,13 @@ class _Handler(BaseHTTPRequestHandler):
         self.end_headers()
         if self.command != "HEAD":
             self.wfile.write(content)
+
+    def _failing(self, how, step):
+        if how == "drop":
+            return None
+        if how == "html":
+            return 200, {"Content-Type": "text/html"}, b"<html><body>Please log in</body></html>"
+        raise Refusal(how, message=f"told to fail at {step}")
 
     do_GET = do_HEAD = do_POST = do_PUT = do_DELETE = _handle
 

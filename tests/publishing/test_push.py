@@ -83,20 +83,39 @@ def test_private_push_into_a_public_repository_is_refused(hub, folder):
     assert len(hub.repos[REPO].commits()) == 1 and not hub.lfs
 
 
-@pytest.mark.parametrize("step", ["preupload", "batch", "put", "verify", "commit"])
-def test_failure_leaves_no_commit(hub, folder, step):
+HALF_WAY = ["create", "info", "preupload", "batch", "put", "verify", "commit"]
+
+
+@pytest.mark.parametrize(
+    ("step", "how", "expected"),
+    [
+        *[(step, "drop", "connection to .* broke") for step in HALF_WAY],
+        *[(step, 502, r"HTTP 502 \(told to fail at \w+\): .* not at all") for step in HALF_WAY],
+        # of an upload the client reads the status alone
+        *[(step, "html", "else than JSON") for step in HALF_WAY if step not in ("put", "verify")],
+    ],
+)
+def test_failure_is_one_sentence_and_leaves_no_commit(hub, folder, step, how, expected):
     push_checkpoint(folder, REPO)
     before = hub.repos[REPO].branches["main"]
     save_file({"weight": np.zeros(64, dtype=np.float32)}, folder / "model.safetensors")
     (folder / "figures" / "losses.png").unlink()
-    hub.fail[step] = 500
-    with pytest.raises(ConnectionError):
+    hub.fail[step] = how
+    with pytest.raises(ConnectionError, match=expected) as caught:
         push_checkpoint(folder, REPO)
+    told = str(caught.value)
+    assert "\n" not in told and told.endswith(".") and hub.url in told and hub.token not in told
     assert hub.repos[REPO].branches["main"] is before
 
     hub.fail.clear()
     push_checkpoint(folder, REPO)
     assert len(hub.repos[REPO].commits()) == 3
+
+
+def test_what_the_hub_says_is_handed_on(hub, folder):
+    hub.fail["commit"] = 400
+    with pytest.raises(ValueError, match=r"HTTP 400 \(told to fail at commit\): nothing was committed"):
+        push_checkpoint(folder, REPO)
 
 
 def test_commit_of_somebody_else_in_between_is_not_undone(hub, folder, monkeypatch):

@@ -148,31 +148,42 @@ def _told_in_a_sentence(endpoint, repo_id):
     """Says in one sentence what went wrong between the client and the Hub, and what is there now."""
     try:
         yield
-    except HfHubHTTPError as error:
-        status = error.response.status_code
-        if status in (401, 403):
-            raise ValueError(
-                f"{endpoint} refused to write `{repo_id}` (HTTP {status}): log in by `hf auth login` with a token that "
-                "may write there."
-            ) from error
-        if status == 412:
+    except (NO_ANSWER, RuntimeError, json.JSONDecodeError) as error:
+        # the client raises a RuntimeError from what failed the upload of a file
+        failure = error.__cause__ if isinstance(error, RuntimeError) and error.__cause__ else error
+        push = f"the push to `{repo_id}`"
+        if isinstance(failure, HfHubHTTPError):
+            raise _refusal(failure, endpoint, repo_id, push) from error
+        if isinstance(failure, json.JSONDecodeError):
             raise ConnectionError(
-                f"Somebody else committed to `{repo_id}` during the push (HTTP 412), so nothing was committed: look at "
-                "what is there, and push again."
+                f"{endpoint} answered {push} with something else than JSON, perhaps the page of a proxy or a login: "
+                "see that `HF_ENDPOINT` is right, and push again."
             ) from error
-        reason = " ".join((error.server_message or "without a reason").split())[:300]
-        kind = ValueError if status < 500 else ConnectionError
-        raise kind(
-            f"{endpoint} answered the push to `{repo_id}` with HTTP {status} ({reason}): nothing was committed."
-        ) from error
-    except (NO_ANSWER, RuntimeError) as error:  # the client's word for a file whose upload failed
-        reason = " ".join(str(error.__cause__ or error).split())[:300] or type(error).__name__
+        reason = _one_line(failure) or type(failure).__name__
         raise ConnectionError(
-            f"The connection to {endpoint} broke during the push to `{repo_id}` ({reason}): the commit is there whole, "
-            "or not at all. Push again."
+            f"The connection to {endpoint} broke during {push} ({reason}): the commit is there whole, or not at all. "
+            "Push again."
         ) from error
-    except json.JSONDecodeError as error:
-        raise ConnectionError(
-            f"{endpoint} answered the push to `{repo_id}` with something else than JSON, perhaps the page of a proxy "
-            "or a login: see that `HF_ENDPOINT` is right, and push again."
-        ) from error
+
+
+def _refusal(error, endpoint, repo_id, push):
+    """The error that says what the Hub answered."""
+    status = error.response.status_code
+    if status in (401, 403):
+        return ValueError(
+            f"{endpoint} refused to write `{repo_id}` (HTTP {status}): log in by `hf auth login` with a token that may "
+            "write there."
+        )
+    if status == 412:
+        return ConnectionError(
+            f"Somebody else committed to `{repo_id}` during the push (HTTP 412), so nothing was committed: look at "
+            "what is there, and push again."
+        )
+    told = f"{endpoint} answered {push} with HTTP {status} ({_one_line(error.server_message) or 'without a reason'})"
+    if status < 500:
+        return ValueError(f"{told}: nothing was committed.")
+    return ConnectionError(f"{told}: the commit is there whole, or not at all. Push again later.")
+
+
+def _one_line(text):
+    return " ".join(str(text or "").split())[:300]
