@@ -3,13 +3,19 @@
 import ast
 from dataclasses import fields
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPast
+from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
+from transformers.models.switch_transformers.modeling_switch_transformers import router_z_loss_func
 
 import llava_mod_hf
+from llava_mod_hf import LlavaModForConditionalGeneration
 from llava_mod_hf.model.modeling_llava_mod import CACHE, rows_to_project
+from llava_mod_hf.model.moe_llava_mod import router_losses
 
 MODEL = Path(llava_mod_hf.__file__).parent / "model"
 # Names that transformers has had since 5.0; `make test-versions` shows that the files load there.
@@ -21,8 +27,6 @@ transformers.core_model_loading: Concatenate MergeModulelist WeightConverter Wei
 transformers.integrations: moe use_experts_implementation
 transformers.modeling_outputs: BaseModelOutputWithPast CausalLMOutputWithPast
 transformers.models.llava.modeling_llava: LlavaModel LlavaMultiModalProjector LlavaPreTrainedModel
-transformers.models.mixtral.modeling_mixtral: load_balancing_loss_func
-transformers.models.switch_transformers.modeling_switch_transformers: router_z_loss_func
 transformers.utils: can_return_tuple logging
 """
 
@@ -62,3 +66,34 @@ def test_the_cache_goes_in_and_out_by_the_name_of_this_release(make_student):
 def test_rows_to_project(kept, expected):
     hidden = torch.arange(6.0).view(2, 3, 1)
     assert rows_to_project(hidden, kept)[..., 0].tolist() == expected
+
+
+def test_a_tied_head_stays_tied_where_transformers_forgets_that_it_is(make_student, tmp_path, monkeypatch):
+    student = make_student()
+    student.save_pretrained(tmp_path)
+
+    def forget(self, loading_info):  # as transformers 5.3 does
+        loading_info.missing_keys = set()
+
+    monkeypatch.setattr(PreTrainedModel, "mark_tied_weights_as_initialized", forget)
+    loaded = LlavaModForConditionalGeneration.from_pretrained(tmp_path)
+    assert loaded.lm_head.weight is loaded.get_input_embeddings().weight
+    assert torch.equal(loaded.lm_head.weight, student.lm_head.weight)
+
+
+@pytest.mark.parametrize("padded", [False, True], ids=["whole", "padded"])
+@pytest.mark.parametrize("kind", ["switch", "pooled"])
+def test_router_losses_are_those_of_transformers(kind, padded):
+    drawn = torch.randn(2, 12, 4, generator=torch.Generator().manual_seed(0))
+    found, expected = ([logits.clone().requires_grad_() for logits in drawn] for _ in range(2))
+    mask = torch.tensor([[0, 0, 1, 1, 1, 1], [1, 1, 1, 1, 1, 1]]) if padded else None
+    config = SimpleNamespace(router_aux_loss_type=kind, num_experts_per_tok=2)
+    groups = [tuple(expected)] if kind == "pooled" else [(logits,) for logits in expected]
+    aux = sum(load_balancing_loss_func(group, 4, 2 if kind == "pooled" else 1, mask) for group in groups)
+    counted = torch.ones(12, dtype=torch.bool) if mask is None else mask.reshape(-1).bool()
+    z = sum(router_z_loss_func(logits[counted][None]) for logits in expected)
+    for own, theirs in zip(router_losses(tuple(found), config, mask), (aux, z), strict=True):
+        torch.testing.assert_close(own, theirs, rtol=1e-6, atol=0)
+        gradients = (torch.autograd.grad(loss, logits) for loss, logits in ((own, found), (theirs, expected)))
+        for one, other in zip(*gradients, strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-8)

@@ -248,6 +248,14 @@ class LlavaModPreTrainedModel(LlavaPreTrainedModel):
         # transformers keeps the answer by class, and `LlavaModModel` would find that of the stock `LlavaModel`
         return HAS_IMPLEMENTATIONS
 
+    # Once it has marked a tied head, transformers 5.3 takes it for one that the file had, and leaves it at random.
+    def mark_tied_weights_as_initialized(self, *args, **kwargs):
+        infos = [info for info in (*args, *kwargs.values()) if hasattr(info, "missing_keys")]
+        tied = [info.missing_keys & self.all_tied_weights_keys.keys() for info in infos]
+        super().mark_tied_weights_as_initialized(*args, **kwargs)
+        for info, names in zip(infos, tied, strict=True):
+            info.missing_keys |= names
+
 
 class LlavaModModel(LlavaModPreTrainedModel, LlavaModel):
     """
@@ -277,7 +285,9 @@ class LlavaModModel(LlavaModPreTrainedModel, LlavaModel):
     def _check_checkpointing(self, kwargs):
         checkpoint = getattr(self.language_model, "_gradient_checkpointing_func", None)
         reentrant = getattr(checkpoint, "keywords", {}).get("use_reentrant", False)
-        active = self.language_model.is_gradient_checkpointing and self.training and torch.is_grad_enabled()
+        # the flag of the modules, since what a model calls it is renamed in transformers 6
+        checkpointed = any(getattr(module, "gradient_checkpointing", False) for module in self.language_model.modules())
+        active = checkpointed and self.training and torch.is_grad_enabled()
         if reentrant and active and kwargs.get("output_router_logits"):
             raise ValueError(
                 "Reentrant gradient checkpointing runs the routers without a gradient, so the router's losses would "

@@ -10,8 +10,6 @@ from torch.nn import functional as F
 from transformers import initialization
 from transformers.core_model_loading import Concatenate, MergeModulelist, WeightConverter
 from transformers.integrations import moe, use_experts_implementation
-from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
-from transformers.models.switch_transformers.modeling_switch_transformers import router_z_loss_func
 from transformers.utils import logging
 
 logger = logging.get_logger(__name__)
@@ -280,6 +278,22 @@ def init_moe_weights(module, std):
             initialization.zeros_(part)
 
 
+def _load_balancing(router_logits, top_k, weights):
+    """
+    E · Σ_e f_e P_e over the rows of all the given layers (Switch Transformer, eq. 4 to 6): f_e is how often expert e is
+    among the first `top_k`, P_e its mean probability.
+    """
+    num_experts = router_logits[0].shape[-1]
+    choices = probability = torch.zeros(num_experts, device=weights.device)
+    for logits in router_logits:
+        probabilities = logits.softmax(dim=-1)  # (rows, experts)
+        chosen = probabilities.topk(top_k, dim=-1).indices.reshape(-1)
+        choices = choices + torch.zeros_like(choices).scatter_add_(0, chosen, weights.repeat_interleave(top_k))
+        probability = probability + (probabilities.float() * weights[:, None]).sum(dim=0)
+    rows = len(router_logits) * weights.sum()
+    return num_experts * torch.sum((choices / rows) * (probability / rows))
+
+
 def router_losses(router_logits, text_config, attention_mask=None):
     """
     The router's load-balancing loss, of the kind that the config names, and its z-loss; both before their coefficients.
@@ -288,21 +302,19 @@ def router_losses(router_logits, text_config, attention_mask=None):
 
     Args:
         router_logits (`tuple[torch.FloatTensor]`): per layer `(batch * sequence, num_experts)`.
-        text_config (`PreTrainedConfig`): with `router_aux_loss_type`, `num_experts` and `num_experts_per_tok`.
+        text_config (`PreTrainedConfig`): with `router_aux_loss_type` and `num_experts_per_tok`.
         attention_mask (`torch.Tensor` of shape `(batch, sequence)`, *optional*): padding, which does not count.
 
     Returns:
         `tuple[torch.FloatTensor, torch.FloatTensor]`: two scalars.
     """
     router_logits = tuple(logits.to(router_logits[0].device) for logits in router_logits)
-    num_experts = text_config.num_experts
-    if text_config.router_aux_loss_type == "pooled":
-        aux = load_balancing_loss_func(router_logits, num_experts, text_config.num_experts_per_tok, attention_mask)
-    else:
-        # of one layer and its first choices, it is the Switch Transformer's (eq. 4)
-        aux = sum(load_balancing_loss_func((logits,), num_experts, 1, attention_mask) for logits in router_logits)
-    counted = slice(None)
+    weights = torch.ones(len(router_logits[0]), device=router_logits[0].device)  # (batch * sequence)
     if attention_mask is not None:
-        counted = attention_mask.reshape(-1).bool().to(router_logits[0].device)
-    z = sum(router_z_loss_func(logits[counted][None]) for logits in router_logits)
+        weights = attention_mask.reshape(-1).to(weights)
+    if text_config.router_aux_loss_type == "pooled":
+        aux = _load_balancing(router_logits, text_config.num_experts_per_tok, weights)
+    else:
+        aux = sum(_load_balancing((logits,), 1, weights) for logits in router_logits)
+    z = sum((logits.logsumexp(dim=-1) ** 2 * weights).sum() / weights.sum() for logits in router_logits)
     return aux, z
