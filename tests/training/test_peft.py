@@ -5,6 +5,7 @@ import json
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -16,12 +17,14 @@ from datasets import Dataset, Features, List, Value
 from datasets import Image as ImageFeature
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
-from transformers import AutoModelForImageTextToText
+from transformers import AutoModelForImageTextToText, AutoProcessor
 from trl import DatasetMixtureConfig, DPOConfig, ModelConfig, ScriptArguments, SFTConfig, TrlParser, get_peft_config
 
 from helpers.models import sharpen
 from llava_mod_hf import LlavaModForConditionalGeneration
 from llava_mod_hf.data.easy_vqa import image_paths
+from llava_mod_hf.loading import load_model_and_processor
+from llava_mod_hf.publishing.checks import check_publishable
 from llava_mod_hf.recipes import check_recipe
 
 FOLDER = Path(__file__).parents[2] / "recipes" / "finetune"
@@ -158,6 +161,23 @@ def test_merged_it_is_a_student_again_in_which_every_targeted_part_has_changed(
     for name in changed:
         if "experts" in name:  # each expert by itself
             assert all(not torch.equal(old, new) for old, new in zip(before[name], after[name], strict=True))
+
+
+def test_the_readme_merges_into_a_folder_that_is_whole(trained, student_folder, input_ids, tmp_path, monkeypatch):
+    """Its lines as they stand, on an adapter and a student of these names: with a processor, ready to be shared."""
+    model, _, logits = trained
+    (example,) = re.findall(r"```python\n(.*?)```", (FOLDER / "README.md").read_text(), re.DOTALL)
+    model.save_pretrained(tmp_path / "runs" / "finetune" / "sft_lora")
+    shutil.copytree(student_folder, tmp_path / "you" / "student")
+    monkeypatch.chdir(tmp_path)
+    names = {}
+    exec(example, names)
+    merged = Path("runs", "finetune", "merged")
+    loaded, processor = load_model_and_processor(str(merged))
+    assert processor.tokenizer.get_vocab() == AutoProcessor.from_pretrained(student_folder).tokenizer.get_vocab()
+    for same in (loaded, names["model"], names["merged"]):
+        logits_close(logits_of(same, input_ids), logits)
+    assert {"modeling_llava_mod.py", "model.safetensors"} <= {path.name for path in check_publishable(merged)}
 
 
 def test_dropout_on_experts_is_refused_by_peft(student_folder):
