@@ -30,6 +30,7 @@ from llava_mod_hf.data.load import DataArguments
 from llava_mod_hf.fingerprints import row_key, weights_hash
 from llava_mod_hf.loading import load_model_and_processor
 from llava_mod_hf.losses.rows import shift_for_next_token
+from llava_mod_hf.publishing.manifest import MANIFEST_FILE
 from llava_mod_hf.teachers import answer_cache
 from llava_mod_hf.teachers.answer_cache import check_settings
 from llava_mod_hf.teachers.cached_teacher import CachedTeacher
@@ -481,7 +482,7 @@ def test_pushed_to_the_hub_and_trained_from_there(models, caches, hub: HubServer
     (folder / ".shards.yaml.0.part").touch()  # left by a run that was killed
     write(models, folder, push_to="me/answers", private=True)
     files = hub.repos["me/answers"].branches["main"].files
-    assert sorted(files) == [".gitattributes", "README.md", "shards.yaml"] + [
+    assert sorted(files) == [".gitattributes", MANIFEST_FILE, "README.md", "shards.yaml"] + [
         f"train-0000{index}-of-00003.parquet" for index in range(3)
     ]
     assert hub.repos["me/answers"].private
