@@ -5,12 +5,18 @@ import zipfile
 
 import numpy as np
 import pytest
+from datasets import Dataset, Features, Value
 from huggingface_hub import HfApi
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from safetensors.numpy import save_file
 
-from helpers.leaks import find_leaks
+from helpers.leaks import find_leaks, private_words
+from llava_mod_hf.commands.arguments import DistillArguments
+from llava_mod_hf.commands.cache_teacher import CacheCommand, finish_cache
+from llava_mod_hf.data.load import DataArguments
+from llava_mod_hf.data.parquet_shards import write_shards
+from llava_mod_hf.publishing.push import push_dataset
 
 WORD = "/home/qzuser"
 
@@ -68,3 +74,39 @@ def test_the_server_shows_all_that_it_received(hub):
     found = "\n".join(find_leaks(hub.received(), [WORD]))
     assert "preupload/main [0]" in found and "commit/main [0]" in found and "PUT /lfs/" in found
     assert "a.txt" in found and "a.png" in found
+
+
+def test_a_pushed_cache_tells_nothing_of_this_machine(hub, monkeypatch, tmp_path):
+    words = private_words(monkeypatch, tmp_path, hub.token)
+    features = Features({"key": Value("string"), "row": Value("int64")})
+    folder = tmp_path / "caches" / "rows"
+    write_shards(
+        folder,
+        2,
+        {"teacher": "0123", "top_k": 1, "temperature": 1.0, "vocabulary": 8, "log_probs": "float16"},
+        lambda rows: Dataset.from_list([{"key": "a-b", "row": row} for row in rows], features=features),
+        shard_size=2,
+    )
+    distill = DistillArguments(student="s", teacher=f"{tmp_path}/removed/teacher")
+    data = DataArguments(dataset_name=f"{tmp_path}/removed/rows.jsonl")
+    finish_cache(
+        folder, 2, {"top_k": 1, "temperature": 1.0, "vocabulary": 8}, distill, data, CacheCommand(2, push_to="me/rows")
+    )
+    assert find_leaks(folder, words) == []
+    assert find_leaks(hub.received(), words) == []
+    assert (
+        "What the teacher `teacher` says at each response token of 2 rows of `rows.jsonl`"
+        in (folder / "README.md").read_text()
+    )
+
+
+@pytest.mark.parametrize("where", ["README.md", "shards.yaml"])
+def test_a_cache_with_a_path_or_a_token_is_not_pushed(hub, tmp_path, where):
+    for name in ("README.md", "shards.yaml", "0-of-1.parquet"):
+        (tmp_path / name).write_text("rows")
+    for secret, expected in (("hf_" + "a1" * 17, "contains a Hub token"), (str(tmp_path.parent), "of this machine")):
+        (tmp_path / where).write_text(f"made with {secret}, then")
+        with pytest.raises(ValueError, match=f"{where}` .*{expected}") as caught:
+            push_dataset(tmp_path, "me/rows")
+        assert "a1a1" not in str(caught.value)
+    assert not hub.requests

@@ -19,6 +19,7 @@ from llava_mod_hf.data.parquet_shards import check_shards, shard_path, write_sha
 from llava_mod_hf.fingerprints import row_key
 from llava_mod_hf.loading import load_model_and_processor
 from llava_mod_hf.losses.rows import shift_for_next_token
+from llava_mod_hf.publishing.public_names import PublicNames, last_part
 from llava_mod_hf.publishing.push import push_dataset
 from llava_mod_hf.recipes import packaged
 from llava_mod_hf.teachers.answer_cache import cache_features, cached_rows, mimic_settings, top_k_log_probs
@@ -204,14 +205,15 @@ def finish_cache(
         if cache_args.push_to:
             check_shards(folder)
         return
-    names = {
-        role: Path(name).name if Path(name).exists() else name
-        for role, name in (("teacher", distill_args.teacher), ("dataset", data_args.dataset_name))
-    }
+    public, given = PublicNames(), {"teacher": distill_args.teacher, "dataset": data_args.dataset_name}
+    names = {role: last_part(name) if public.is_local(name) else name for role, name in given.items()}
+    linked = {role: [name] if public.is_hub_id(name) else None for role, name in given.items()}
     card = DatasetCard.from_template(
         DatasetCardData(
             pretty_name=f"{title} of {names['teacher']}",
             tags=["llava-mod", "distillation", "teacher-cache"],
+            source_datasets=linked["dataset"],
+            teacher_model=linked["teacher"],
             configs=[{"config_name": "default", "data_files": [{"split": "train", "path": "*.parquet"}]}],
         ),
         template_path=str(packaged("model_cards", template)),

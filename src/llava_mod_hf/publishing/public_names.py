@@ -54,7 +54,7 @@ class PublicNames:
         """A name as others may read it: title, `embedded:…` name or Hub id; of anything else its last part."""
         if name.startswith("embedded:") or self.is_hub_id(name):
             return TITLES.get(name, name)
-        return _last_part(name)
+        return last_part(name)
 
     def recipe(self, options):
         """The options of a run as others may read them."""
@@ -72,8 +72,9 @@ class PublicNames:
 
 def without_paths(text):
     """A text in which each absolute path is its last part alone."""
-    return PATH_IN_TEXT.sub(lambda path: _last_part(path[0]), text)
+    return PATH_IN_TEXT.sub(lambda path: last_part(path[0]), text)
 
 
-def _last_part(path):
+def last_part(path):
+    """A path's last part, of Windows too."""
     return re.split(r"[/\\]", path.rstrip("/\\"))[-1]
