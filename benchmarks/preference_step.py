@@ -35,7 +35,7 @@ from llava_mod_hf.data import easy_vqa
 from llava_mod_hf.data.load import DataArguments
 from llava_mod_hf.loading import load_model_and_processor
 from llava_mod_hf.teachers.reference_model import REFERENCE_COLUMNS, CachedReference, NoReference
-from llava_mod_hf.training.run_folder import StepTimer
+from llava_mod_hf.training.progress import StepTimer
 
 CONTENDERS = ("student", "precomputed", "live", "trl")
 IMAGE_SIZE, PATCH_SIZE = 128, 16

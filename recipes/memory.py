@@ -26,7 +26,7 @@ from transformers import AutoConfig, AutoModelForImageTextToText
 
 from llava_mod_hf import LlavaModConfig, LlavaModForConditionalGeneration
 from llava_mod_hf.students.upcycling import moe_layer_indices
-from llava_mod_hf.training.run_folder import set_trainable
+from llava_mod_hf.training.trainable import set_trainable
 
 STAGES = ("1_adapt", "2_mimic_dense", "3_mimic_sparse", "4_prefer")
 GB = 1e9

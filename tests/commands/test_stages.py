@@ -18,8 +18,9 @@ from llava_mod_hf.commands import mimic as mimic_module
 from llava_mod_hf.commands import prefer as prefer_module
 from llava_mod_hf.commands.arguments import DistillArguments, StudentArguments, UpcycleArguments
 from llava_mod_hf.data.load import DataArguments
-from llava_mod_hf.training import run_folder
+from llava_mod_hf.training import progress
 from llava_mod_hf.training.adapt_trainer import AdaptConfig
+from llava_mod_hf.training.checkpoints import last_complete_checkpoint
 
 TOKEN = "hf_not_a_token"
 ARGUMENTS = {
@@ -196,10 +197,10 @@ def test_an_interrupted_run_goes_on_from_its_last_whole_checkpoint(folders, tmp_
         run(resumed, StopsAt(2))
     assert not (resumed / "run.json").exists()
     assert not (resumed / "config.json").exists()
-    assert run_folder.last_complete_checkpoint(resumed) == str(resumed / "checkpoint-1")
+    assert last_complete_checkpoint(resumed) == str(resumed / "checkpoint-1")
     shutil.copytree(resumed / "checkpoint-1", resumed / "checkpoint-2")
     (resumed / "checkpoint-2" / "trainer_state.json").unlink()
-    assert run_folder.last_complete_checkpoint(resumed) == str(resumed / "checkpoint-1")
+    assert last_complete_checkpoint(resumed) == str(resumed / "checkpoint-1")
 
     rest = StopsAt()
     summary = run(resumed, rest)
@@ -213,18 +214,18 @@ def test_an_interrupted_run_goes_on_from_its_last_whole_checkpoint(folders, tmp_
 
 
 def test_the_last_whole_checkpoint_is_the_highest_by_number(tmp_path):
-    assert run_folder.last_complete_checkpoint(tmp_path / "missing") is None
+    assert last_complete_checkpoint(tmp_path / "missing") is None
     for step in (2, 10):
         (tmp_path / f"checkpoint-{step}").mkdir()
         (tmp_path / f"checkpoint-{step}" / "trainer_state.json").touch()
     (tmp_path / "checkpoint-best").mkdir()
-    assert run_folder.last_complete_checkpoint(tmp_path) == str(tmp_path / "checkpoint-10")
+    assert last_complete_checkpoint(tmp_path) == str(tmp_path / "checkpoint-10")
 
 
 def test_the_first_step_does_not_count_towards_the_time_of_a_step(monkeypatch):
     ticks = iter([40.0, 41.0, 43.0])
-    monkeypatch.setattr(run_folder.time, "perf_counter", lambda: next(ticks))
-    timer = run_folder.StepTimer()
+    monkeypatch.setattr(progress.time, "perf_counter", lambda: next(ticks))
+    timer = progress.StepTimer()
     timer.on_train_begin(None, None, None)
     timer.on_step_end(None, None, None)
     assert timer.seconds_per_step() is None

@@ -9,6 +9,7 @@ import shutil
 import socket
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -34,7 +35,6 @@ from llava_mod_hf.publishing.manifest import MANIFEST_FILE
 from llava_mod_hf.teachers import answer_cache
 from llava_mod_hf.teachers.answer_cache import check_settings
 from llava_mod_hf.teachers.cached_teacher import CachedTeacher
-from llava_mod_hf.training import run_folder
 
 TEMPERATURE = 2.0
 NUM_ROWS = 20
@@ -370,7 +370,7 @@ def test_the_same_teacher_elsewhere_in_other_files_is_the_same(models, caches, t
         assert len(list(folder.glob("*.safetensors"))) > 2
 
     elsewhere = copy_of(models, "teacher", tmp_path, reshard)
-    assert weights_hash(tmp_path / "changed") == weights_hash(run_folder.Path(models["teacher"]))
+    assert weights_hash(tmp_path / "changed") == weights_hash(Path(models["teacher"]))
     assert trained_from(elsewhere, caches["teacher"]).settings["temperature"] == TEMPERATURE
 
 

@@ -12,7 +12,7 @@ from helpers.ddp_gradients import assert_gradients_close, mimic_trainer, raw_gra
 from llava_mod_hf.losses.divergences import divergence_rows
 from llava_mod_hf.losses.rows import shift_for_next_token
 from llava_mod_hf.training import mimic_trainer as mimic_trainer_module
-from llava_mod_hf.training.run_folder import set_trainable
+from llava_mod_hf.training.trainable import set_trainable
 
 TERMS = {"temperature": 2.0, "kl_weight": 0.7, "lm_weight": 0.5}
 

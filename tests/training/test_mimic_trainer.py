@@ -22,7 +22,7 @@ from llava_mod_hf import MimicConfig
 from llava_mod_hf.losses.chunked_mimic import chunked_mimic_loss
 from llava_mod_hf.losses.divergences import mimic_loss, router_aux_loss
 from llava_mod_hf.training import mimic_trainer as mimic_trainer_module
-from llava_mod_hf.training.run_folder import set_trainable
+from llava_mod_hf.training.trainable import set_trainable
 
 TEMPERATURE, KL_WEIGHT, LM_WEIGHT = 2.0, 0.7, 0.5
 TERMS = {"temperature": TEMPERATURE, "kl_weight": KL_WEIGHT, "lm_weight": LM_WEIGHT}

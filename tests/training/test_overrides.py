@@ -13,7 +13,7 @@ from trl.trainer.utils import maybe_gather_lm_head_ctx
 from llava_mod_hf import MimicTrainer, PreferenceTrainer
 from llava_mod_hf.data.grouping import GroupedBatches
 from llava_mod_hf.training.adapt_trainer import AdaptTrainer
-from llava_mod_hf.training.run_folder import LossOnBar, StepTimer
+from llava_mod_hf.training.progress import LossOnBar, StepTimer
 
 INIT = (
     "self model {} args data_collator train_dataset eval_dataset processing_class {} compute_metrics callbacks "
