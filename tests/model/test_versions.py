@@ -14,6 +14,7 @@ from transformers.models.switch_transformers.modeling_switch_transformers import
 
 import llava_mod_hf
 from llava_mod_hf import LlavaModForConditionalGeneration
+from llava_mod_hf.model import modeling_llava_mod
 from llava_mod_hf.model.modeling_llava_mod import CACHE, rows_to_project
 from llava_mod_hf.model.moe_llava_mod import router_losses
 
@@ -97,3 +98,28 @@ def test_router_losses_are_those_of_transformers(kind, padded):
         gradients = (torch.autograd.grad(loss, logits) for loss, logits in ((own, found), (theirs, expected)))
         for one, other in zip(*gradients, strict=True):
             torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-8)
+
+
+@pytest.mark.parametrize(
+    ("release", "deeper", "name", "kinds"),
+    [
+        ((5, 24), False, "LlavaModLlamaModel", ["WeightConverter", "WeightConverter"]),
+        ((5, 9), False, "llava_mod", ["WeightConverter", "WeightConverter"]),
+        ((5, 0), True, "llava_mod", ["WeightConverter", "WeightConverter", "WeightRenaming"]),
+    ],
+)
+def test_file_names_are_kept_where_each_release_finds_them(make_student, monkeypatch, release, deeper, name, kinds):
+    kept = {}
+    monkeypatch.setattr(modeling_llava_mod, "RELEASE", release)
+    monkeypatch.setattr(
+        modeling_llava_mod,
+        "register_checkpoint_conversion_mapping",
+        lambda key, conversions, overwrite: kept.update({key: conversions}),
+    )
+    tower = SimpleNamespace(vision_model=None) if deeper else SimpleNamespace()
+    modeling_llava_mod._register_file_names(make_student().model.language_model, tower)
+    assert {key: [type(conversion).__name__ for conversion in values] for key, values in kept.items() if values} == {
+        name: kinds
+    }
+    for renaming in (value for value in kept[name] if type(value).__name__ == "WeightRenaming"):
+        assert renaming.reverse_transform().target_patterns == ["vision_tower."]  # what is saved has no pattern in it

@@ -12,6 +12,7 @@ import importlib.metadata
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -95,29 +96,34 @@ def save_students(folder):
     return expected
 
 
-def differences(folder, name, expected, processed):
+def differences(folder, expected, processed):
     """What a version computes otherwise, in words."""
     tensors, inputs = expected
-    found = load_file(folder / name / "found.safetensors")
-    wrong = []
+    found = load_file(folder / "found.safetensors")
+    wrong = sorted(found.keys() ^ tensors.keys())
     for key, value in tensors.items():
+        if key not in found:
+            continue
         if value.is_floating_point():
             same = torch.allclose(found[key], value, rtol=0, atol=1e-5 * value.abs().max().item())
         else:
             same = torch.equal(found[key], value)
-        wrong += [] if same else [f"{name}: {key}"]
+        wrong += [] if same else [key]
     if processed != inputs:
-        wrong.append(f"{name}: processor ({processed})")
-    return wrong
+        wrong.append(f"processor ({processed})")
+    return [f"{folder.name}: {part}" for part in wrong]
 
 
-def check(version, folder, expected):
-    done = run(install(version), Path(__file__).parent / "answer.py", *(folder / name for name in expected))
+def check(version, folders, expected):
+    """What a version computes otherwise of the students in `folders`; each then holds `again`, as it saves them."""
+    for folder in folders:
+        shutil.rmtree(folder / "again", ignore_errors=True)
+    done = run(install(version), Path(__file__).parent / "answer.py", *folders)
     if done.returncode:
         return [done.stderr.strip().splitlines()[-1]]
     wrong = []
-    for line, name in zip(done.stdout.splitlines(), expected, strict=True):
-        wrong += differences(folder, name, expected[name], json.loads(line)["processed"])
+    for folder, line, values in zip(folders, done.stdout.splitlines(), expected, strict=True):
+        wrong += differences(folder, values, json.loads(line)["processed"])
     return wrong
 
 
@@ -126,15 +132,22 @@ def main():
     parser.add_argument("versions", nargs="*", help="by default, one of every minor")
     versions = parser.parse_args().versions or released()
     failed = []
-    with tempfile.TemporaryDirectory() as folder:
-        expected = save_students(Path(folder))
+
+    def report(label, wrong):
+        failed.extend([label] if wrong else [])
+        sys.stdout.write(f"transformers {label}: {'; '.join(wrong) or 'the same'}\n")
+        sys.stdout.flush()
+
+    with tempfile.TemporaryDirectory() as root:
+        students = save_students(Path(root))
+        folders, expected = [Path(root) / name for name in students], list(students.values())
         for version in versions:
-            wrong = check(version, Path(folder), expected)
-            failed += [version] if wrong else []
-            sys.stdout.write(f"transformers {version}: {'; '.join(wrong) or 'the same'}\n")
-            sys.stdout.flush()
+            report(version, check(version, folders, expected))
+        if not failed:
+            again = [folder / "again" for folder in folders]
+            report(f"{versions[0]}, saved by {versions[-1]}", check(versions[0], again, expected))
     if failed:
-        raise SystemExit(f"Students do not load the same in transformers {', '.join(failed)}.")
+        raise SystemExit(f"Students do not load the same in transformers {'; '.join(failed)}.")
 
 
 if __name__ == "__main__":

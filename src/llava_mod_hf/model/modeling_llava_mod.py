@@ -5,6 +5,7 @@ import inspect
 from dataclasses import dataclass, fields
 
 import torch
+import transformers
 from torch import nn
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
@@ -68,6 +69,8 @@ class LlavaModCausalLMOutputWithPast(CausalLMOutputWithPast):
     aux_loss: torch.FloatTensor | None = None
     router_logits: tuple[torch.FloatTensor, ...] | None = None
 
+
+RELEASE = tuple(int(part) for part in transformers.__version__.split(".")[:2])
 
 # transformers 5.24 renames the argument and the output
 CACHE = "cache" if "cache" in {field.name for field in fields(BaseModelOutputWithPast)} else "past_key_values"
@@ -227,15 +230,15 @@ def _sparse_text_model_class(text_model_class, low_rank):
 
 
 def _register_file_names(language_model, vision_tower):
-    """How the names in a file become the model's, which transformers keeps for the class, and before 5.9 by type."""
-    conversions = getattr(language_model, "file_conversions", None)
-    if "model_type" not in inspect.signature(register_checkpoint_conversion_mapping).parameters:
-        if conversions is not None:
+    """How the names in a file become the model's: by class, or by type before 5.10, which may miss what a class has."""
+    conversions = list(getattr(language_model, "file_conversions", []))
+    if RELEASE >= (5, 10):
+        if conversions:
             register_checkpoint_conversion_mapping(type(language_model).__name__, conversions, overwrite=True)
         return
-    conversions = list(conversions or [])
     if hasattr(vision_tower, "vision_model"):  # the parts of an encoder lie a level deeper before 5.6 than in the file
-        conversions.append(WeightRenaming(r"vision_tower\.(?!vision_model\.)", "vision_tower.vision_model."))
+        # the dot is not escaped, since a model that is saved takes the pattern for the name
+        conversions.append(WeightRenaming("vision_tower.(?!vision_model)", "vision_tower.vision_model."))
     register_checkpoint_conversion_mapping("llava_mod", conversions, overwrite=True)
 
 
