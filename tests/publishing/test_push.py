@@ -1,8 +1,10 @@
 """What the real client sends of a push: one commit or none, nobody else's file touched."""
 
 import json
+import re
 import shutil
 import traceback
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -308,3 +310,15 @@ def test_a_card_that_somebody_wrote_stays_until_the_folder_has_one(hub, folder):
     (folder / "README.md").write_text("# Ours")
     push_checkpoint(folder, REPO)
     assert remote(hub)["README.md"] == b"# Ours"
+
+
+def test_the_page_on_sharing_pushes(hub, folder, monkeypatch):
+    page = (Path(__file__).parents[2] / "docs" / "sharing.md").read_text()
+    (example,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    shutil.copytree(folder, folder.parent / "runs" / "tiny" / "prefer")
+    monkeypatch.chdir(folder.parent)
+    names = {}
+    exec(example, names)
+    assert names["commit"].oid == hub.repos["you/student"].branches["main"].oid
+    assert hub.repos["you/student"].private
+    assert f"`{MANIFEST_FILE}`" in page
