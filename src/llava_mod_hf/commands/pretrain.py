@@ -23,6 +23,7 @@ from trl import SFTConfig, SFTTrainer
 
 from llava_mod_hf.data import easy_vqa
 from llava_mod_hf.students.build import build_student
+from llava_mod_hf.students.generation import prepare_generation
 
 SPECIAL_TOKENS = {"pad_token": "<|pad|>", "eos_token": "<|end|>"}
 
@@ -141,6 +142,7 @@ def pretrain_language_model(args):
     model = AutoModelForCausalLM.from_config(_text_config(args.text_config, tokenizer))
     trainer = SFTTrainer(model, args, train_dataset=easy_vqa.load_text("train", args.seed), processing_class=tokenizer)
     trainer.train()
+    model.config.use_cache = model.generation_config.use_cache = True  # which the trainer turned off
     model.save_pretrained(args.output_dir)
     tokenizer.save_pretrained(args.output_dir)
 
@@ -158,6 +160,7 @@ def pretrain_teacher(args):
         model, args, train_dataset=easy_vqa.load("mixture", "train", args.seed), processing_class=processor
     )
     trainer.train()
+    prepare_generation(model, processor)
     model.save_pretrained(args.output_dir)
     processor.save_pretrained(args.output_dir)
 

@@ -10,6 +10,7 @@ from transformers.models.llava.modeling_llava import LlavaMultiModalProjector
 from llava_mod_hf.loading import resolve
 from llava_mod_hf.model.configuration_llava_mod import LlavaModConfig
 from llava_mod_hf.model.modeling_llava_mod import LlavaModForConditionalGeneration
+from llava_mod_hf.students.generation import prepare_generation
 from llava_mod_hf.students.vision_layout import _quietly, load_part, load_tower, load_vision_layout
 
 IMAGE_TOKEN = "<image>"
@@ -199,4 +200,6 @@ def build_student(
         model = _assemble(config, tower, language_model, dtype)
     model.generation_config.eos_token_id = tokenizer.eos_token_id
     model.generation_config.pad_token_id = tokenizer.pad_token_id
-    return model, make_processor(image_processor, tokenizer, layout)
+    processor = make_processor(image_processor, tokenizer, layout)
+    prepare_generation(model, processor)
+    return model, processor

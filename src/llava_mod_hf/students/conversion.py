@@ -15,6 +15,7 @@ from llava_mod_hf.model.configuration_llava_mod import LlavaModConfig
 from llava_mod_hf.model.modeling_llava_mod import LlavaModForConditionalGeneration, logit_transform
 from llava_mod_hf.students.build import IMAGE_TOKEN, make_processor, student_config
 from llava_mod_hf.students.conversion_layouts import CONVERSATIONS, VISION_TOWER, plan, read_layout
+from llava_mod_hf.students.generation import prepare_generation
 from llava_mod_hf.students.stock_export import empty_model
 from llava_mod_hf.students.vision_layout import load_part, load_tower, load_vision_layout, vision_config_of
 
@@ -127,7 +128,9 @@ def convert_checkpoint(
     _add_rows(model, tokenizer)
     model.generation_config.eos_token_id = ends
     model.generation_config.pad_token_id = tokenizer.pad_token_id
-    return model.eval(), make_processor(image_processor, tokenizer, vision)
+    processor = make_processor(image_processor, tokenizer, vision)
+    prepare_generation(model, processor)
+    return model.eval(), processor
 
 
 def _load_tokenizer(name, template, conversation):
@@ -307,4 +310,5 @@ def _convert_stock(folder, values, template, dtype, given):
     processor = AutoProcessor.from_pretrained(folder)
     if template:
         processor.chat_template = processor.tokenizer.chat_template = template
+    prepare_generation(model, processor)
     return model.eval(), processor

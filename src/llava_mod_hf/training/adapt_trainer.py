@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from trl import SFTConfig, SFTTrainer
 
 from llava_mod_hf.data.grouping import GroupedBatches
+from llava_mod_hf.students.generation import prepare_generation
 from llava_mod_hf.training.trainable import check_train_modules, train_only
 from llava_mod_hf.training.trainer_options import check_dependent_options, check_options, check_trainer
 
@@ -39,3 +40,4 @@ class AdaptTrainer(GroupedBatches, SFTTrainer):
         check_trainer(args, AdaptConfig, model, **kwargs)
         super().__init__(model, args, **kwargs)
         train_only(self.model, args.train_modules, default=["adaptor"])
+        prepare_generation(self.model, self.processing_class)

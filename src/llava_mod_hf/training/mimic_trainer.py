@@ -20,6 +20,7 @@ from llava_mod_hf.losses.divergences import check_divergence
 from llava_mod_hf.losses.rows import Head, shift_for_next_token
 from llava_mod_hf.model.modeling_llava_mod import logit_transform
 from llava_mod_hf.model.moe_llava_mod import router_losses
+from llava_mod_hf.students.generation import prepare_generation
 from llava_mod_hf.teachers.fsdp_layers import shard_layers, whole
 from llava_mod_hf.teachers.live_teacher import LiveTeacher
 from llava_mod_hf.teachers.output_head import head_of
@@ -139,6 +140,7 @@ class MimicTrainer(GroupedBatches, SFTTrainer):
         check_trainer(args, MimicConfig, model, teachers=teachers, **kwargs)
         super().__init__(model, args=args, processing_class=processing_class, **kwargs)
         train_only(self.model, args.train_modules)
+        prepare_generation(self.model, self.processing_class)
         self.compat = ReferenceCompat(args.reference_compat, vocab_size=args.reference_vocab_size)
         self.teachers = self._make_teachers(teacher_model, teacher_processor) if args.kl_weight else []
         if args.kl_weight and not self.teachers:

@@ -13,6 +13,7 @@ from trl import DPOConfig, DPOTrainer
 from llava_mod_hf.data.grouping import GroupedBatches
 from llava_mod_hf.losses.preference_losses import kto_pair_loss, margin_loss, response_sums, without_tail
 from llava_mod_hf.model.moe_llava_mod import router_losses
+from llava_mod_hf.students.generation import prepare_generation
 from llava_mod_hf.teachers.protocol import row_sets
 from llava_mod_hf.teachers.reference_model import (
     REFERENCE_COLUMNS,
@@ -167,6 +168,7 @@ class PreferenceTrainer(GroupedBatches, DPOTrainer):
             ref_model.eval().requires_grad_(False)
         super().__init__(model, ref_model, args=args, peft_config=peft_config, **kwargs)
         train_only(self.model, args.train_modules)
+        prepare_generation(self.model, self.processing_class)
         if reference is not None:
             self.ref_model = None
         elif teacher is not None:

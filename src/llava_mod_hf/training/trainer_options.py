@@ -24,7 +24,7 @@ READ_BY_PARENT = {
     "adam_beta1 adam_beta2 adam_epsilon optim_target_modules max_grad_norm neftune_noise_alpha",
     "precision": "bf16_full_eval fp16_full_eval tf32",
     "memory": "activation_checkpointing activation_checkpointing_kwargs gradient_checkpointing "
-    "gradient_checkpointing_kwargs activation_offloading torch_empty_cache_steps use_cache",
+    "gradient_checkpointing_kwargs activation_offloading torch_empty_cache_steps",
     "logging": "logging_strategy logging_steps logging_first_step log_on_each_node logging_nan_inf_filter "
     "include_num_input_tokens_seen log_level log_level_replica disable_tqdm report_to run_name project "
     "trackio_space_id trackio_bucket_id trackio_static_space_id skip_memory_metrics debug",
@@ -75,6 +75,7 @@ REFUSED = (
     (ALL, "torch_compile torch_compile_backend torch_compile_mode",
      "the loss is computed around the model's forward pass, so nothing would be compiled"),
     (ALL, "use_liger_kernel liger_kernel_config", "Liger has no kernels for these models"),
+    (ALL, "use_cache", "no step uses a cache, and what is saved has the language model's `use_cache`"),
     (ALL, "label_names", "the trainer knows the names of its labels"),
     (ALL, "length_column_name", "lengths are in the column that `fit_rows` writes"),
     (ALL, "do_train do_predict", "the trainer's methods are called by name, and a stage always trains"),
