@@ -1,12 +1,15 @@
 """What keeps a published student loadable in other releases of transformers, as far as one release can show it."""
 
 import ast
+import re
+import runpy
 from dataclasses import fields
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
+import transformers
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
@@ -22,7 +25,7 @@ MODEL = Path(llava_mod_hf.__file__).parent / "model"
 # Names that transformers has had since 5.0; `make test-versions` shows that the files load there.
 SINCE_5_0 = """
 transformers: AutoConfig AutoModel AutoModelForImageTextToText GenerationConfig GenerationMixin LlavaConfig
-    MODEL_FOR_CAUSAL_LM_MAPPING MODEL_MAPPING PreTrainedConfig initialization
+    MODEL_FOR_CAUSAL_LM_MAPPING MODEL_MAPPING initialization
 transformers.conversion_mapping: register_checkpoint_conversion_mapping
 transformers.core_model_loading: Concatenate MergeModulelist WeightConverter WeightRenaming
 transformers.integrations: moe use_experts_implementation
@@ -123,3 +126,10 @@ def test_file_names_are_kept_where_each_release_finds_them(make_student, monkeyp
     }
     for renaming in (value for value in kept[name] if type(value).__name__ == "WeightRenaming"):
         assert renaming.reverse_transform().target_patterns == ["vision_tower."]  # what is saved has no pattern in it
+
+
+@pytest.mark.parametrize("version", ["4.57.6", "3.0"])
+def test_an_older_release_is_refused_in_a_sentence(monkeypatch, version):
+    monkeypatch.setattr(transformers, "__version__", version)
+    with pytest.raises(ImportError, match=rf"for transformers 5\.0 and newer, and {re.escape(version)} is installed"):
+        runpy.run_path(str(MODEL / "configuration_llava_mod.py"))

@@ -27,10 +27,11 @@ from safetensors.torch import load_file, save_file
 from helpers.models import image_batch, sharpen
 from helpers.tiny import make_processor, make_student
 from llava_mod_hf.commands.pretrain import train_tokenizer
+from llava_mod_hf.model.configuration_llava_mod import LOWEST_TRANSFORMERS
 
 ROOT = Path(__file__).parents[2]
 FOLDER = ROOT / ".venv" / "versions"
-LOWEST = Version("5.0.0")
+LOWEST = Version(LOWEST_TRANSFORMERS)
 NEEDED = ("huggingface-hub", "tokenizers")  # what transformers binds to a range, beside what all versions take
 
 

@@ -4,10 +4,25 @@ import difflib
 import inspect
 from dataclasses import fields, is_dataclass
 
-from transformers import AutoConfig, GenerationConfig, LlavaConfig, PreTrainedConfig
+import transformers
+from transformers import AutoConfig, GenerationConfig, LlavaConfig
 from transformers.utils import logging
 
 logger = logging.get_logger(__name__)
+
+LOWEST_TRANSFORMERS = "5.0"  # `make test-versions` compares every minor version from this one on
+
+
+def release(version):
+    """Major and minor number."""
+    return tuple(int(part) for part in version.split(".")[:2])
+
+
+if release(transformers.__version__) < release(LOWEST_TRANSFORMERS):
+    raise ImportError(
+        f"This model is for transformers {LOWEST_TRANSFORMERS} and newer, and {transformers.__version__} is installed: "
+        "run `pip install --upgrade transformers`."
+    )
 
 MOE_DEFAULTS = {
     "moe_layers": [],
@@ -146,7 +161,7 @@ class LlavaModConfig(LlavaConfig):
         if is_dataclass(LlavaConfig):
             declared = {field.name for field in fields(LlavaConfig)}
         else:
-            parents = (LlavaConfig.__init__, PreTrainedConfig.__init__)
+            parents = (parent.__init__ for parent in LlavaConfig.__mro__[:2])
             declared = {name for parent in parents for name in inspect.signature(parent).parameters}
         return declared | set(MOE_DEFAULTS) | set(cls.attribute_map)
 

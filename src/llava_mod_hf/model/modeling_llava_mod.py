@@ -20,7 +20,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutpu
 from transformers.models.llava.modeling_llava import LlavaModel, LlavaMultiModalProjector, LlavaPreTrainedModel
 from transformers.utils import can_return_tuple
 
-from .configuration_llava_mod import LlavaModConfig
+from .configuration_llava_mod import LlavaModConfig, release
 from .moe_llava_mod import (
     HAS_IMPLEMENTATIONS,
     LlavaModSparseMoeBlock,
@@ -70,7 +70,7 @@ class LlavaModCausalLMOutputWithPast(CausalLMOutputWithPast):
     router_logits: tuple[torch.FloatTensor, ...] | None = None
 
 
-RELEASE = tuple(int(part) for part in transformers.__version__.split(".")[:2])
+RELEASE = release(transformers.__version__)
 
 # transformers 5.24 renames the argument and the output
 CACHE = "cache" if "cache" in {field.name for field in fields(BaseModelOutputWithPast)} else "past_key_values"
