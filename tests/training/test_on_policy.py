@@ -1,5 +1,7 @@
 """Batches that the student answers itself."""
 
+import itertools
+
 import pytest
 import torch
 
@@ -101,6 +103,26 @@ def test_the_share_of_batches_is_drawn_by_the_seed(trainer_of, answers):
     assert first == second
     assert first[0] != other[0]
     assert set(first[0]) == {0.0, 1.0}
+
+
+def test_a_resumed_run_draws_the_answers_of_a_whole_one(trainer_of, answers, tmp_path):
+    options = {"batch": 1, "accumulation": 2, "dataset": rows(count=8), "max_steps": 3, "learning_rate": 0.01}
+    options |= {"save_strategy": "steps", "save_steps": 2}
+    whole = trainer_of(**options)
+    whole.train()
+    expected = [texts(examples) for examples in answers]
+    assert len(expected) == 6
+    answers.clear()
+    resumed = trainer_of(**options)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    assert [texts(examples) for examples in answers] == expected[4:]
+    logged = [trainer.state.log_history[2]["kl"] for trainer in (whole, resumed)]
+    assert logged[0] == pytest.approx(logged[1], rel=1e-6)
+
+
+def test_no_two_micro_batches_draw_by_the_same_seed():
+    places = itertools.product(range(3), range(20), range(4), range(4))
+    assert len({on_policy.answer_seed(*place) for place in places}) == 3 * 20 * 4 * 4
 
 
 def test_tokens_are_counted_over_the_answers(trainer_of, answers):

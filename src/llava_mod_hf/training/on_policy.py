@@ -1,5 +1,7 @@
 """Answers of the student in place of the data set's, for a share of the batches."""
 
+import random
+
 import torch
 from trl.data_utils import apply_chat_template, is_conversational, prepare_multimodal_messages
 from trl.models.utils import unwrap_model_for_generation
@@ -27,8 +29,8 @@ def answer_batches(trainer, batches):
     Lets the student answer its share of a step's micro-batches.
 
     Which ones is drawn by the seed and the step, the same in every process: with weights that are spread over
-    processes, all of them have to generate together. The answers are sampled by torch's generator, whose state the
-    trainer saves and restores.
+    processes, all of them have to generate together. The answers are drawn by seed, step, process and place in the
+    step, so that a resumed run gets those of a whole one, and what else is drawn is the same with and without them.
 
     Args:
         trainer ([`~llava_mod_hf.training.mimic_trainer.MimicTrainer`]).
@@ -40,12 +42,22 @@ def answer_batches(trainer, batches):
     draw = torch.Generator().manual_seed(trainer.args.seed * 1_000_003 + trainer.state.global_step)
     chosen = torch.rand(len(batches), generator=draw) < trainer.args.on_policy_share
     answered = []
-    for batch, by_student in zip(batches, chosen.tolist(), strict=True):
+    # processes that share their rows have to draw the same answers
+    rank, device = trainer.accelerator.process_index // trainer.get_tp_size(), trainer.accelerator.device
+    devices = [] if device.type == "cpu" else [device]
+    for place, (batch, by_student) in enumerate(zip(batches, chosen.tolist(), strict=True)):
         if by_student:
-            examples = answered_by_student(trainer, batch["examples"])
+            with torch.random.fork_rng(devices, device_type=device.type):
+                torch.manual_seed(answer_seed(trainer.args.seed, trainer.state.global_step, rank, place))
+                examples = answered_by_student(trainer, batch["examples"])
             batch = {**trainer.data_collator(examples), "on_policy": True}
         answered.append(batch)
     return answered
+
+
+def answer_seed(seed, step, rank, place):
+    """`int`: of a micro-batch's answers; the four are told apart, where their sum would repeat."""
+    return random.Random(f"{seed} {step} {rank} {place}").getrandbits(63)
 
 
 def answered_by_student(trainer, examples):
