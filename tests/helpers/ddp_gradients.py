@@ -39,6 +39,8 @@ RUN = {
     "logging_steps": 1,
     "max_steps": 1,
 }
+# numbers of rows that two processes with batches of two fill up with one row, and with two
+EVALUATED = (7, 6)
 # for trainers whose gradients are compared: those of every parameter
 EVERYTHING = ["vision_tower", "adaptor", "language_model"]
 
@@ -198,7 +200,10 @@ def sharded_gradients(folder, processor):
 
 
 def train(folder, *modes):
-    """`modes`: `plain` with and without the router aux, `other` processor, `text` alone, `adaptor` alone, `fsdp2`."""
+    """
+    `modes`: `plain` with and without the router aux, `other` processor, `text` alone, `adaptor` alone, `eval`uation of
+    a number of rows that does not divide, `fsdp2`.
+    """
     processor = AutoProcessor.from_pretrained(folder / "student")
     gradients = {}
 
@@ -219,6 +224,19 @@ def train(folder, *modes):
             trainer = keep(mode, mode, teacher_processor=AutoProcessor.from_pretrained(folder / mode))
         elif mode == "text":
             trainer = keep(mode, "teacher", dataset=text_rows(), gradient_checkpointing=True)
+        elif mode == "eval":
+            student, other = load(folder, "student", "other")
+            trainer = mimic_trainer(
+                student,
+                other,
+                processor,
+                folder / "run",
+                teacher_processor=AutoProcessor.from_pretrained(folder / "other"),
+                per_device_eval_batch_size=2,
+                ddp_backend="gloo",
+                router_aux_loss_coef=0.1,
+            )
+            gradients[mode] = [trainer.evaluate(rows(count=count)) for count in EVALUATED]
         elif mode == "adaptor":  # which the first process's rows do not reach
             trainer = keep(mode, "teacher", dataset=half_text_rows(), train_modules=["adaptor"])
         else:

@@ -386,3 +386,29 @@ def test_other_types_agree_with_the_sums_too(dtype, tolerance):
     assert loss == pytest.approx(total / 1024, rel=tolerance)
     for gradient, sums in zip(found, expected, strict=True):
         assert relative_error(gradient, sums / 1024) < tolerance
+
+
+def test_the_entropy_is_that_of_the_students_distribution():
+    t = tensors()
+    logits = 2.0 * torch.tanh((t["hidden"] @ t["weight"].T + t["bias"]) / 2.0)
+    expected = sum(-q * math.log(q) for row in logits.tolist() for q in softmax(row))
+    terms, _ = run(t, softcap=2.0, temperature=3.0, rows=3)
+    assert terms.entropy.item() == pytest.approx(expected)
+    assert not terms.entropy.requires_grad
+
+
+@pytest.mark.parametrize("count", [0, 1, 2, 3, 7])
+def test_the_first_rows_of_a_teacher_are_those_of_the_first_rows_of_the_student(count):
+    t = tensors()
+    aligned = torch.tensor([True, False, True, True, False, False, True])
+    index, log_probs = top_k(t["teacher"] @ t["teacher_weight"].T, 3)
+    head, before = Head(t["teacher_weight"]), aligned[:count]
+    listed = index[:count][before], log_probs[:count][before], before
+    cases = [
+        (ProjectedRows(t["teacher"], head), ProjectedRows(t["teacher"][:count], head)),
+        (ProjectedRows(t["teacher"][aligned], head, aligned), (t["teacher"][:count][before], head, before)),
+        (TopKRows(index[aligned], log_probs[aligned], aligned), listed),
+    ]
+    for teacher, expected in cases:
+        for found, part in zip(teacher.first(count), expected, strict=True):
+            assert found is part or torch.equal(found, part)

@@ -8,6 +8,7 @@ from torch.nn import functional as F
 from transformers import LlavaConfig, LlavaForConditionalGeneration
 
 from helpers.ddp_gradients import (
+    EVALUATED,
     assert_gradients_close,
     gradients_of_two_processes,
     half_text_rows,
@@ -141,7 +142,7 @@ def saved(models, processor, tmp_path):
 
 
 def test_two_processes_give_the_gradients_of_one(models, trainer_of, processor, saved):
-    found = gradients_of_two_processes(saved, modes=["plain", "other", "text", "adaptor", "fsdp2"])
+    found = gradients_of_two_processes(saved, modes=["plain", "other", "text", "adaptor", "eval", "fsdp2"])
 
     student, teacher = models()
     trainer = trainer_of(student, teacher, **PLAIN)
@@ -169,6 +170,18 @@ def test_two_processes_give_the_gradients_of_one(models, trainer_of, processor, 
     student, teacher = models()
     one = trainer_of(student, teacher, dataset=half_text_rows(), train_modules=["adaptor"], **PLAIN)
     assert_gradients_close(found["adaptor"], raw_gradients(one))
+    assert_evaluation_counts_each_row_once(found["eval"], models, trainer_of, processor)
+
+
+def assert_evaluation_counts_each_row_once(found, models, trainer_of, processor):
+    student, teacher = models()
+    other, other_processor = smaller_images(teacher, processor)
+    options = {"per_device_eval_batch_size": 2, "router_aux_loss_coef": 0.1, **PLAIN}
+    one = trainer_of(student, other, teacher_processor=other_processor, **options)
+    for metrics, count in zip(found, EVALUATED, strict=True):
+        expected = one.evaluate(rows(count=count))
+        for name in ("eval_loss", "eval_kl", "eval_lm_loss", "eval_mean_token_accuracy", "eval_entropy"):
+            assert metrics[name] == pytest.approx(expected[name], rel=1e-5), (name, count)
 
 
 @pytest.mark.parametrize(("batch", "accumulation"), [(4, 1), (2, 2)])

@@ -28,12 +28,14 @@ class MimicTerms(NamedTuple):
         kl (`torch.FloatTensor` of shape `(teachers,)`): Σ over rows of each teacher's divergence, without its weight.
         lm (`torch.FloatTensor`): Σ over rows of the cross-entropy.
         correct (`torch.FloatTensor`): rows whose target is the student's most likely token.
+        entropy (`torch.FloatTensor`): Σ over rows of the entropy of the student's distribution, in nats.
     """
 
     loss: Tensor
     kl: Tensor
     lm: Tensor
     correct: Tensor
+    entropy: Tensor
 
 
 class _Options(NamedTuple):
@@ -163,10 +165,10 @@ class _ChunkedMimicLoss(torch.autograd.Function):
                 rows_per_chunk,
                 needs,
             )
-        loss, kl, lm, correct = sums
+        loss, *others = sums
         ctx.items, ctx.dtypes = items, [None if tensor is None else tensor.dtype for tensor in (hidden, weight, bias)]
-        ctx.mark_non_differentiable(kl, lm, correct)
-        return loss / items, kl, lm, correct
+        ctx.mark_non_differentiable(*others)
+        return loss / items, *others
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -241,13 +243,13 @@ class _Teacher:
 
 def _sums_and_gradients(hidden, head, targets, teachers, options, rows_per_chunk, needs):
     """
-    The four sums of [`MimicTerms`], and the first one's gradients of hidden states, weight and bias where needed.
+    The sums of [`MimicTerms`], and the first one's gradients of hidden states, weight and bias where needed.
 
     Neither is divided by N. Those of fp16 are multiplied in float32, as their sums over rows may leave its range.
     """
     needs_hidden, needs_weight, needs_bias = needs
     zero = head.finish(hidden.new_zeros(()))
-    sums = [zero.clone(), zero.new_zeros(len(teachers)), zero.clone(), zero.clone()]
+    sums = [zero.clone(), zero.new_zeros(len(teachers)), zero.clone(), zero.clone(), zero.clone()]
     dtype = torch.float32 if hidden.dtype == torch.float16 else hidden.dtype  # of the gradients' products
     weight = head.weight.to(dtype) if needs_hidden else None
     # summed over chunks in float32, whatever the head's type
@@ -301,9 +303,10 @@ def _block_terms(projected, head, targets, teachers, chunks, chunk_start, bounds
     with torch.no_grad():
         chosen = logits.gather(-1, targets[slice(*bounds), None]).squeeze(-1)
         correct = (chosen == logits.amax(-1)).sum()
+        entropy = torch.special.entr(logits.softmax(-1)).sum()
         if any(needs):
             projected.copy_(torch.autograd.grad(loss, leaf)[0])
-        return loss, torch.stack(kl) if kl else projected.new_zeros(0), lm, correct
+        return loss, torch.stack(kl) if kl else projected.new_zeros(0), lm, correct, entropy
 
 
 def _add_product(total, gradient, rows):

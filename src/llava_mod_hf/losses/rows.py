@@ -62,6 +62,11 @@ class ProjectedRows(NamedTuple):
     head: Head
     aligned: Tensor | None = None
 
+    def first(self, count):
+        """What is said of the student's first `count` rows."""
+        entries, aligned = _first(self.aligned, count)
+        return ProjectedRows(self.hidden[:entries], self.head, aligned)
+
 
 class TopKRows(NamedTuple):
     """
@@ -77,6 +82,18 @@ class TopKRows(NamedTuple):
     index: Tensor  # type: ignore[assignment]  # a tuple has a method of this name, which nobody calls here
     log_probs: Tensor
     aligned: Tensor | None = None
+
+    def first(self, count):
+        """As of [`ProjectedRows`]."""
+        entries, aligned = _first(self.aligned, count)
+        return TopKRows(self.index[:entries], self.log_probs[:entries], aligned)
+
+
+def _first(aligned, count):
+    """How many of a teacher's entries lie in the student's first `count` rows, and which rows they are."""
+    if aligned is None:
+        return count, None
+    return int(aligned[:count].sum()), aligned[:count]
 
 
 def at_least_one(count):

@@ -5,6 +5,7 @@ import itertools
 import torch
 
 from llava_mod_hf.losses.rows import Head
+from llava_mod_hf.model.modeling_llava_mod import logit_transform
 
 
 @torch.no_grad()
@@ -48,3 +49,19 @@ def head_of(model):
     if error > 0.5:  # bfloat16 keeps 60 to within 0.25
         raise ValueError(f"{name} makes of its head's output what is no scale and no softcap: it cannot be a teacher.")
     return Head(layer.weight, getattr(layer, "bias", None), softcap, scale)
+
+
+def head_without_weights(student):
+    """
+    As [`head_of`], without weights: a trainer reads these in each forward pass, as its wrappers move them.
+
+    Args:
+        student (`PreTrainedModel`).
+
+    Returns:
+        [`~llava_mod_hf.losses.rows.Head`] whose `weight` and `bias` are `None`.
+    """
+    if student.config.model_type == "llava_mod":
+        scale, softcap = logit_transform(student.config.get_text_config())
+        return Head(None, None, softcap, scale)
+    return head_of(student)._replace(weight=None, bias=None)

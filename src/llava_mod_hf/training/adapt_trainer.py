@@ -6,6 +6,7 @@ from trl import SFTConfig, SFTTrainer
 
 from llava_mod_hf.data.grouping import GroupedBatches
 from llava_mod_hf.students.generation import prepare_generation
+from llava_mod_hf.training.logs import KeepsMetrics
 from llava_mod_hf.training.trainable import check_train_modules, train_only
 from llava_mod_hf.training.trainer_options import check_dependent_options, check_options, check_trainer
 
@@ -29,7 +30,7 @@ class AdaptConfig(SFTConfig):
         check_train_modules(self.train_modules)
 
 
-class AdaptTrainer(GroupedBatches, SFTTrainer):
+class AdaptTrainer(KeepsMetrics, GroupedBatches, SFTTrainer):
     """
     [`~trl.SFTTrainer`] that trains the adaptor alone, or what [`AdaptConfig`] names, and whose
     `train_sampling_strategy: group_by_length` knows rows with images.

@@ -4,7 +4,6 @@ import functools
 import itertools
 import logging
 import math
-from collections import defaultdict
 from dataclasses import dataclass, field
 
 import torch
@@ -15,18 +14,19 @@ from trl.models.utils import _ForwardRedirection
 from trl.trainer.utils import maybe_gather_lm_head_ctx
 
 from llava_mod_hf.data.grouping import GroupedBatches
-from llava_mod_hf.losses.chunked_mimic import MimicTerms, chunked_mimic_loss
+from llava_mod_hf.losses.chunked_mimic import chunked_mimic_loss
 from llava_mod_hf.losses.divergences import check_divergence
-from llava_mod_hf.losses.rows import Head, shift_for_next_token
-from llava_mod_hf.model.modeling_llava_mod import logit_transform
+from llava_mod_hf.losses.rows import shift_for_next_token
 from llava_mod_hf.model.moe_llava_mod import router_losses
 from llava_mod_hf.students.generation import prepare_generation
 from llava_mod_hf.teachers.fsdp_layers import shard_layers, whole
 from llava_mod_hf.teachers.live_teacher import LiveTeacher
-from llava_mod_hf.teachers.output_head import head_of
+from llava_mod_hf.teachers.output_head import head_without_weights
 from llava_mod_hf.teachers.protocol import row_sets
+from llava_mod_hf.teachers.teachers_collator import TeachersCollator
 from llava_mod_hf.teachers.vision_sharing import share_vision_tower
 from llava_mod_hf.training.authors_behaviour import ReferenceCompat
+from llava_mod_hf.training.logs import BatchTerms, MimicLog, kind_of_logs
 from llava_mod_hf.training.on_policy import answer_batches, check_on_policy
 from llava_mod_hf.training.trainable import check_train_modules, train_only
 from llava_mod_hf.training.trainer_options import check_dependent_options, check_options, check_trainer, check_weights
@@ -151,13 +151,13 @@ class MimicTrainer(GroupedBatches, SFTTrainer):
         sizes = [teacher.shared_vocab_size for teacher in self.teachers if teacher.shared_vocab_size]
         vocab_size = student.config.get_text_config().vocab_size
         self.shared_vocab_size = self.compat.shared_vocab_size(min(sizes, default=vocab_size))
-        self._student_head = _head_options(student)
+        self._student_head = head_without_weights(student)
         self.compat.prepare(student, self.teachers)
         self._prepare_data()
         self._redirect = _ForwardRedirection()
         self._unsure = bool(self.teachers)  # until a first answer of all teachers was finite
         self._warned = False
-        self._sums = {"train": defaultdict(float), "eval": defaultdict(float)}
+        self._log = MimicLog(args, self.teacher_weights)
 
     def _make_teachers(self, teachers, processors):
         teachers = teachers if isinstance(teachers, list | tuple) else [teachers]
@@ -227,27 +227,28 @@ class MimicTrainer(GroupedBatches, SFTTrainer):
         own_inputs = [inputs.pop(f"teacher_{i}", {}) for i in range(len(self.teachers))]
         student = self.accelerator.unwrap_model(model)
         # Inside the wrapper's forward, where DDP, FSDP2 and ZeRO-3 expect the head to be used
-        terms, router = self._redirect(
+        batch = self._redirect(
             model, student, self._terms, student, inputs, own_inputs, labels, on_policy, num_items_in_batch
         )
-        self._check_first_answer(terms)
-        loss = terms.loss
+        self._check_first_answer(batch.terms)
+        loss = batch.terms.loss
         # `num_items_in_batch` counts the tokens of every process, and DDP averages the gradients over them
         if self.args.average_tokens_across_devices and num_items_in_batch is not None:
             loss = loss * (self.accelerator.num_processes // self.get_tp_size())
-        if router is not None:
+        if batch.router is not None:
             steps = self.current_gradient_accumulation_steps if num_items_in_batch is not None else 1
-            loss = loss + self._router_term(*router) / steps
-        self._note(terms, router, labels, on_policy)
+            loss = loss + self._router_term(*batch.router) / steps
+        self._note(batch, inputs, on_policy)
         if return_outputs:  # for `compute_metrics`, which reads logits that the loss does not build
             with torch.no_grad():
                 return loss, model(**inputs)
         return loss
 
     def _terms(self, student, inputs, own_inputs, labels, on_policy, num_items):
-        """The terms of a batch, and the router's load-balancing loss and z-loss or `None`."""
+        """[`BatchTerms`]."""
         student = self._base_student(student)
         inputs, labels, kl_labels = self.compat.mimic_positions(inputs, labels)
+        count, mask = self._rows_that_count(len(labels)), inputs.get("attention_mask")
         with self.accelerator.autocast():  # the redirection goes around accelerate's own
             router = {"output_router_logits": True} if self._has_router_term else {}
             outputs = student.base_model(**inputs, **router, use_cache=False)
@@ -256,14 +257,24 @@ class MimicTrainer(GroupedBatches, SFTTrainer):
                 self._ask(i, teacher, inputs, own, kl_labels)
                 for i, (teacher, own) in enumerate(zip(self.teachers, own_inputs, strict=True))
             ]
+            if count < len(labels):
+                labels, kl_labels, rows, mask = _first_rows(count, labels, kl_labels, rows, mask)
             terms = self._mimic_terms(
                 student, outputs.last_hidden_state, labels, kl_labels, rows, num_items, on_policy=on_policy
             )
-        if not self._has_router_term:
-            return terms, None
-        return terms, router_losses(
-            outputs.router_logits, student.config.get_text_config(), inputs.get("attention_mask")
-        )
+        router = None
+        if self._has_router_term:
+            router = router_losses(outputs.router_logits, student.config.get_text_config(), mask)
+        unaligned = [0 if row.aligned is None else (~row.aligned).sum() for row in rows]
+        return BatchTerms(terms, router, labels, count, unaligned)
+
+    def _rows_that_count(self, count):
+        """All but those of an evaluation's last batches which are there twice, to give every process as many."""
+        state, processes = self.accelerator.gradient_state, self.accelerator.num_processes // self.get_tp_size()
+        if self.model.training or processes == 1 or not state.end_of_dataloader or state.remainder < 1:
+            return count
+        before = self.accelerator.process_index // self.get_tp_size() * count
+        return min(max(state.remainder - before, 0), count)
 
     def _ask(self, i, teacher, inputs, own_inputs, labels):
         try:
@@ -297,7 +308,7 @@ class MimicTrainer(GroupedBatches, SFTTrainer):
             kl_keep, kl_targets = shift_for_next_token(kl_labels)
             kl = loss(hidden[kl_keep], targets=kl_targets, teachers=rows, lm_weight=0.0)
             lm = loss(hidden[keep], targets=targets, teachers=[], teacher_weights=[], lm_weight=lm_weight)
-            return MimicTerms(kl.loss + lm.loss, kl.kl, lm.lm, lm.correct)
+            return lm._replace(loss=kl.loss + lm.loss, kl=kl.kl)
 
     def _teacher_name(self, i):
         model = getattr(self.teachers[i], "model", None)
@@ -313,67 +324,32 @@ class MimicTrainer(GroupedBatches, SFTTrainer):
                     )
             self._unsure = False
 
-    def _note(self, terms, aux, labels, on_policy):
-        sums = self._sums["train" if self.model.training else "eval"]
-        keep, targets = shift_for_next_token(labels)
-        empty = int((~keep.any(1)).sum())
+    def _note(self, batch, inputs, on_policy):
+        mode = "train" if self.model.training else "eval"
+        # processes of tensor parallelism read the same rows
+        counts = mode == "train" and self.accelerator.process_index % self.get_tp_size() == 0
+        tokens_read = int(inputs["attention_mask"].sum()) if counts else 0
+        empty = self._log.note(mode, batch, on_policy=on_policy, tokens_read=tokens_read)
         if empty and not self._warned:
             logger.warning(
                 "%d of %d rows of a batch have no supervised tokens: nothing is learnt from them, and they are counted "
                 "as `rows_without_tokens`.",
                 empty,
-                len(labels),
+                batch.rows,
             )
             self._warned = True
-        sums["empty"] += empty
-        sums["batches"] += 1
-        sums["tokens"] += len(targets)
-        for i, value in enumerate(terms.kl):
-            sums[f"kl_{i}"] += value
-        if on_policy:
-            sums["on_policy"] += 1
-        else:
-            sums["labels"] += len(targets)
-            sums["lm"] += terms.lm
-            sums["correct"] += terms.correct
-        for name, value in zip(("aux", "z"), aux or (), strict=False):
-            sums[name] += value.detach()
 
     # The parent averages per-batch means; these are ratios of sums over all tokens since the last call.
     def log(self, logs, start_time=None):
-        mode = "train" if self.model.training else "eval"
-        kl_names = [f"kl_{i}" for i in range(len(self.teachers))]
-        names = [*kl_names, "lm", "correct", "tokens", "labels", "aux", "z", "batches", "empty", "on_policy"]
-        local = torch.tensor([float(self._sums[mode][name]) for name in names], device=self.accelerator.device)
-        total = dict(zip(names, self.accelerator.reduce(local).tolist(), strict=True))
-        self._sums[mode].clear()
-        if total["tokens"]:
-            terms = self._logged_terms(total, [total[name] / total["tokens"] for name in kl_names])
-            prefix = "" if mode == "train" else "eval_"
-            loss = terms.pop("loss")
+        kind = kind_of_logs(logs)
+        if kind is not None:
+            mode, prefix = kind
+            terms = self._log.take(mode, self.accelerator, self._router_term if self._has_router_term else None)
+            loss = terms.pop("loss", None)
             logs.update({prefix + name: value for name, value in terms.items()})
-            if prefix + "loss" in logs:
+            if loss is not None and prefix + "loss" in logs:
                 logs[prefix + "loss"] = loss
         super().log(logs, start_time)
-
-    def _logged_terms(self, total, divergences):
-        terms = {"loss": self.args.lm_weight * total["lm"] / total["tokens"]}
-        if total["labels"]:
-            terms["lm_loss"] = total["lm"] / total["labels"]
-            terms["mean_token_accuracy"] = total["correct"] / total["labels"]
-        if divergences:
-            terms["kl"] = sum(w * value for w, value in zip(self.teacher_weights, divergences, strict=True))
-            terms["loss"] += self.args.kl_weight * terms["kl"]
-        if len(divergences) > 1:
-            terms.update({f"kl_teacher_{i}": value for i, value in enumerate(divergences)})
-        if self._has_router_term:
-            terms["aux_loss"], terms["z_loss"] = (total[name] / total["batches"] for name in ("aux", "z"))
-            terms["loss"] += self._router_term(terms["aux_loss"], terms["z_loss"])
-        if total["empty"]:
-            terms["rows_without_tokens"] = total["empty"]
-        if self.args.on_policy_share:
-            terms["on_policy"] = total["on_policy"] / total["batches"]
-        return terms
 
     def _router_term(self, aux, z):
         return self.router_aux_loss_coef * self.compat.aux_factor * aux + self._z_coef * z
@@ -391,30 +367,14 @@ class MimicTrainer(GroupedBatches, SFTTrainer):
         pass
 
 
-def _head_options(student):
-    """A head without weights: these are read in each forward pass, as the wrappers of several processes move them."""
-    if student.config.model_type == "llava_mod":
-        scale, softcap = logit_transform(student.config.get_text_config())
-        return Head(None, None, softcap, scale)
-    return head_of(student)._replace(weight=None, bias=None)
+def _first_rows(count, labels, kl_labels, rows, mask):
+    """Labels, teachers' rows and attention mask of the first `count` sequences alone; the shapes stay."""
+    same = kl_labels is labels
 
+    def first(values, others):
+        return torch.cat([values[:count], torch.full_like(values[count:], others)])
 
-class TeachersCollator:
-    """
-    The student's collator, and after it each teacher's own tensors under `teacher_<i>`.
-
-    Args:
-        collator: makes the student's tensors.
-        teachers (`list`): each with `collate(examples, batch)`.
-        keep_examples (`bool`): whether the rows themselves are passed on, for the student to answer.
-    """
-
-    def __init__(self, collator, teachers, keep_examples):
-        self.collator, self.teachers, self.keep_examples = collator, teachers, keep_examples
-
-    def __call__(self, examples):
-        # TRL's collator writes into the rows
-        batch = dict(self.collator([dict(example) for example in examples]))
-        own = [teacher.collate(examples, batch) for teacher in self.teachers]
-        batch.update({f"teacher_{i}": tensors for i, tensors in enumerate(own) if tensors})
-        return {**batch, "examples": examples} if self.keep_examples else batch
+    labels, kl_labels = first(labels, -100), first(kl_labels, -100)
+    supervised = len(shift_for_next_token(kl_labels)[1])
+    rows = [row.first(supervised) for row in rows]
+    return labels, labels if same else kl_labels, rows, None if mask is None else first(mask, 0)

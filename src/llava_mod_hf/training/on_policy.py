@@ -34,7 +34,7 @@ def answer_batches(trainer, batches):
 
     Args:
         trainer ([`~llava_mod_hf.training.mimic_trainer.MimicTrainer`]).
-        batches (`list[dict]`): of [`~llava_mod_hf.training.mimic_trainer.TeachersCollator`], with `examples`.
+        batches (`list[dict]`): of [`~llava_mod_hf.teachers.teachers_collator.TeachersCollator`], with `examples`.
 
     Returns:
         `list[dict]`: the chosen ones are collated anew, and marked by `on_policy`.

@@ -25,6 +25,7 @@ from llava_mod_hf.teachers.reference_model import (
     has_reference,
     own_reading,
 )
+from llava_mod_hf.training.logs import KeepsMetrics
 from llava_mod_hf.training.trainable import check_train_modules, train_only, trained_as_before
 from llava_mod_hf.training.trainer_options import check_dependent_options, check_options, check_trainer, check_weights
 
@@ -112,7 +113,7 @@ class PreferenceConfig(DPOConfig):
             )
 
 
-class PreferenceTrainer(GroupedBatches, DPOTrainer):
+class PreferenceTrainer(KeepsMetrics, GroupedBatches, DPOTrainer):
     """
     [`~trl.DPOTrainer`] whose reference is the teacher, live or computed before, or the student as it was.
 
