@@ -290,13 +290,15 @@ def test_a_second_backward_pass_is_refused():
 
 def test_inputs_that_do_not_fit_are_refused():
     t = tensors()
-    index, log_probs = top_k(t["teacher"] @ t["teacher_weight"].T, 3)
+    index, log_probs = top_k(t["teacher"] @ t["teacher_weight"][:VOCABULARY].T, 3)
     live = ProjectedRows(t["teacher"], Head(t["teacher_weight"][:SHARED]))
     cases = [
         ({"teachers": [live]}, "teacher's head has 8 tokens, the student's 9"),
         ({"teachers": [ProjectedRows(t["teacher"][1:], Head(t["teacher_weight"]))]}, "6 rows where 7"),
         ({"teachers": [TopKRows(index, log_probs)], "divergence": "jsd"}, "'jsd', and a cached teacher"),
         ({"teacher_weights": [0.5, 0.5]}, "1 teachers and 2 `teacher_weights`"),
+        ({"teachers": [TopKRows(index, log_probs)], "size": 5}, "the first 5 tokens are compared"),
+        ({"teachers": [TopKRows(index - VOCABULARY, log_probs)]}, "most likely tokens have the id -"),
         ({"rows": 0}, "`rows_per_chunk` is 0"),
         ({"divergence": "kl"}, "`divergence` is 'kl'"),
         ({"size": VOCABULARY + 1}, "give the number that both have"),

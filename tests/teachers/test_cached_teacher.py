@@ -348,10 +348,19 @@ def test_the_trainer_refuses_another_template_and_rows_that_the_cache_lacks(mode
         cached_trainer(models, caches["teacher"], tmp_path)
 
 
+def test_a_cache_of_other_tokens_than_are_compared_is_refused(models, caches, tmp_path, tokenizer):
+    size = len(tokenizer)
+    options = {"reference_compat": ["vocab_slice"], "reference_vocab_size": size - 8}
+    with pytest.raises(ValueError, match=f"over {size} tokens, and the first {size - 8} are compared"):
+        cached_trainer(models, caches["teacher"], tmp_path, **options)
+
+
 @pytest.mark.parametrize("name", ["ALIGNMENT_VERSION", "ROW_KEY_VERSION"])
 def test_a_cache_of_an_older_version_is_refused(models, caches, monkeypatch, name):
-    monkeypatch.setattr(answer_cache, name, getattr(answer_cache, name) + 1)
-    with pytest.raises(ValueError, match=f"another `{name.lower().replace('_', ' ')}`: 1 there, 2 here"):
+    version = getattr(answer_cache, name)
+    monkeypatch.setattr(answer_cache, name, version + 1)
+    said = f"another `{name.lower().replace('_', ' ')}`: {version} there, {version + 1} here"
+    with pytest.raises(ValueError, match=said):
         trained_from(models, caches["teacher"])
 
 

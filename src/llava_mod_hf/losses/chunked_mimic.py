@@ -145,6 +145,18 @@ def _check_rows(hidden, head, targets, teachers, weights, shared_vocab_size):
                 f"The teacher's head has {theirs} tokens, the student's {len(head.weight)}, and {size} are to be "
                 "compared: give the number that both have as `shared_vocab_size`."
             )
+        if isinstance(teacher, TopKRows):
+            _check_ids(teacher, size)
+
+
+def _check_ids(rows, size):
+    outside = rows.index[rows.log_probs > -torch.inf]
+    outside = outside[(outside < 0) | (outside >= size)]
+    if len(outside):
+        raise ValueError(
+            f"A teacher's most likely tokens have the id {outside[0]}, and the first {size} tokens are compared: its "
+            "probabilities are over others, so give a teacher of those alone, or its number as `shared_vocab_size`."
+        )
 
 
 class _ChunkedMimicLoss(torch.autograd.Function):

@@ -1,5 +1,7 @@
 """Which tokens a teacher shares with its student; one that does not fit is refused."""
 
+from llava_mod_hf.teachers.cached_teacher import CachedTeacher
+
 
 def shared_vocab_size(student, teacher, processor, teacher_processor=None):
     """
@@ -43,6 +45,33 @@ def shared_vocab_size(student, teacher, processor, teacher_processor=None):
             f"{teacher_size}: a processor does not belong to its model."
         )
     return None if size == teacher_size and ours == theirs else shared
+
+
+def compared_vocab_size(student, teachers, compat):
+    """
+    How many tokens the divergence compares: those that the student shares with all of its teachers.
+
+    Args:
+        student (`PreTrainedModel`).
+        teachers (`list`): as [`~llava_mod_hf.teachers.protocol.Teacher`].
+        compat ([`~llava_mod_hf.training.authors_behaviour.ReferenceCompat`]): may ask for fewer.
+
+    Returns:
+        `int`.
+
+    Raises:
+        ValueError: if a cache's probabilities are over other tokens, which nothing can normalise anew.
+    """
+    sizes = [teacher.shared_vocab_size for teacher in teachers if teacher.shared_vocab_size]
+    size = compat.shared_vocab_size(min([student.config.get_text_config().vocab_size, *sizes]))
+    for teacher in teachers:
+        if isinstance(teacher, CachedTeacher) and teacher.shared_vocab_size not in (None, size):
+            raise ValueError(
+                f"The cache `{teacher.folder}` has probabilities over {teacher.shared_vocab_size} tokens, and the "
+                f"first {size} are compared, which student, other teachers and `reference_vocab_size` allow: take the "
+                "live teacher, or a cache for this student, and no smaller vocabulary beside it."
+            )
+    return size
 
 
 def _refuse_token(token, index):

@@ -25,6 +25,7 @@ from llava_mod_hf.teachers.output_head import head_without_weights
 from llava_mod_hf.teachers.protocol import row_sets
 from llava_mod_hf.teachers.teachers_collator import TeachersCollator
 from llava_mod_hf.teachers.vision_sharing import share_vision_tower
+from llava_mod_hf.teachers.vocabulary import compared_vocab_size
 from llava_mod_hf.training.authors_behaviour import ReferenceCompat
 from llava_mod_hf.training.logs import BatchTerms, MimicLog, kind_of_logs
 from llava_mod_hf.training.on_policy import answer_batches, check_on_policy
@@ -148,9 +149,7 @@ class MimicTrainer(GroupedBatches, SFTTrainer):
         check_weights("`teacher_weights`", args.teacher_weights, count=len(self.teachers))
         self.teacher_weights = args.teacher_weights or [1 / len(self.teachers) for _ in self.teachers]
         student = self._base_student(self.model)
-        sizes = [teacher.shared_vocab_size for teacher in self.teachers if teacher.shared_vocab_size]
-        vocab_size = student.config.get_text_config().vocab_size
-        self.shared_vocab_size = self.compat.shared_vocab_size(min(sizes, default=vocab_size))
+        self.shared_vocab_size = compared_vocab_size(student, self.teachers, self.compat)
         self._student_head = head_without_weights(student)
         self.compat.prepare(student, self.teachers)
         self._prepare_data()
