@@ -191,3 +191,22 @@ def test_a_checkpoint_of_before_the_newer_fields_has_their_defaults(tmp_path):
         stored["text_config"].pop(name, None)
     (tmp_path / "config.json").write_text(json.dumps(stored))
     assert moe_values(LlavaModConfig.from_pretrained(tmp_path)) == moe_values(make_config(moe_layers=[0]))
+
+
+def test_one_expert_a_token_leaves_the_router_its_aux_loss_and_is_told(make_student, caplog):
+    config_module.logger.warning_once.cache_clear()
+    config = make_config(moe_layers=[0], num_experts=4, num_experts_per_tok=1)
+    assert caplog.text.count("the router learns nothing from the answers") == 1
+    caplog.clear()
+    make_config(moe_layers=[0], num_experts=4, num_experts_per_tok=2)
+    make_config(moe_layers=[0], num_experts=1, num_experts_per_tok=1)
+    assert not caplog.text
+
+    gradients = {}
+    for top_k in (1, 2):
+        student = make_student(moe_layers=[0])
+        gate = student.model.language_model.layers[0].mlp.gate
+        gate.top_k = top_k
+        student(input_ids=torch.arange(5, 15)[None]).logits.square().sum().backward()
+        gradients[top_k] = gate.weight.grad.norm().item()
+    assert gradients[1] < 1e-5 * gradients[2], (gradients, config)

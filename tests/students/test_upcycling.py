@@ -1,11 +1,23 @@
 """Upcycling: a sparse student that computes what the dense one did."""
 
 import copy
+import re
 
 import pytest
 import torch
+from transformers import CONFIG_MAPPING, LlavaConfig, LlavaForConditionalGeneration
 
-from helpers.models import assert_same_logits, image_batch, sharpen, stock_twin
+from helpers.models import (
+    IMAGE_TOKEN,
+    SMALL,
+    VISION,
+    assert_same_logits,
+    image_batch,
+    image_inputs,
+    make_dense,
+    sharpen,
+    stock_twin,
+)
 from llava_mod_hf import LlavaModForConditionalGeneration, upcycle
 from llava_mod_hf.students.upcycling import moe_layer_indices
 
@@ -43,6 +55,17 @@ def test_logits_stay_and_the_input_too(make_student, batch, text_model_type, sto
     assert not getattr(model.config.get_text_config(), "moe_layers", [])
     shared = {parameter.data_ptr() for parameter in model.parameters()}
     assert not shared & {parameter.data_ptr() for parameter in sparse.parameters()}
+
+
+@torch.no_grad()
+def test_a_stock_llava_over_a_family_whose_head_has_a_bias():
+    text_config = CONFIG_MAPPING["phi"](**SMALL)
+    values = {"image_token_index": IMAGE_TOKEN, "image_seq_length": 4, "vision_feature_select_strategy": "full"}
+    config = LlavaConfig(vision_config=VISION, text_config=text_config, vision_feature_layer=-1, **values)
+    stock = sharpen(LlavaForConditionalGeneration(config).eval())
+    sparse = upcycle(stock)
+    assert sparse.lm_head.bias is not None
+    assert_same_student(sparse, stock, image_inputs())
 
 
 @pytest.mark.parametrize(("num_experts", "num_experts_per_tok"), [(2, 1), (4, 4), (6, 3)])
@@ -174,3 +197,15 @@ def test_what_cannot_be_is_refused(dense, values, message):
 def test_a_sparse_student_is_refused(make_student):
     with pytest.raises(ValueError, match=r"sparse already, in layers \[0, 2\]"):
         upcycle(make_student())
+
+
+@pytest.mark.parametrize("layers", [None, [0], "all"], ids=["dense", "some", "all"])
+def test_sharding_plans_name_what_is_there(layers):
+    model = make_dense("llama")
+    model = model if layers is None else upcycle(model, layers=layers)
+    names = [name for name, _ in (*model.named_parameters(), *model.named_modules())]
+    assert len(model.tp_plan) > 5
+    for rule in (*model.tp_plan, *model._ep_plan):
+        pattern = re.escape(rule).replace(r"\*", r"\d+")
+        assert any(re.match(pattern + r"(\.weight|\.bias)?$", name) for name in names), rule
+    assert bool(model._ep_plan) == (layers is not None)

@@ -85,7 +85,9 @@ class LlavaModConfig(LlavaConfig):
         num_experts (`int`, *optional*, defaults to 4):
             Experts of each such layer (paper, table 1).
         num_experts_per_tok (`int`, *optional*, defaults to 2):
-            Experts that each token is sent to (paper, table 1).
+            Experts that each token is sent to (paper, table 1). With 1 the gate is always 1, and the router learns from
+            its aux loss alone: scaling by the probability, as the Switch Transformer does, would not keep the dense
+            model's logits when a student is upcycled.
         expert_rank (`int`, *optional*):
             Rank of each expert's difference from the one FFN that they then share; by default experts are whole FFNs.
         use_residual (`bool`, *optional*, defaults to `False`):
@@ -206,6 +208,11 @@ class LlavaModConfig(LlavaConfig):
             raise ValueError(
                 f"`num_experts_per_tok` is {self.num_experts_per_tok} and `num_experts` is {self.num_experts}: each "
                 "token can be sent to between 1 and all of the experts."
+            )
+        if self.num_experts_per_tok == 1 < self.num_experts:
+            logger.warning_once(
+                "`num_experts_per_tok` is 1: the gate of the one expert is always 1, so the router learns nothing from "
+                "the answers, and from its aux loss alone. Give 2 or more to let it learn."
             )
 
 

@@ -2,6 +2,7 @@
 
 import functools
 import inspect
+import re
 from dataclasses import dataclass, fields
 
 import torch
@@ -245,6 +246,16 @@ def _register_file_names(language_model, vision_tower):
 class LlavaModPreTrainedModel(LlavaPreTrainedModel):
     config_class = LlavaModConfig
     config: LlavaModConfig
+
+    # The plans of a family and of the experts name parts of dense and of sparse layers: a student may have one kind.
+    def init_parallel_plans(self):
+        super().init_parallel_plans()
+        names = [name for name, _ in (*self.named_parameters(), *self.named_modules())]
+        for plan in ("_tp_plan", "_ep_plan"):
+            rules = getattr(self, plan, None) or {}
+            patterns = {rule: re.escape(rule).replace(r"\*", r"\d+") + r"(\.weight|\.bias)?" for rule in rules}
+            used = {rule for rule in rules if any(re.fullmatch(patterns[rule], name) for name in names)}
+            setattr(self, plan, {rule: how for rule, how in rules.items() if rule in used})
 
     @classmethod
     def _can_set_experts_implementation(cls):

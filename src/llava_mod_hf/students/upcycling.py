@@ -97,7 +97,8 @@ def upcycle(
         layers (`str` or `list[int]`, *optional*, defaults to `"alternate"`):
             Which layers: `"alternate"` (0, 2, 4, …; the paper's), `"all"`, `"first_half"`, `"second_half"`, or indices.
         num_experts (`int`, *optional*, defaults to 4): experts per layer (paper, table 1).
-        num_experts_per_tok (`int`, *optional*, defaults to 2): experts per token (paper, table 1).
+        num_experts_per_tok (`int`, *optional*, defaults to 2): experts per token (paper, table 1); with 1 the router
+            learns from its aux loss alone.
         expert_rank (`int`, *optional*):
             The experts share the dense FFN and differ from it by matrices of this rank; by default they are whole FFNs.
         use_residual (`bool`, *optional*, defaults to `False`): keep the dense FFN beside the experts.
@@ -138,6 +139,8 @@ def upcycle(
 
     weights = dict(model.state_dict())
     new_weights = sparse.state_dict()
+    if "lm_head.bias" in new_weights.keys() - weights.keys():  # of Phi, which stock LLaVA leaves out
+        weights["lm_head.bias"] = torch.zeros_like(new_weights["lm_head.bias"])
     for index in config.moe_layers:
         path = f"model.language_model.layers.{index}.mlp"
         weights |= _expert_weights(sparse.get_submodule(path), f"{path}.", weights)
