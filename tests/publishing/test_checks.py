@@ -3,7 +3,9 @@
 import json
 import shutil
 
+import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
 from helpers.publishing import REPO
 from llava_mod_hf.publishing.checks import check_publishable
@@ -86,3 +88,37 @@ def test_link_within_the_folder_is_its_file(hub, folder):
     push_checkpoint(folder, REPO)
     files = hub.repos[REPO].branches["main"].files
     assert files["copy.md"].content == files["README.md"].content
+
+
+def name_in_header(text):
+    return lambda folder: save_file({"a": np.zeros(2)}, folder / "more.safetensors", metadata={"from": text})
+
+
+TOKEN = "a-token-of-another-form"
+
+
+@pytest.mark.parametrize("write", [add, lambda name, text: name_in_header(text.decode())])
+@pytest.mark.parametrize("word", ["token", "home", "current folder", "own place"])
+def test_secrets_are_found_in_text_and_in_headers_of_weights(hub, folder, monkeypatch, tmp_path, write, word):
+    (tmp_path / "home").mkdir()
+    (tmp_path / "here").mkdir()
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    monkeypatch.chdir(tmp_path / "here")
+    places = {"token": TOKEN, "home": f"{tmp_path}/home", "current folder": f"{tmp_path}/here", "own place": tmp_path}
+    write("more.md", f"read from {places[word]}/x".encode())(folder)
+    expected = "contains a Hub token" if word == "token" else f"names a folder of this machine, `{places[word]}"
+    with pytest.raises(ValueError, match=rf"more\.\w+` {expected}") as caught:
+        push_checkpoint(folder, REPO)
+    assert TOKEN not in str(caught.value)
+    assert not hub.requests
+
+
+@pytest.mark.parametrize("home", ["/root", "/", "/home/me"])
+def test_what_only_looks_like_a_path_of_this_machine_is_pushed(hub, folder, monkeypatch, home):
+    """Vocabularies have such tokens, and addresses such parts."""
+    monkeypatch.setenv("HOME", home)
+    vocabulary = ["/root", "/home/me2/x", "https://host.org/home/me/x", "https://host.org/root/x", "/", "/usr/bin"]
+    (folder / "tokenizer.json").write_text(json.dumps(vocabulary))
+    push_checkpoint(folder, REPO)
+    assert "tokenizer.json" in hub.repos[REPO].branches["main"].files
