@@ -28,8 +28,8 @@ from transformers import CLIPVisionConfig, Qwen2Config
 from llava_mod_hf import LlavaModConfig, LlavaModForConditionalGeneration, MimicConfig, MimicTrainer
 from llava_mod_hf.data import easy_vqa
 from llava_mod_hf.loading import load_model_and_processor
-from llava_mod_hf.losses.divergences import router_aux_loss
 from llava_mod_hf.losses.rows import TopKRows, shift_for_next_token
+from llava_mod_hf.model.moe_llava_mod import router_losses
 from llava_mod_hf.students.build import build_student
 from llava_mod_hf.students.upcycling import upcycle
 from llava_mod_hf.teachers.answer_cache import top_k_log_probs
@@ -105,10 +105,7 @@ def authors_step(student, teacher, batch, aux_coef, autocast):
     mask = labels != -100
     kl = (cross_entropy * mask).sum() / mask.sum()
     lm = F.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), ignore_index=-100)
-    config = student.config.get_text_config()
-    aux = router_aux_loss(
-        outputs.router_logits, num_experts=config.num_experts, num_experts_per_tok=config.num_experts_per_tok
-    )
+    aux, _ = router_losses(outputs.router_logits, student.config.get_text_config())
     (kl + lm + aux_coef * aux).backward()
 
 

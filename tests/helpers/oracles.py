@@ -23,10 +23,12 @@ def explicit_divergence(name, student, teacher, temperature=1.0, beta=0.5):
     elif name == "reverse_kl":
         value = kl(ps, pt)
         gradient = [s * (math.log(s / t) - value) for s, t in zip(ps, pt, strict=True)]
-    else:
+    elif name == "jsd":
         m = [beta * t + (1 - beta) * s for s, t in zip(ps, pt, strict=True)]
         value = beta * kl(pt, m) + (1 - beta) * kl(ps, m)
         gradient = [(1 - beta) * s * (math.log(s / mix) - kl(ps, m)) for s, mix in zip(ps, m, strict=True)]
+    else:
+        raise KeyError(f"no sum is written out for {name}")
     return value * temperature**2, [g * temperature for g in gradient]
 
 
@@ -79,3 +81,18 @@ def mimic_sums(name, hidden, weight, teacher_hidden, teacher_weight, *, temperat
         grad_hidden.append(temperature * gradient @ weight)
         grad_weight += temperature * gradient.T @ rows
     return total, torch.cat(grad_hidden), grad_weight
+
+
+def router_aux_loss(router_logits, *, attention_mask):
+    """
+    Load balancing of the router (Switch Transformer, eq. 4): Σ over layers of E · Σ_e f_e · P_e, with gradient.
+
+    f_e is the share of the unpadded tokens whose first choice is expert e, P_e the mean router probability of e.
+    """
+    total = 0.0
+    for logits in router_logits:  # (batch · sequence, experts)
+        logits = logits[attention_mask.reshape(-1).bool()].double()
+        first = logits.argmax(-1)
+        shares = torch.stack([(first == expert).double().mean() for expert in range(logits.shape[-1])])
+        total = total + logits.shape[-1] * (shares * logits.softmax(-1).mean(0)).sum()
+    return total

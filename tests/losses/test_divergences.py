@@ -11,9 +11,7 @@ from helpers.oracles import explicit_divergence, softmax, top_k
 from llava_mod_hf.losses.divergences import (
     DIVERGENCES,
     divergence_rows,
-    forward_kl,
     mimic_loss,
-    router_aux_loss,
     top_k_forward_kl,
 )
 from llava_mod_hf.losses.rows import shift_for_next_token
@@ -121,7 +119,7 @@ def test_top_k_forward_kl_grows_to_the_full_one():
     student, teacher = (random_logits(seed, 20, VOCABULARY) for seed in (2, 3))
     values = [top_k_forward_kl(student, *top_k(teacher, k)) for k in range(1, VOCABULARY + 1)]
     assert all((one <= other + 1e-12).all() for one, other in itertools.pairwise(values))
-    torch.testing.assert_close(values[-1], forward_kl(student, teacher))
+    torch.testing.assert_close(values[-1], divergence_rows(student, teacher))
 
 
 def test_padded_entries_of_a_cache_count_for_nothing():
@@ -198,10 +196,10 @@ def test_bf16_logits_are_compared_in_float32():
 
 def test_forward_kl_is_per_row_and_not_negative():
     student, teacher = (random_logits(seed, 20, VOCABULARY) for seed in (2, 3))
-    divergence = forward_kl(student, teacher)
+    divergence = divergence_rows(student, teacher)
     assert divergence.shape == (20,)
     assert (divergence > 0).all()
-    assert not torch.allclose(divergence, forward_kl(teacher, student))
+    assert not torch.allclose(divergence, divergence_rows(teacher, student))
 
 
 @pytest.mark.parametrize("shape", [(BATCH, SEQUENCE, VOCABULARY + 1), (BATCH, SEQUENCE + 1, VOCABULARY)])
@@ -223,73 +221,3 @@ def test_shift_for_next_token():
     keep, targets = shift_for_next_token(LABELS)
     assert keep.nonzero().tolist() == [list(position) for position in PREDICTING]
     assert targets.tolist() == [1, 2, 6, 0]
-
-
-EXPERTS = 4
-
-
-def explicit_router_aux(layers, keep):
-    """Value and gradients with respect to each layer's router logits, token by token."""
-    value, gradients = 0.0, []
-    for logits in layers:
-        tokens = [index for index, counts in enumerate(keep) if counts]
-        probabilities = {token: softmax(logits[token].tolist()) for token in tokens}
-        share = [0.0] * EXPERTS
-        for token in tokens:
-            row = logits[token].tolist()
-            share[row.index(max(row))] += 1 / len(tokens)
-        mean = [sum(probabilities[token][e] for token in tokens) / len(tokens) for e in range(EXPERTS)]
-        value += EXPERTS * sum(share[e] * mean[e] for e in range(EXPERTS))
-        gradient = torch.zeros(logits.shape, dtype=torch.float64)
-        for token, p in probabilities.items():
-            weighted = sum(share[e] * p[e] for e in range(EXPERTS))
-            for e in range(EXPERTS):
-                gradient[token, e] = EXPERTS / len(tokens) * p[e] * (share[e] - weighted)
-        gradients.append(gradient)
-    return value, gradients
-
-
-def router_aux(layers, **kwargs):
-    return router_aux_loss(tuple(layers), num_experts=EXPERTS, num_experts_per_tok=2, **kwargs)
-
-
-@pytest.mark.parametrize("padded", [False, True])
-def test_router_aux_loss_is_the_explicit_sum_over_layers(padded):
-    layers = [random_logits(seed, 6, EXPERTS, dtype=torch.float32).requires_grad_() for seed in (4, 5, 6)]
-    mask = torch.tensor([[1, 1, 0], [1, 1, 1]]) if padded else None
-    loss = router_aux(layers, attention_mask=mask)
-    loss.backward()
-    keep = [1] * 6 if mask is None else mask.flatten().tolist()
-    value, gradients = explicit_router_aux([logits.detach().double() for logits in layers], keep)
-    assert loss.item() == pytest.approx(value, rel=1e-6)
-    for logits, gradient in zip(layers, gradients, strict=True):
-        torch.testing.assert_close(logits.grad.double(), gradient, rtol=1e-5, atol=1e-7)
-
-
-def test_padding_does_not_change_the_router_aux_loss():
-    logits = random_logits(7, 4, EXPERTS)
-    padded = torch.cat([logits, torch.full((2, EXPERTS), 50.0, dtype=torch.float64)])
-    mask = torch.tensor([[1, 1, 1], [1, 0, 0]])
-    assert router_aux([padded], attention_mask=mask).item() == pytest.approx(router_aux([logits]).item(), rel=1e-6)
-
-
-def test_router_aux_loss_is_one_per_layer_when_balanced_and_grows_to_the_number_of_experts():
-    balanced = 30.0 * torch.eye(EXPERTS).repeat(3, 1)
-    assert router_aux([balanced]).item() == pytest.approx(1, rel=1e-6)
-    assert router_aux([balanced] * 5).item() == pytest.approx(5, rel=1e-6)
-    collapsed = 30.0 * torch.eye(EXPERTS)[:1].repeat(8, 1)
-    assert router_aux([collapsed]).item() == pytest.approx(EXPERTS, rel=1e-6)
-
-
-def test_router_aux_loss_of_padding_alone_is_zero():
-    logits = random_logits(8, 3, EXPERTS).requires_grad_()
-    loss = router_aux([logits], attention_mask=torch.zeros(1, 3))
-    loss.backward()
-    assert loss.item() == 0
-    assert torch.equal(logits.grad, torch.zeros_like(logits))
-
-
-@pytest.mark.parametrize(("num_experts", "num_experts_per_tok"), [(5, 2), (4, 5)])
-def test_router_aux_loss_refuses_other_numbers_of_experts(num_experts, num_experts_per_tok):
-    with pytest.raises(ValueError, match=r"\(6, 4\)"):
-        router_aux_loss((torch.zeros(6, EXPERTS),), num_experts=num_experts, num_experts_per_tok=num_experts_per_tok)

@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import inspect
 import math
 
 import pytest
@@ -22,6 +23,7 @@ from trl.trainer.sft_trainer import DataCollatorForVisionLanguageModeling
 from helpers.ddp_gradients import rows, sharpened
 from llava_mod_hf.loading import load_model_and_processor, quantization_config
 from llava_mod_hf.losses.rows import shift_for_next_token
+from llava_mod_hf.teachers.cached_teacher import CachedTeacher
 from llava_mod_hf.teachers.live_teacher import LiveTeacher
 from llava_mod_hf.teachers.output_head import head_of
 from llava_mod_hf.teachers.response_alignment import align_labels, align_response
@@ -553,3 +555,8 @@ def test_a_shared_tower_that_is_trained_later_is_refused(pair, collator):
     student.model.vision_tower.requires_grad_(True)
     with pytest.raises(ValueError, match="freeze it"):
         teacher(**batches(collator, 1)[0])
+
+
+@pytest.mark.parametrize("teacher", [LiveTeacher, CachedTeacher])
+def test_a_teachers_weight_is_said_by_the_trainers_options_alone(teacher):
+    assert "weight" not in inspect.signature(teacher).parameters

@@ -19,9 +19,10 @@ from helpers.ddp_gradients import (
     smaller_images,
     text_rows,
 )
+from helpers.oracles import router_aux_loss
 from llava_mod_hf import MimicConfig
 from llava_mod_hf.losses.chunked_mimic import chunked_mimic_loss
-from llava_mod_hf.losses.divergences import mimic_loss, router_aux_loss
+from llava_mod_hf.losses.divergences import mimic_loss
 from llava_mod_hf.training import mimic_trainer as mimic_trainer_module
 from llava_mod_hf.training.trainable import set_trainable
 
@@ -65,9 +66,7 @@ def explicit_terms(student, teacher, batch):
     )
     aux = None
     if sparse:
-        aux = router_aux_loss(
-            outputs.router_logits, num_experts=4, num_experts_per_tok=2, attention_mask=batch["attention_mask"]
-        )
+        aux = router_aux_loss(outputs.router_logits, attention_mask=batch["attention_mask"])
     return kl, lm, (labels[:, 1:] != -100).sum().item(), aux
 
 

@@ -11,7 +11,7 @@ from trl.trainer.sft_trainer import DataCollatorForVisionLanguageModeling
 
 from llava_mod_hf.data.easy_vqa import most_frequent_answers
 from llava_mod_hf.evaluation.measures import ObjectHallucination, VqaExactMatch, _presence
-from llava_mod_hf.losses.divergences import forward_kl
+from llava_mod_hf.losses.divergences import divergence_rows
 from llava_mod_hf.losses.rows import shift_for_next_token
 from llava_mod_hf.students.parameter_counts import count_parameters, student_parameters  # noqa: F401 (they are measures as well)
 
@@ -161,7 +161,9 @@ def kl_to_teacher(model, teacher, processor, dataset, *, batch_size=128, tempera
                     f"The student's vocabulary has {student_logits.shape[-1]} tokens and the teacher's "
                     f"{teacher_logits.shape[-1]}: give a teacher with the student's tokenizer."
                 )
-            divergence = forward_kl(student_logits, teacher_logits.to(student_logits.device), temperature)
+            divergence = divergence_rows(
+                student_logits, teacher_logits.to(student_logits.device), temperature=temperature
+            )
             total += divergence.double().sum().cpu()
             count += len(divergence)
     if count == 0:

@@ -84,11 +84,6 @@ def divergence_rows(student_logits, teacher_logits, *, divergence="forward_kl", 
     return DIVERGENCES[divergence](log_p_student, log_p_teacher, jsd_beta) * temperature**2
 
 
-def forward_kl(student_logits, teacher_logits, temperature=1.0):
-    """[`divergence_rows`] with `forward_kl`, the paper's."""
-    return divergence_rows(student_logits, teacher_logits, temperature=temperature)
-
-
 def top_k_forward_kl(student_logits, index, log_probs, *, temperature=1.0):
     """
     Forward KL from a teacher of whom only the k most likely tokens are known, per row, in nats, times T².
@@ -163,65 +158,6 @@ def mimic_loss(
         student_logits[keep], teacher_logits[keep], divergence=divergence, temperature=temperature, jsd_beta=jsd_beta
     )
     return rows.sum() / at_least_one(keep.sum() if num_items is None else num_items)
-
-
-def router_aux_loss(router_logits, *, num_experts, num_experts_per_tok, attention_mask=None):
-    """
-    Load balancing of the router as the authors train with it (Switch Transformer, eq. 4, as DeepSpeed computes it).
-
-        L = Σ_layers E · Σ_e f_e · P_e
-
-    f_e is the share of tokens whose first choice is expert e, P_e the mean router probability of e. About 1 per layer
-    when balanced, and summed over layers; transformers' form pools the layers and counts all k choices, so that its
-    value is about k. Not linear in the batch: its gradient depends on how a batch is split.
-
-    Args:
-        router_logits (`tuple[torch.FloatTensor]`): per layer `(batch * sequence, num_experts)`.
-        num_experts (`int`): E.
-        num_experts_per_tok (`int`): checked against `num_experts`; only the first choice counts.
-        attention_mask (`torch.Tensor` of shape `(batch, sequence)`, *optional*): padding, which does not count.
-
-    Returns:
-        `torch.FloatTensor`: a scalar.
-
-    Raises:
-        ValueError: if a layer's logits have another number of experts, or fewer than `num_experts_per_tok`.
-    """
-    total = router_logits[0].new_zeros(())
-    for logits in router_logits:
-        if logits.shape[-1] != num_experts or num_experts_per_tok > num_experts:
-            raise ValueError(
-                f"Router logits of shape {tuple(logits.shape)} do not fit {num_experts} experts, of which "
-                f"{num_experts_per_tok} are chosen."
-            )
-        if attention_mask is not None:
-            logits = logits[attention_mask.reshape(-1).bool()]
-        probabilities = logits.float().softmax(-1)  # (tokens, experts)
-        first_choice = F.one_hot(logits.argmax(-1), num_experts).to(probabilities.dtype)
-        count = at_least_one(len(logits))
-        total = total + num_experts * (first_choice.sum(0) / count * (probabilities.sum(0) / count)).sum()
-    return total
-
-
-def router_z_loss(router_logits, *, attention_mask=None):
-    """
-    Keeps router logits small (ST-MoE, arXiv 2202.08906, eq. 5), summed over layers as the load balancing is.
-
-        L = Σ_layers 1/N Σ_i (log Σ_e exp x_ie)²
-
-    Args:
-        router_logits (`tuple[torch.FloatTensor]`): per layer `(batch * sequence, num_experts)`.
-        attention_mask (`torch.Tensor` of shape `(batch, sequence)`, *optional*): padding, which does not count.
-
-    Returns:
-        `torch.FloatTensor`: a scalar.
-    """
-    total = router_logits[0].new_zeros(())
-    for logits in router_logits:
-        if attention_mask is not None:
-            logits = logits[attention_mask.reshape(-1).bool()]
-        total = total + logits.float().logsumexp(-1).square().sum() / at_least_one(len(logits))
-    return total
 
 
 def _log_softmax(logits, dtype, temperature):

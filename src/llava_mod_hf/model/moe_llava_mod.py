@@ -298,8 +298,6 @@ def router_losses(router_logits, text_config, attention_mask=None):
     """
     The router's load-balancing loss, of the kind that the config names, and its z-loss; both before their coefficients.
 
-    `losses.router_aux_loss` and `losses.router_z_loss` write the sums out.
-
     Args:
         router_logits (`tuple[torch.FloatTensor]`): per layer `(batch * sequence, num_experts)`.
         text_config (`PreTrainedConfig`): with `router_aux_loss_type` and `num_experts_per_tok`.

@@ -25,7 +25,6 @@ class LiveTeacher:
         processor (`ProcessorMixin`): the student's.
         teacher_processor (`ProcessorMixin`, *optional*): the teacher's own; by default it reads the student's tensors.
         collator: the student's collator, a dataclass of TRL with a `processor`; needed where the processors differ.
-        weight (`float`, *optional*, defaults to 1.0): of its divergence, among several teachers.
 
     Attributes:
         shared_vocab_size (`int` or `None`): as [`shared_vocab_size`] finds it.
@@ -34,8 +33,8 @@ class LiveTeacher:
         ValueError: if it does not fit the student.
     """
 
-    def __init__(self, model, *, student, processor, teacher_processor=None, collator=None, weight=1.0):
-        self.model, self.weight = model.eval().requires_grad_(False), weight
+    def __init__(self, model, *, student, processor, teacher_processor=None, collator=None):
+        self.model = model.eval().requires_grad_(False)
         self.shared_vocab_size = shared_vocab_size(student, model, processor, teacher_processor)
         self.tokenizer = processor.tokenizer
         self.collator = None

@@ -376,4 +376,4 @@ def _first_rows(count, labels, kl_labels, rows, mask):
     labels, kl_labels = first(labels, -100), first(kl_labels, -100)
     supervised = len(shift_for_next_token(kl_labels)[1])
     rows = [row.first(supervised) for row in rows]
-    return labels, labels if same else kl_labels, rows, None if mask is None else first(mask, 0)
+    return labels, labels if same else kl_labels, rows, first(mask, 0) if count and mask is not None else mask
