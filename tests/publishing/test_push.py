@@ -288,6 +288,7 @@ def test_a_folder_without_a_card_is_pushed_with_one(hub, make_student, processor
         assert missing in card.text
     assert "llama, 3 layers, 2 of them mixtures of experts (0, 2)" in card.text
     assert "None" not in card.text and "](" not in card.text.replace("](https://", "")
+    assert "No processor" not in card.text
     assert tree(tmp_path) == before
     push_checkpoint(tmp_path, REPO)
     assert len(hub.repos[REPO].commits()) == 2
@@ -300,6 +301,7 @@ def test_a_card_that_somebody_wrote_stays_until_the_folder_has_one(hub, folder):
     config = {"model_type": "llava_mod", "num_experts": 8}
     (folder / "config.json").write_text(json.dumps(config))
     push_checkpoint(folder, REPO)
+    assert b"No processor came with this checkpoint" in written
     assert b"Usage" in written and b"Usage" in remote(hub)["README.md"]
 
     put("README.md", b"# By hand")

@@ -40,6 +40,7 @@ class CardFacts:
         teacher_results, blind_results (`dict`, *optional*): The same of the teacher, and of answering without looking
             at the image.
         recipe_text (`str`, *optional*): The resolved recipe, YAML.
+        has_processor (`bool`, *optional*, defaults to `True`): Whether one is beside the model.
         names ([`PublicNames`], *optional*): Tells names of this machine from Hub ids.
     """
 
@@ -54,6 +55,7 @@ class CardFacts:
     teacher_results: dict | None = None
     blind_results: dict | None = None
     recipe_text: str | None = None
+    has_processor: bool = True
     names: PublicNames = field(default_factory=PublicNames)
 
     def __post_init__(self):
@@ -143,6 +145,7 @@ def render_card(facts, config, *, loss_figure=None, router_figure=None):
         config=config,
         stage=facts.stage,
         license=facts.license,
+        has_processor=facts.has_processor,
         results=facts.results or {},
         columns=columns,
         labels={metric: label for column in columns.values() for metric, (label, _) in column.items()},

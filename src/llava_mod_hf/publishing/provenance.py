@@ -15,6 +15,8 @@ RESULTS_FILE = "results.json"
 
 RECIPE_FILE = "recipe.yaml"
 
+PROCESSOR_FILES = ("processor_config.json", "preprocessor_config.json")
+
 # role in a card → the option that names it
 PARTS = {"student": "student", "vision encoder": "vision_tower", "language model": "language_model"}
 
@@ -105,6 +107,7 @@ def gather_facts(checkpoint, repo_id, *, license=None):
         teacher_results=results.get("teacher"),
         blind_results=results.get("blind"),
         recipe_text=yaml.safe_dump_all(recipes, sort_keys=False) if recipes else None,
+        has_processor=any((checkpoint / name).is_file() for name in PROCESSOR_FILES),
         names=names,
     )
 

@@ -6,9 +6,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from safetensors import SafetensorError
-from transformers import AutoProcessor
 
-from llava_mod_hf.loading import load_whole
+from llava_mod_hf.loading import load_model_and_processor
 from llava_mod_hf.model.modeling_llava_mod import LlavaModForConditionalGeneration
 from llava_mod_hf.publishing.card import render_card, write_eval_results
 from llava_mod_hf.publishing.checks import check_publishable
@@ -60,14 +59,15 @@ def publish(checkpoint, output_dir, facts, *, history, loads):
         `Path`: `output_dir`.
 
     Raises:
-        ValueError: if the checkpoint is none, `output_dir` holds something else, `loads` is not of the model's layers,
-            or the card or [`check_publishable`] refuses.
+        ValueError: if the checkpoint is no whole student with its processor, `output_dir` holds something else,
+            `loads` is not of the model's layers, or the card or [`check_publishable`] refuses.
         OSError: if the folder cannot be written, on a full disk say.
     """
     checkpoint, output_dir = Path(checkpoint).resolve(), Path(output_dir).resolve()
     _check_output(checkpoint, output_dir)
-    model = load_whole(LlavaModForConditionalGeneration, checkpoint, dtype="auto", local_files_only=True)
-    processor = AutoProcessor.from_pretrained(checkpoint, local_files_only=True)
+    model, processor = load_model_and_processor(str(checkpoint), dtype="auto")
+    if not isinstance(model, LlavaModForConditionalGeneration):
+        raise ValueError(f"`{checkpoint}` is a {type(model).__name__}, not a student of this package.")
     if sorted(loads) != model.config.moe_layers:
         raise ValueError(
             f"`loads` has the layers {sorted(loads)}, but the student's mixture-of-experts layers are "
