@@ -15,10 +15,10 @@ from transformers import AutoProcessor
 
 from helpers.publishing import FACTS, REPO, RESULTS, tree
 from llava_mod_hf import LlavaModForConditionalGeneration
-from llava_mod_hf.loading import load_model_and_processor
 from llava_mod_hf.publishing import repository
 from llava_mod_hf.publishing.push import push_checkpoint
 from llava_mod_hf.publishing.repository import publish
+from llava_mod_hf.students.stock_export import merge_experts
 
 LOADS = {0: [0.25, 0.25, 0.4, 0.1], 2: [0.25, 0.25, 0.25, 0.25]}
 PUBLISH = {
@@ -145,9 +145,9 @@ def test_folders_that_are_not_ours_are_left_alone(checkpoint, tmp_path):
     assert (tmp_path / "photos" / "only_copy.txt").read_text() == "precious"
 
 
-def test_a_model_of_another_kind_is_refused(checkpoint, tmp_path):
+def test_a_model_of_another_kind_is_refused(checkpoint, make_student, tmp_path):
     folder = shutil.copytree(checkpoint, tmp_path / "checkpoint")
-    load_model_and_processor("embedded:tiny-teacher")[0].save_pretrained(folder)
+    merge_experts(make_student()).save_pretrained(folder)
     with pytest.raises(ValueError, match="is a LlavaForConditionalGeneration, not a student of this package"):
         publish(folder, tmp_path / "out", **PUBLISH)
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint"]
