@@ -287,28 +287,28 @@ def test_the_blind_baseline_learns_from_all_training_rows(chain):
     assert results["blind"]["exact_match"] == pytest.approx(sum(hits) / len(hits))
 
 
-def test_evaluate_a_local_file_into_another_file(save, tmp_path):
-    rows = Dataset.from_list(
-        [
-            {
-                "images": [],
-                "prompt": [{"role": "user", "content": "is it?"}],
-                "completion": [{"role": "assistant", "content": "yes"}],
-                "question": "is it?",
-                "answer": "yes",
-                "kind": "yes/no",
-            }
-        ]
-    )
-    rows.to_json(tmp_path / "rows.jsonl")
+def test_evaluate_a_local_file_into_another_file(save, tmp_path, capsys):
+    for name, answer in (("rows", "yes"), ("training", "no")):
+        row = {
+            "images": [],
+            "prompt": [{"role": "user", "content": "is it?"}],
+            "completion": [{"role": "assistant", "content": answer}],
+            "question": "is it?",
+            "answer": answer,
+            "kind": "yes/no",
+        }
+        Dataset.from_list([row]).to_json(tmp_path / f"{name}.jsonl")
     output_file = tmp_path / "elsewhere.json"
     student = save()
     argv = ["--model", student, "--dataset_name", tmp_path / "rows.jsonl", "--output_file", output_file]
+    message = refused(capsys, "evaluate", *argv)  # one file: the blind baseline would learn what it is measured by
+    assert "is one file, without splits" in message and "`train_dataset_name`" in message
+    argv += ["--train_dataset_name", tmp_path / "training.jsonl"]
     assert main(["evaluate", *map(str, argv)]) == 0
     results = json.loads(output_file.read_text())
     assert results["teacher"] is None
     assert results["student"]["kl_to_teacher"] is None
-    assert results["blind"]["exact_match"] == 1.0
+    assert results["blind"]["exact_match"] == 0.0
     assert not (student / "results.json").exists()
 
 

@@ -167,7 +167,8 @@ def test_json_is_read_bit_by_bit(tmp_path, monkeypatch, chunk, form):
     [
         ('[{"a": 1}, {"a": ', r"Row 1 of `.*rows\.json` is not valid JSON"),
         ("not json", r"Row 0 of `.*rows\.json` is not valid JSON"),
-        ('[{"a": 1}, 2]', r"Row 1 of `.*rows\.json` is a int"),
+        ('[{"a": 1}, {"b": 2}', r"`.*rows\.json` ends inside its list, after 2 rows: it was cut off"),
+        ('[{"a": 1},', r"`.*rows\.json` ends inside its list, after 1 rows: it was cut off"),
     ],
 )
 def test_broken_json_is_named_with_its_row(tmp_path, text, message):

@@ -24,6 +24,9 @@ class EvaluateCommand:
         model (`str`): the LLaVA to measure.
         teacher (`str`, *optional*): measured as well, and what `kl_to_teacher` compares with.
         output_file (`str`, *optional*): by default `results.json` in the model's folder, where `publish` looks.
+        train_dataset_name (`str`, *optional*):
+            Where the blind baseline learns the most frequent answers; by default the train split of `dataset_name`. A
+            single file has no splits, so that the baseline would learn the test's answers: there it has to be given.
         batch_size (`int`, *optional*, defaults to 128): questions answered at a time.
         seed (`int`, *optional*, defaults to 0): of the test questions' balancing.
         trust_remote_code (`bool`, *optional*, defaults to `False`).
@@ -32,6 +35,7 @@ class EvaluateCommand:
     model: str = field(metadata={"help": "the LLaVA to measure"})
     teacher: str | None = None
     output_file: str | None = None
+    train_dataset_name: str | None = None
     batch_size: int = 128
     seed: int = 0
     trust_remote_code: bool = False
@@ -47,8 +51,14 @@ def run_evaluate(data_args: DataArguments, args: EvaluateCommand):
     output_file = Path(args.output_file or Path(args.model) / RESULTS_FILE)
     if not output_file.parent.is_dir():
         raise ValueError(f"`{output_file.parent}` is no folder to write the results to: give `output_file`.")
+    training_name = args.train_dataset_name or data_args.dataset_name
+    if Path(training_name).is_file() and training_name == data_args.dataset_name:
+        raise ValueError(
+            f"`{training_name}` is one file, without splits: the blind baseline would learn the answers that it is "
+            "measured by. Give the file of the training questions as `train_dataset_name`."
+        )
     rows = load_rows(data_args, columns=QUESTION_COLUMNS, split=data_args.dataset_test_split, seed=args.seed)
-    all_rows = dataclasses.replace(data_args, max_samples=None)
+    all_rows = dataclasses.replace(data_args, dataset_name=training_name, max_samples=None)
     training = load_rows(all_rows, columns=QUESTION_COLUMNS, seed=args.seed).remove_columns("images")
     model, processor = load_model_and_processor(args.model, trust_remote_code=args.trust_remote_code)
     teacher = teacher_results = None

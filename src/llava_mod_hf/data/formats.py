@@ -52,17 +52,18 @@ def json_rows(path):
         path (`str` or `Path`).
 
     Yields:
-        `dict`: one row.
+        A row: a `dict`, if the file is right.
 
     Raises:
-        ValueError: if the file is not JSON, or a row is no mapping; the row's number is named.
+        ValueError: if the file is not JSON in UTF-8 (with or without a byte-order mark), or is cut off.
     """
-    decoder, number = json.JSONDecoder(), 0
-    with Path(path).open(encoding="utf-8") as file:
+    decoder, number, depth = json.JSONDecoder(), 0, 0
+    with Path(path).open(encoding="utf-8-sig") as file:
         text, start, more = "", 0, True
         while True:
             # Between rows come white space, a comma, or the brackets of the whole.
             while start < len(text) and text[start] in " \t\r\n,[]":
+                depth += {"[": 1, "]": -1}.get(text[start], 0)
                 start += 1
             try:
                 if start == len(text):
@@ -70,16 +71,25 @@ def json_rows(path):
                 row, start = decoder.raw_decode(text, start)
             except json.JSONDecodeError as error:
                 if more:
-                    chunk = file.read(max(CHUNK, len(text) - start))  # doubled, so that a long row stays linear
+                    chunk = _read(file, max(CHUNK, len(text) - start), path)  # doubled: a long row stays linear
                     more, text, start = bool(chunk), text[start:] + chunk, 0
                     continue
-                if start == len(text):
+                if start == len(text) and depth == 0:
                     return
+                if start == len(text):
+                    raise ValueError(f"`{path}` ends inside its list, after {number} rows: it was cut off.") from error
                 raise ValueError(f"Row {number} of `{path}` is not valid JSON ({error}): mend the file.") from error
-            if not isinstance(row, dict):
-                raise ValueError(f"Row {number} of `{path}` is a {type(row).__name__}: rows are `{{key: value}}`.")
             yield row
             number += 1
+
+
+def _read(file, size, path):
+    try:
+        return file.read(size)
+    except UnicodeDecodeError as error:
+        raise ValueError(
+            f"`{path}` is not text in UTF-8 ({error.reason}): unpack it if it is compressed, and save it as UTF-8."
+        ) from error
 
 
 def image_references(row, where):
@@ -122,6 +132,8 @@ def check_answer(answer, where):
         ValueError: if there is no answer, or one is empty.
     """
     messages = _as_messages(answer)
+    if messages and not (isinstance(messages, list) and all(map(_is_message, messages))):
+        raise ValueError(f"{where}: an answer is {answer!r:.80}: give a text, or a list of `{{role, content}}`.")
     if not messages or not any(message["role"] == "assistant" for message in messages):
         raise ValueError(f"{where} has no answer: give it one, or leave out the row.")
     for message in messages:
@@ -150,8 +162,16 @@ def check_pair(row, where):
 
 
 def _parts(messages):
-    contents = [message["content"] for message in messages] if isinstance(messages, list) else []
+    contents = [m["content"] for m in messages if _is_message(m)] if isinstance(messages, list) else []
     return [part for content in contents if isinstance(content, list) for part in content]
+
+
+def _is_message(message):
+    return (
+        isinstance(message, dict)
+        and {"role", "content"} <= message.keys()
+        and isinstance(message["content"], str | list | None)
+    )
 
 
 def _as_messages(answer):
@@ -177,10 +197,13 @@ def llava_messages(turns, num_images, where):
         isinstance(turn, dict) and {"from", "value"} <= set(turn) for turn in turns
     ):
         raise ValueError(f"{where}: `conversations` must be a list of `{{from, value}}`.")
+    odd = [turn["value"] for turn in turns if not isinstance(turn["value"], str | None)]
+    if odd:
+        raise ValueError(f"{where}: the `value` of a turn is {odd[0]!r:.80}: give a text.")
     unknown = [turn["from"] for turn in turns if turn["from"] not in LLAVA_ROLES]
     if unknown:
         raise ValueError(f"{where}: a turn is from `{unknown[0]}`: it may be from {', '.join(LLAVA_ROLES)}.")
-    messages = [{"role": LLAVA_ROLES[turn["from"]], "content": str(turn["value"] or "")} for turn in turns]
+    messages = [{"role": LLAVA_ROLES[turn["from"]], "content": turn["value"] or ""} for turn in turns]
     system = [message for message in messages[:1] if message["role"] == "system"]
     messages = messages[len(system) :]
     if messages and messages[0]["role"] == "assistant":
@@ -219,11 +242,18 @@ def read_row(row, layout, where, *, multi_turn="expand"):
     Raises:
         ValueError: if the row lacks a part, has an empty answer, or its placeholders do not fit its images.
     """
+    if not isinstance(row, dict):
+        raise ValueError(f"{where} is a {type(row).__name__}: rows are `{{key: value}}`.")
+    lacking = [name for name in FORMATS[layout] if name not in row]
+    if lacking:
+        raise ValueError(f"{where} has no {', '.join(f'`{name}`' for name in lacking)}: give it, or leave out the row.")
     images = image_references(row, where)
     if layout in ("preference", "RLAIF-V"):
         question = row.get("prompt" if layout == "preference" else "question")
         if not question:
             raise ValueError(f"{where} has no question: give it one, or leave out the row.")
+        if layout == "RLAIF-V" and not isinstance(question, str):
+            raise ValueError(f"{where}: the question is {question!r:.80}: give a text.")
         check_pair(row, where)
         prompt = question
         if layout == "RLAIF-V":

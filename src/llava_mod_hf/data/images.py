@@ -2,11 +2,29 @@
 
 import functools
 import io
+import struct
 import warnings
+import zlib
+from pathlib import Path
 
 from datasets import Image, IterableDataset, List
 from PIL import Image as PILImage
 from PIL import UnidentifiedImageError
+
+DEEP_MODES = ("I", "F")
+
+CHUNK = 1 << 20  # bytes of an image that are unpacked at a time
+
+# of an interlaced PNG's passes: first column and row, and their steps
+ADAM7 = (
+    (0, 0, 8, 8),
+    (4, 0, 8, 8),
+    (0, 4, 4, 8),
+    (2, 0, 4, 4),
+    (0, 2, 2, 4),
+    (1, 0, 2, 2),
+    (0, 1, 1, 2),
+)  # x, y, steps
 
 
 def map_undecoded(dataset, function, *, features, num_proc=None, desc=None, load_from_cache_file=None, **kwargs):
@@ -71,6 +89,25 @@ def resolve_image(image, root, where, *, whole=True):
     return {"bytes": None, "path": str(path)}
 
 
+def _png_lacks_rows(file):
+    """Whether the data of a PNG, whose chunks are whole, ends before its last row."""
+    data = file.getvalue() if hasattr(file, "getvalue") else Path(file).read_bytes()
+    width, height, bits, kind, _, _, interlaced = struct.unpack(">IIBBBBB", data[16:29])
+    bits *= {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}[kind]  # grey, colours, palette, and the first two with alpha
+    passes = ADAM7 if interlaced else ((0, 0, 1, 1),)
+    sizes = [(-(-(width - x) // across), -(-(height - y) // down)) for x, y, across, down in passes]
+    missing = sum(rows * (1 + (columns * bits + 7) // 8) for columns, rows in sizes if columns > 0 and rows > 0)
+    inflate, start = zlib.decompressobj(), 8
+    while missing > 0 and start + 8 <= len(data):
+        length, name = struct.unpack(">I4s", data[start : start + 8])
+        piece = data[start + 8 : start + 8 + length] if name == b"IDAT" else b""
+        while piece and missing > 0:
+            missing -= len(inflate.decompress(piece, CHUNK))
+            piece = inflate.unconsumed_tail
+        start += length + 12
+    return missing > 0
+
+
 def open_image(image):
     """An undecoded image `{"bytes", "path"}` as a PIL image, not yet read."""
     return PILImage.open(image["path"] if image["bytes"] is None else io.BytesIO(image["bytes"]))
@@ -86,20 +123,30 @@ def check_image(file, where, *, whole=True):
         whole (`bool`, *optional*, defaults to `True`): without it a truncated image is not noticed.
 
     Raises:
-        ValueError: if it is no image, truncated, or larger than Pillow's limit against decompression bombs.
+        ValueError: if it is no image, truncated, deeper than 8 bits, or larger than Pillow's limit against
+            decompression bombs.
     """
     try:
         with warnings.catch_warnings():
             # Pillow only warns up to twice its limit
             warnings.simplefilter("error", PILImage.DecompressionBombWarning)
             with PILImage.open(file) as image:
+                if image.mode in DEEP_MODES or image.mode.startswith("I;16"):
+                    raise ValueError(
+                        f"{where} has more than 8 bits a value (mode {image.mode}), which would become white or black: "
+                        "scale it to 8 bits, or leave out the row."
+                    )
                 if not whole:
                     return
                 if image.format == "PNG":
-                    image.verify()  # checksums, without decoding
+                    image.verify()  # checksums, and then no reading
                 else:
                     image.draft("RGB", (1, 1))  # JPEG: decode an eighth of the size; others ignore it
                     image.load()
+        if whole and image.format == "PNG" and _png_lacks_rows(file):  # which Pillow leaves black
+            raise ValueError(
+                f"{where} is not a whole image (its data has too few rows): replace it or leave out the row."
+            )
     except (UnidentifiedImageError, OSError, SyntaxError) as error:
         raise ValueError(f"{where} is not a whole image ({error}): replace it or leave out the row.") from error
     except (PILImage.DecompressionBombError, PILImage.DecompressionBombWarning) as error:

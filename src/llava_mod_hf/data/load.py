@@ -137,9 +137,9 @@ def _published(args, split, num_proc):
         raise ValueError(f"The data file `{path}` does not exist: check `dataset_name`.")
     layout = None
     if READERS.get(path.suffix) == "json":
-        first = next(json_rows(path), None)
+        first = next((row for row in json_rows(path) if isinstance(row, dict)), None)
         if first is None:
-            raise ValueError(f"`{path}` has no rows: nothing to train on.")
+            raise ValueError(f"`{path}` has no rows of `{{key: value}}`: nothing to train on.")
         layout = recognise(first, path)
     if layout in ("LLaVA", "RLAIF-V"):
         dataset = _read_json(args, path, layout)
