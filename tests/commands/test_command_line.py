@@ -317,12 +317,6 @@ def test_evaluate_needs_a_folder_to_write_to(capsys, tmp_path):
     assert f"`{tmp_path}/no` is no folder to write the results to: give `output_file`" in message
 
 
-def test_publish_tells_no_folder_of_this_machine(chain, tmp_path):
-    assert main(["publish", "--checkpoint", str(chain["prefer"]), "--output_dir", str(tmp_path / "tiny")]) == 0
-    for name in ("README.md", "recipe.yaml", "results.json"):
-        assert str(chain["prefer"].parent) not in (tmp_path / "tiny" / name).read_text()
-
-
 def test_publish_pushes_in_one_commit(chain, tmp_path, hub):
     folder = tmp_path / "tiny"
     argv = ["publish", "--checkpoint", str(chain["prefer"]), "--output-dir", str(folder), "--push-to", "me/student"]

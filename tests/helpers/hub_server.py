@@ -251,7 +251,9 @@ def _validate_yaml(request, **_):
         yaml.safe_load(content.split("---")[1] if content.startswith("---") else "")
     except yaml.YAMLError as error:
         errors.append({"message": str(error)})
-    return {"errors": errors, "warnings": []}
+    if errors:
+        raise Refusal(400, message="invalid", body={"errors": errors, "warnings": []})
+    return {"errors": [], "warnings": []}
 
 
 @route("POST", "/api/repos/create", "create", write=True)

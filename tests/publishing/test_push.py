@@ -78,6 +78,14 @@ def test_push_by_name_alone_goes_to_the_owner_of_the_token(hub, folder):
     assert len(hub.repos["me/tiny"].commits()) == 2
 
 
+def test_a_card_that_the_hub_refuses_is_one_sentence(hub, folder):
+    (folder / "README.md").write_text("---\nlicense: [mit\ntags: x\n---\n")
+    with pytest.raises(ValueError, match="Invalid metadata in README.md.*nothing was committed") as caught:
+        push_checkpoint(folder, REPO)
+    assert "\n" not in str(caught.value)
+    assert len(hub.repos[REPO].commits()) == 1 and not hub.lfs
+
+
 def test_private_push_into_a_public_repository_is_refused(hub, folder):
     HfApi().create_repo(REPO)
     with pytest.raises(ValueError, match="exists and is public"):

@@ -164,6 +164,12 @@ def _told_in_a_sentence(endpoint, repo_id):
             f"The connection to {endpoint} broke during {push} ({reason}): the commit is there whole, or not at all. "
             "Push again."
         ) from error
+    except ValueError as error:  # of the card, from the client, which gives each fault a line
+        if "\n" not in str(error):
+            raise
+        raise ValueError(
+            f"{endpoint} refused the push to `{repo_id}` ({_one_line(error)}): nothing was committed."
+        ) from error
 
 
 def _refusal(error, endpoint, repo_id, push):
