@@ -13,6 +13,7 @@ from trl.trainer.utils import maybe_gather_lm_head_ctx
 from llava_mod_hf import MimicTrainer, PreferenceTrainer
 from llava_mod_hf.data.grouping import GroupedBatches
 from llava_mod_hf.training.adapt_trainer import AdaptTrainer
+from llava_mod_hf.training.logs import KeepsMetrics
 from llava_mod_hf.training.progress import LossOnBar, StepTimer
 
 INIT = (
@@ -26,7 +27,11 @@ CARD = "self model_name dataset_name tags"
 CALLBACK = "self args state control kwargs"
 # our class → its parent, and the parent's parameters of each method that ours overrides
 OVERRIDDEN = {
-    AdaptTrainer: (SFTTrainer, {"__init__": SFT_INIT}),
+    AdaptTrainer: (
+        SFTTrainer,
+        {"__init__": SFT_INIT, "compute_loss": "self model inputs return_outputs num_items_in_batch"},
+    ),
+    KeepsMetrics: (Trainer, {"log": "self logs start_time"}),
     MimicTrainer: (
         SFTTrainer,
         {
@@ -99,4 +104,4 @@ def test_the_parents_loss_is_where_ours_takes_its_place():
     # the trainer calls `compute_loss`, whose own result is the loss; DPO's hands on to `_compute_loss`
     assert "self.compute_loss(" in inspect.getsource(Trainer.training_step)
     assert "self._compute_loss(model, inputs, return_outputs)" in inspect.getsource(DPOTrainer.compute_loss)
-    assert "self._metrics[mode]" in inspect.getsource(SFTTrainer.log)
+    assert all("self._metrics[mode]" in inspect.getsource(parent.log) for parent in (SFTTrainer, DPOTrainer))

@@ -12,7 +12,6 @@ from trl import DPOConfig, DPOTrainer
 
 from llava_mod_hf.data.grouping import GroupedBatches
 from llava_mod_hf.losses.preference_losses import kto_pair_loss, margin_loss, response_sums, without_tail
-from llava_mod_hf.model.moe_llava_mod import router_losses
 from llava_mod_hf.students.generation import prepare_generation
 from llava_mod_hf.teachers.protocol import row_sets
 from llava_mod_hf.teachers.reference_model import (
@@ -26,6 +25,7 @@ from llava_mod_hf.teachers.reference_model import (
     own_reading,
 )
 from llava_mod_hf.training.logs import KeepsMetrics
+from llava_mod_hf.training.noted_model import NotedModel
 from llava_mod_hf.training.trainable import check_train_modules, train_only, trained_as_before
 from llava_mod_hf.training.trainer_options import check_dependent_options, check_options, check_trainer, check_weights
 
@@ -227,7 +227,7 @@ class PreferenceTrainer(KeepsMetrics, GroupedBatches, DPOTrainer):
                 inputs[name] = without_tail(inputs[name], tail, self.args.ld_alpha)
         else:
             inputs.update(zip(REFERENCE_COLUMNS, self._reference_log_probs(reference_inputs), strict=True))
-        noted = _NotedModel(model, self._base_model(), self.model.config.get_text_config())
+        noted = NotedModel(model, self._base_model(), self.model.config.get_text_config())
         # only here: `evaluate` reads it too, and would compute the references of text rows anew
         precompute_ref_logps, self.precompute_ref_logps = self.precompute_ref_logps, True
         try:
@@ -291,35 +291,6 @@ class PreferenceTrainer(KeepsMetrics, GroupedBatches, DPOTrainer):
     # TRL's card names no base model and another task; `llava-mod publish` writes ours, from measured results.
     def create_model_card(self, *args, **kwargs):
         pass
-
-
-class _NotedModel:
-    """
-    What the parent calls as its model: notes the log-probabilities, and puts the router loss that the student's config
-    names in place of transformers', which is computed from the logits that the router left on its way.
-    """
-
-    def __init__(self, model, base_model, text_config):
-        self.model, self.base_model, self.text_config = model, base_model, text_config
-        self.log_probs = self.z_loss = None
-
-    def __call__(self, fused_lm_head=False, **kwargs):
-        if not fused_lm_head:  # the parent's second forward pass, for deprecated `compute_metrics`
-            return self.model(**kwargs)
-        found = []
-        with_z_loss = getattr(self.text_config, "router_z_loss_coef", 0.0) != 0
-        if with_z_loss:
-            kwargs["output_router_logits"] = True
-        hook = self.base_model.register_forward_hook(lambda *args: found.append(args[-1].get("router_logits")))
-        try:
-            outputs = self.model(**kwargs, fused_lm_head=True)
-        finally:
-            hook.remove()
-        if kwargs.get("output_router_logits") and hasattr(self.text_config, "router_aux_loss_type"):
-            outputs.aux_loss, z_loss = router_losses(found[0], self.text_config, kwargs.get("attention_mask"))
-            self.z_loss = z_loss if with_z_loss else None
-        self.log_probs = outputs.log_probs
-        return outputs
 
 
 def _margins(log_probs):
