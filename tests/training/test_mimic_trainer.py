@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 from torch.nn import functional as F
-from transformers import LlavaConfig, LlavaForConditionalGeneration
+from transformers import LlavaConfig, LlavaForConditionalGeneration, MixtralConfig
 
 from helpers.ddp_gradients import (
     EVALUATED,
@@ -310,7 +310,7 @@ def test_teacher_is_not_trained(models, trainer_of):
 
 def test_without_kl_no_teacher_is_needed(models, trainer_of):
     student, _ = models()
-    trainer = trainer_of(student, None, kl_weight=0.0)
+    trainer = trainer_of(student, None, kl_weight=0.0, temperature=1.0)
     trainer.train()
     assert "kl" not in trainer.state.log_history[0]
     assert trainer.state.log_history[0]["loss"] == pytest.approx(LM_WEIGHT * trainer.state.log_history[0]["lm_loss"])
@@ -415,3 +415,24 @@ def test_a_step_of_the_sparse_stage_trains_ffns_and_adaptor_alone(models, traine
     for name in before:
         if any(part in name for part in ("vision_tower", "self_attn", "embed_tokens", "lm_head", "norm")):
             assert name not in changed
+
+
+def test_a_mixture_of_experts_of_another_kind_is_refused_before_the_first_step(models, trainer_of, processor):
+    teacher = models()[1]
+    text_config = MixtralConfig(
+        vocab_size=teacher.config.text_config.vocab_size,
+        hidden_size=32,
+        intermediate_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        num_local_experts=2,
+    )
+    names = ("image_token_index", "image_seq_length", "vision_feature_layer", "vision_feature_select_strategy")
+    known = {name: value for name, value in teacher.config.to_dict().items() if name in names}
+    student = LlavaForConditionalGeneration(
+        LlavaConfig(vision_config=teacher.config.vision_config, text_config=text_config, **known)
+    )
+    with pytest.raises(ValueError, match="LlavaForConditionalGeneration is a mixture of experts"):
+        trainer_of(student, teacher, router_aux_loss_coef=0.1)
+    trainer_of(student, teacher, router_aux_loss_coef=0.0).train()

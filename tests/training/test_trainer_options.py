@@ -42,6 +42,16 @@ VALUES = {
     "ref_model_mixup_alpha": 0.5,
     "ref_model_sync_steps": 8,
     "label_smoothing_factor": 0.1,
+    "divergence": "reverse_kl",
+    "temperature": 2.0,
+    "teacher_weights": [0.5],
+    "share_vision_tower": False,
+}
+
+# what leaves an option unread, where the default of another is what makes it read
+WITHOUT = {
+    name: {"kl_weight": 0.0, "lm_weight": 1.0}
+    for name in ("divergence", "temperature", "teacher_weights", "share_vision_tower", "shard_teacher")
 }
 
 
@@ -90,9 +100,9 @@ def test_what_is_read_is_read_by_whom_the_tables_say(sources, stage):
 def test_what_would_do_nothing_is_refused_by_the_config_and_in_a_recipe(stage, name, tmp_path):
     value = value_of(stage, name)
     with pytest.raises(ValueError, match=f"`{name}` is {re.escape(repr(value))}, which"):
-        CONFIGS[stage](**SETTINGS, **{name: value})
+        CONFIGS[stage](**SETTINGS, **WITHOUT.get(name, {}), **{name: value})
     recipe = tmp_path / "recipe.yaml"
-    recipe.write_text(yaml.safe_dump({**SETTINGS, name: value}))
+    recipe.write_text(yaml.safe_dump({**SETTINGS, **WITHOUT.get(name, {}), name: value}))
     with pytest.raises(ValueError, match=f"`{name}` is .*, which"):
         recipes.parse([CONFIGS[stage]], ["--config", str(recipe)])
 
@@ -106,8 +116,10 @@ def test_what_another_option_makes_read_is_taken_with_it(stage, name):
         "discopop_tau": {"loss_type": ["sigmoid", "discopop"]},
         "ref_model_mixup_alpha": {"sync_ref_model": True, "reference": "self"},
         "ref_model_sync_steps": {"sync_ref_model": True, "reference": "self"},
-    }[name]
-    assert getattr(CONFIGS[stage](**SETTINGS, **other, **{name: VALUES[name]}), name) == VALUES[name]
+    }.get(name, {})
+    assert other or name in WITHOUT
+    value = value_of(stage, name)
+    assert getattr(CONFIGS[stage](**SETTINGS, **other, **{name: value}), name) == value
 
 
 @pytest.mark.parametrize(

@@ -149,6 +149,11 @@ class MimicTrainer(GroupedBatches, SFTTrainer):
         check_weights("`teacher_weights`", args.teacher_weights, count=len(self.teachers))
         self.teacher_weights = args.teacher_weights or [1 / len(self.teachers) for _ in self.teachers]
         student = self._base_student(self.model)
+        if self._has_router_term and not hasattr(student.config.get_text_config(), "router_aux_loss_type"):
+            raise ValueError(
+                f"{type(student).__name__} is a mixture of experts whose router losses are not known here: give "
+                "`router_aux_loss_coef: 0`, or a student that `upcycle` has made."
+            )
         self.shared_vocab_size = compared_vocab_size(student, self.teachers, self.compat)
         self._student_head = head_without_weights(student)
         self.compat.prepare(student, self.teachers)

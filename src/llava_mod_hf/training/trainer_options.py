@@ -97,6 +97,8 @@ REFUSED = (
 DEPENDENT = (
     (ALL, "activation_offloading", "an accelerator",
      lambda args: torch.accelerator.is_available() and not args.use_cpu),
+    (("mimic",), "divergence temperature teacher_weights share_vision_tower shard_teacher", "`kl_weight`",
+     lambda args: args.kl_weight != 0),
     (("mimic",), "jsd_beta", "`divergence: jsd`", lambda args: args.divergence == "jsd"),
     (("mimic",), "on_policy_max_new_tokens", "`on_policy_share`", lambda args: args.on_policy_share != 0),
     (("prefer",), "f_alpha_divergence_coef", "`f_divergence_type: alpha_divergence`",
