@@ -77,11 +77,11 @@ def train(variant, folder, seed, args, output_dir):
             qs.STAGES["mimic_sparse"].groups, [*argv, "--student", str(folder / "mimic_sparse"), *chosen, *options]
         )
         groups[2].moe_layers = None  # the student has its experts
-        run = mimic.mimic(*groups)
+        run = mimic.run(*groups)
     else:
         reference, loss = variant.split()
         options += ["--reference", reference, "--loss_type", loss]
-        run = prefer.prefer(*qs.parse_stage("prefer", folder, seed, *options))
+        run = prefer.run(*qs.parse_stage("prefer", folder, seed, *options))
     last = [entry for entry in run["log_history"] if "loss" in entry][-1]
     return {name: last[name] for name in LOGGED if name in last}
 

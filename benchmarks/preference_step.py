@@ -29,10 +29,11 @@ from trl import DPOTrainer
 
 from llava_mod_hf import LlavaModConfig, LlavaModForConditionalGeneration, PreferenceConfig, PreferenceTrainer
 from llava_mod_hf.commands.arguments import DistillArguments
-from llava_mod_hf.commands.cache_reference import ReferenceCommand, run_cache_reference
+from llava_mod_hf.commands.cache_reference import ReferenceCommand
+from llava_mod_hf.commands.cache_reference import run as run_cache_reference
 from llava_mod_hf.commands.pretrain import image_processor, train_tokenizer
 from llava_mod_hf.data import easy_vqa
-from llava_mod_hf.data.load import DataArguments
+from llava_mod_hf.data.arguments import DataArguments
 from llava_mod_hf.loading import load_model_and_processor
 from llava_mod_hf.teachers.reference_model import REFERENCE_COLUMNS, CachedReference, NoReference
 from llava_mod_hf.training.progress import StepTimer

@@ -19,8 +19,10 @@ from torch.utils.data import DataLoader
 
 from llava_mod_hf import MimicConfig, build_student
 from llava_mod_hf.commands.arguments import DistillArguments, UpcycleArguments
-from llava_mod_hf.commands.cache_teacher import CacheCommand, response_collator, run_cache_teacher
-from llava_mod_hf.data.load import DataArguments, load_rows
+from llava_mod_hf.commands.cache_teacher import CacheCommand, response_collator
+from llava_mod_hf.commands.cache_teacher import run as run_cache_teacher
+from llava_mod_hf.data.arguments import DataArguments
+from llava_mod_hf.data.load import load_rows
 from llava_mod_hf.loading import load_model_and_processor
 from llava_mod_hf.losses.divergences import divergence_rows, top_k_forward_kl
 from llava_mod_hf.losses.rows import shift_for_next_token

@@ -19,9 +19,10 @@ from PIL import Image
 from safetensors.torch import load_file
 from transformers import AutoConfig
 
+import llava_mod_cli
 from helpers.published_models import PUBLISHED, published_config, save_small, without_video
+from llava_mod_cli import main
 from llava_mod_hf import recipes
-from llava_mod_hf.cli import COMMANDS, main, named
 
 ROOT = Path(__file__).parents[1]
 RECIPES = ["qwen2-0.5b", "qwen2-1.5b", "qwen3-0.6b"]
@@ -33,7 +34,7 @@ DATA = {
     "4_prefer": "rlaif-v.parquet",
 }
 ACCELERATE = {"single_gpu": "NO", "ddp": "MULTI_GPU", "fsdp2": "FSDP", "zero2": "DEEPSPEED", "zero3": "DEEPSPEED"}
-LAUNCHER = ["-m", "llava_mod_hf.cli"]
+LAUNCHER = ["-m", "llava_mod_cli"]
 # What a machine for tests lacks: a GPU and time
 SHORT = {
     "max_steps": 2,
@@ -61,7 +62,7 @@ def commands(recipe):
 
 
 def parse(command, argv):
-    return recipes.parse([named(group) for group in COMMANDS[command][2]], argv)
+    return recipes.parse(llava_mod_cli.commands()[command].groups(), argv)
 
 
 # What recipes say

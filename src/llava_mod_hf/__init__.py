@@ -9,9 +9,9 @@ __version__ = "0.1.0"
 
 # The trainers pull in TRL, which takes seconds: they are imported when asked for.
 _LAZY = {
-    "MimicConfig": "training.mimic_trainer",
+    "MimicConfig": "training.mimic_config",
     "MimicTrainer": "training.mimic_trainer",
-    "PreferenceConfig": "training.preference_trainer",
+    "PreferenceConfig": "training.preference_config",
     "PreferenceTrainer": "training.preference_trainer",
     "build_student": "students.build",
     "convert_checkpoint": "students.conversion",

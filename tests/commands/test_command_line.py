@@ -8,8 +8,8 @@ import yaml
 from datasets import Dataset
 from huggingface_hub import HfApi, snapshot_download
 
+from llava_mod_cli import commands, main
 from llava_mod_hf import loading, recipes
-from llava_mod_hf.cli import COMMANDS, main, named
 from llava_mod_hf.data import easy_vqa
 from llava_mod_hf.loading import load_model_and_processor
 from llava_mod_hf.publishing.checks import check_publishable
@@ -46,7 +46,7 @@ def recipe(tmp_path):
 
 
 def parse(command, argv):
-    return recipes.parse([named(group) for group in COMMANDS[command][2]], argv)
+    return recipes.parse(commands()[command].groups(), argv)
 
 
 def refused(capsys, *argv):
@@ -65,11 +65,11 @@ def test_help_names_every_command(capsys, argv):
     assert main(argv) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].startswith("usage: llava-mod COMMAND")
-    assert [line.split()[0] for line in lines[2:]] == list(COMMANDS)
-    assert all(summary in line for line, (*_, summary) in zip(lines[2:], COMMANDS.values(), strict=True))
+    assert [line.split()[0] for line in lines[2:]] == list(commands())
+    assert all(command.summary in line for line, command in zip(lines[2:], commands().values(), strict=True))
 
 
-@pytest.mark.parametrize("command", COMMANDS)
+@pytest.mark.parametrize("command", commands())
 def test_help_of_a_command_names_its_options(capsys, command):
     with pytest.raises(SystemExit) as exit_info:
         main([command, "--help"])
@@ -82,7 +82,7 @@ def test_help_of_a_command_names_its_options(capsys, command):
 
 def test_unknown_command(capsys):
     message = refused(capsys, "distill", "--config", "recipe.yaml")
-    assert message == f"llava-mod: there is no command `distill`: give one of {', '.join(COMMANDS)}.\n"
+    assert message == f"llava-mod: there is no command `distill`: give one of {', '.join(commands())}.\n"
 
 
 @pytest.mark.parametrize(

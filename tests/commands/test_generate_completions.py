@@ -8,11 +8,13 @@ from PIL import Image
 
 from helpers.ddp_gradients import RUN
 from helpers.models import sharpen
-from llava_mod_hf.cli import main
+from llava_mod_cli import main
 from llava_mod_hf.commands import generate_completions
-from llava_mod_hf.commands.generate_completions import GenerationArguments, run_generate_completions
+from llava_mod_hf.commands.generate_completions import GenerationArguments
+from llava_mod_hf.commands.generate_completions import run as run_generate_completions
 from llava_mod_hf.data import easy_vqa
-from llava_mod_hf.data.load import DataArguments, load_rows
+from llava_mod_hf.data.arguments import DataArguments
+from llava_mod_hf.data.load import load_rows
 from llava_mod_hf.evaluation.answers import generate_answers, sample_answers
 
 ROWS, SHARD = 7, 3

@@ -6,8 +6,8 @@ import pytest
 from huggingface_hub import constants
 from transformers import CLIPConfig, CLIPVisionConfig, Qwen2Config, Qwen3MoeConfig
 
+from llava_mod_cli import main
 from llava_mod_hf import LlavaModConfig
-from llava_mod_hf.cli import main
 from llava_mod_hf.commands import info
 from llava_mod_hf.commands.arguments import UpcycleArguments
 from llava_mod_hf.commands.info import load_config, student_info
@@ -216,7 +216,7 @@ def test_bad_input_is_one_sentence(capsys, monkeypatch, argv, sentence):
 def test_recipe_without_a_student(tmp_path):
     (tmp_path / "recipe.yaml").write_text("teacher: embedded:tiny-teacher\n")
     with pytest.raises(ValueError, match="names no `student`, nor a `vision_tower` and a `language_model`"):
-        info.run_info(UpcycleArguments(), info.InfoCommand(model=str(tmp_path / "recipe.yaml")))
+        info.run(UpcycleArguments(), info.InfoCommand(model=str(tmp_path / "recipe.yaml")))
 
 
 def test_nothing_is_allocated(published):

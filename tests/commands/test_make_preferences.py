@@ -8,11 +8,13 @@ import yaml
 
 from helpers.ddp_gradients import RUN
 from helpers.models import extend, prompt_inputs, sharpen
-from llava_mod_hf.cli import main
+from llava_mod_cli import main
 from llava_mod_hf.commands import make_preferences
-from llava_mod_hf.commands.make_preferences import PairArguments, answer_log_probs, best_and_worst, run_make_preferences
+from llava_mod_hf.commands.make_preferences import PairArguments, answer_log_probs, best_and_worst
+from llava_mod_hf.commands.make_preferences import run as run_make_preferences
 from llava_mod_hf.data import easy_vqa
-from llava_mod_hf.data.load import DataArguments, load_rows
+from llava_mod_hf.data.arguments import DataArguments
+from llava_mod_hf.data.load import load_rows
 from llava_mod_hf.evaluation.answers import sample_answers
 
 ROWS = 5

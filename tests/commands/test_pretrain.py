@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from llava_mod_cli import main
 from llava_mod_hf import load_model_and_processor
-from llava_mod_hf.cli import main
 
 ROOT = Path(__file__).parents[2]
 

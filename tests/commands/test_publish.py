@@ -12,8 +12,8 @@ from huggingface_hub import ModelCard
 
 from helpers.leaks import find_leaks, private_words
 from helpers.publishing import tree
+from llava_mod_cli import main
 from llava_mod_hf import push_checkpoint
-from llava_mod_hf.cli import main
 from llava_mod_hf.loading import load_model_and_processor
 
 REPO = "me/student"

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from llava_mod_hf.commands import quickstart as qs
-from llava_mod_hf.commands.quickstart import QuickstartArguments, load_elsewhere, plan_steps, quickstart
+from llava_mod_hf.commands.quickstart import QuickstartArguments, load_elsewhere, plan_steps
+from llava_mod_hf.commands.quickstart import run as quickstart
 from llava_mod_hf.data.easy_vqa import COLORS, SHAPES
 
 STAGES = ("adapt", "mimic_dense", "mimic_sparse", "prefer", "sft")

@@ -13,13 +13,13 @@ from transformers import AutoModelForImageTextToText, AutoProcessor, HfArgumentP
 from helpers.ddp_gradients import RUN, sharpened
 from llava_mod_hf import MimicConfig, MimicTrainer, PreferenceConfig
 from llava_mod_hf.commands import adapt as adapt_module
-from llava_mod_hf.commands import arguments
 from llava_mod_hf.commands import mimic as mimic_module
+from llava_mod_hf.commands import parts
 from llava_mod_hf.commands import prefer as prefer_module
 from llava_mod_hf.commands.arguments import DistillArguments, StudentArguments, UpcycleArguments
-from llava_mod_hf.data.load import DataArguments
+from llava_mod_hf.data.arguments import DataArguments
 from llava_mod_hf.training import progress
-from llava_mod_hf.training.adapt_trainer import AdaptConfig
+from llava_mod_hf.training.adapt_config import AdaptConfig
 from llava_mod_hf.training.checkpoints import last_complete_checkpoint
 
 TOKEN = "hf_not_a_token"
@@ -51,13 +51,13 @@ def data_arguments(config="mixture"):
 
 def adapt(folders, output_dir):
     student_args = StudentArguments(vision_tower=folders["teacher"], language_model=folders["language_model"])
-    return adapt_module.adapt(
+    return adapt_module.run(
         data_arguments("captions"), student_args, AdaptConfig(output_dir=str(output_dir), **ARGUMENTS)
     )
 
 
 def mimic(folders, output_dir, moe_layers=None, **args):
-    return mimic_module.mimic(
+    return mimic_module.run(
         data_arguments(),
         DistillArguments(student=folders["student"], teacher=folders["teacher"]),
         UpcycleArguments(moe_layers=moe_layers),
@@ -68,7 +68,7 @@ def mimic(folders, output_dir, moe_layers=None, **args):
 def prefer(folders, output_dir):
     distill_args = DistillArguments(student=folders["student"], teacher=folders["teacher"])
     args = PreferenceConfig(output_dir=str(output_dir), **ARGUMENTS)
-    return prefer_module.prefer(data_arguments("preferences"), distill_args, args)
+    return prefer_module.run(data_arguments("preferences"), distill_args, args)
 
 
 GROUPS = {
@@ -153,7 +153,7 @@ def test_upcycling_at_the_start_keeps_the_students_function(folders, tmp_path):
 )
 def test_placements_of_a_recipe(make_student, moe_layers, expected):
     args = UpcycleArguments(moe_layers=moe_layers, num_experts=3, num_experts_per_tok=1)
-    student = arguments.upcycle_student(make_student(moe_layers=[]), args, router_aux_loss_coef=0.5)
+    student = parts.upcycle_student(make_student(moe_layers=[]), args, router_aux_loss_coef=0.5)
     assert student.config.moe_layers == expected
     assert (student.config.num_experts, student.config.num_experts_per_tok) == (3, 1)
     assert student.config.router_aux_loss_coef == 0.5
@@ -161,7 +161,7 @@ def test_placements_of_a_recipe(make_student, moe_layers, expected):
 
 def test_without_placement_the_student_stays(make_student):
     student = make_student(moe_layers=[])
-    assert arguments.upcycle_student(student, UpcycleArguments()) is student
+    assert parts.upcycle_student(student, UpcycleArguments()) is student
 
 
 class StopsAt(TrainerCallback):

@@ -9,7 +9,8 @@ from datasets import Dataset, Features, List, Value
 from datasets import Image as ImageFeature
 from PIL import Image
 
-from llava_mod_hf.data.load import DataArguments, load_rows
+from llava_mod_hf.data.arguments import DataArguments
+from llava_mod_hf.data.load import load_rows
 
 COLUMNS = ("prompt", "completion")
 

@@ -14,7 +14,7 @@ from safetensors.numpy import save_file
 from helpers.leaks import find_leaks, private_words
 from llava_mod_hf.commands.arguments import DistillArguments
 from llava_mod_hf.commands.cache_teacher import CacheCommand, finish_cache
-from llava_mod_hf.data.load import DataArguments
+from llava_mod_hf.data.arguments import DataArguments
 from llava_mod_hf.data.parquet_shards import write_shards
 from llava_mod_hf.publishing.push import push_dataset
 

@@ -40,11 +40,11 @@ from transformers import (
 from llava_mod_hf import build_student
 from llava_mod_hf.commands import adapt
 from llava_mod_hf.commands.arguments import StudentArguments
-from llava_mod_hf.data.load import DataArguments
+from llava_mod_hf.data.arguments import DataArguments
 from llava_mod_hf.loading import resolve
 from llava_mod_hf.students import build as build_module
 from llava_mod_hf.students.vision_layout import vision_layout
-from llava_mod_hf.training.adapt_trainer import AdaptConfig
+from llava_mod_hf.training.adapt_config import AdaptConfig
 
 LANGUAGE_MODEL = "embedded:tiny-student-lm"
 SIZES = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 2}
@@ -211,7 +211,7 @@ def test_dtype_of_a_recipe(monkeypatch, tmp_path):
     student_args = StudentArguments("embedded:tiny-teacher", LANGUAGE_MODEL, student_dtype="bfloat16")
     data_args = DataArguments(dataset_name="embedded:easy-vqa", dataset_config="captions", max_samples=2)
     with pytest.raises(Built, match="bfloat16"):
-        adapt.adapt(data_args, student_args, AdaptConfig(output_dir=str(tmp_path), use_cpu=True, bf16=False))
+        adapt.run(data_args, student_args, AdaptConfig(output_dir=str(tmp_path), use_cpu=True, bf16=False))
 
 
 def test_no_weight_is_copied(encoders, monkeypatch):

@@ -32,8 +32,8 @@ from helpers.authors_layout import (
     vision_shapes,
 )
 from helpers.models import image_batch, stock_twin
+from llava_mod_cli import main
 from llava_mod_hf import LlavaModConfig, LlavaModForConditionalGeneration
-from llava_mod_hf.cli import main
 from llava_mod_hf.loading import load_model_and_processor
 from llava_mod_hf.students.conversion import convert_checkpoint, place_weights
 from llava_mod_hf.students.conversion_layouts import read_layout

@@ -13,7 +13,8 @@ from helpers.models import image_batch
 from llava_mod_hf import MimicConfig, MimicTrainer, PreferenceConfig, PreferenceTrainer, build_student, upcycle
 from llava_mod_hf.data import easy_vqa
 from llava_mod_hf.students.generation import never_said, prepare_generation
-from llava_mod_hf.training.adapt_trainer import AdaptConfig, AdaptTrainer
+from llava_mod_hf.training.adapt_config import AdaptConfig
+from llava_mod_hf.training.adapt_trainer import AdaptTrainer
 
 SPECIAL = ["<|pad|>", "<image>", "<|system|>", "<|user|>", "<|assistant|>"]
 ARGUMENTS = {"max_steps": 1, "per_device_train_batch_size": 2, "use_cpu": True, "report_to": "none", "bf16": False}

@@ -8,8 +8,8 @@ import torch
 from transformers import AutoModelForImageTextToText, LlavaForConditionalGeneration
 
 from helpers.models import assert_same_logits, image_batch, sharpen, stock_twin
+from llava_mod_cli import main
 from llava_mod_hf import LlavaModConfig, LlavaModForConditionalGeneration, export_stock, merge_experts, upcycle
-from llava_mod_hf.cli import main
 from llava_mod_hf.students.stock_export import expert_weights
 
 

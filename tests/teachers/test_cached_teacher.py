@@ -20,14 +20,17 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoProcessor
 from trl.trainer.sft_trainer import DataCollatorForVisionLanguageModeling
 
+import llava_mod_cli
 from helpers.ddp_gradients import RUN, assert_gradients_close, raw_gradients, sharpened
 from helpers.hub_server import HubServer
-from llava_mod_hf import MimicConfig, MimicTrainer, cli
+from llava_mod_hf import MimicConfig, MimicTrainer
 from llava_mod_hf.commands import cache_teacher, mimic
 from llava_mod_hf.commands.arguments import DistillArguments, UpcycleArguments
-from llava_mod_hf.commands.cache_teacher import CacheCommand, run_cache_teacher
+from llava_mod_hf.commands.cache_teacher import CacheCommand
+from llava_mod_hf.commands.cache_teacher import run as run_cache_teacher
+from llava_mod_hf.commands.parts import settings_of_teacher
 from llava_mod_hf.data import easy_vqa
-from llava_mod_hf.data.load import DataArguments
+from llava_mod_hf.data.arguments import DataArguments
 from llava_mod_hf.fingerprints import row_key, weights_hash
 from llava_mod_hf.loading import load_model_and_processor
 from llava_mod_hf.losses.rows import shift_for_next_token
@@ -150,10 +153,10 @@ def test_the_stage_trains_from_a_cache_with_no_teacher_in_memory(models, caches,
         groups = list(recipe(models, tmp_path / "unused", "teacher", max_steps=2))
         groups[1].teacher_cache = cache
         groups[-1].output_dir = str(folder)
-        return mimic.mimic(*groups)
+        return mimic.run(*groups)
 
     live = run(tmp_path / "live", None)
-    monkeypatch.setattr(DistillArguments, "load_teacher", lambda *_: pytest.fail("the teacher was loaded"))
+    monkeypatch.setattr(mimic, "load_teacher", lambda *_: pytest.fail("the teacher was loaded"))
     cached = run(tmp_path / "cached", str(caches["teacher"]))
     for key in ("first_loss", "last_loss"):
         assert cached[key] == pytest.approx(live[key], abs=1e-5)
@@ -268,7 +271,7 @@ def trained_from(models, folder, **changes):
     groups = recipe(models, folder, **{k: v for k, v in changes.items() if k in ("temperature", "bf16")})
     distill = dataclasses.replace(groups[1], **{k: v for k, v in changes.items() if k.startswith("teacher_")})
     processor = changes.get("processor") or AutoProcessor.from_pretrained(models["student"])
-    teacher = CachedTeacher(str(folder), expected=distill.teacher_settings(trust_remote_code=False))
+    teacher = CachedTeacher(str(folder), expected=settings_of_teacher(distill, trust_remote_code=False))
     teacher.check_run(groups[-1], processor, changes.get("rows") or train_rows())
     return teacher
 
@@ -456,7 +459,7 @@ def test_launched_processes_share_the_work(models, caches, tmp_path):
         **{**RUN, "seed": SEED, "temperature": TEMPERATURE, "per_device_train_batch_size": 4},
     }
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(values))
-    command = [sys.executable, "-m", "llava_mod_hf.cli", "cache-teacher", "--config", str(tmp_path / "recipe.yaml")]
+    command = [sys.executable, "-m", "llava_mod_cli", "cache-teacher", "--config", str(tmp_path / "recipe.yaml")]
     command += ["--top_k", str(ALL), "--log_probs_dtype", "float32", "--shard_size", "8"]
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -522,5 +525,5 @@ def test_options_that_cannot_be_are_refused(wrong):
 
 def test_a_recipe_without_a_cache_is_refused(models, tmp_path, capsys):
     arguments = ["--dataset_name", "embedded:easy-vqa", "--student", "s", "--teacher", "t", "--use_cpu", "true"]
-    assert cli.main(["cache-teacher", *arguments, "--output_dir", str(tmp_path), "--bf16", "false"]) == 2
+    assert llava_mod_cli.main(["cache-teacher", *arguments, "--output_dir", str(tmp_path), "--bf16", "false"]) == 2
     assert "teacher_cache" in capsys.readouterr().err

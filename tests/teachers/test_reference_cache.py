@@ -10,14 +10,16 @@ from datasets import load_dataset
 from safetensors.torch import load_file, save_file
 from transformers import AutoProcessor
 
+import llava_mod_cli
 from helpers.ddp_gradients import RUN, assert_gradients_close, raw_gradients, sharpened
 from helpers.preference_trainers import log_probabilities, uneven
-from llava_mod_hf import PreferenceConfig, PreferenceTrainer, cli
+from llava_mod_hf import PreferenceConfig, PreferenceTrainer
 from llava_mod_hf.commands import cache_reference, prefer
 from llava_mod_hf.commands.arguments import DistillArguments
-from llava_mod_hf.commands.cache_reference import ReferenceCommand, run_cache_reference
+from llava_mod_hf.commands.cache_reference import ReferenceCommand
+from llava_mod_hf.commands.cache_reference import run as run_cache_reference
 from llava_mod_hf.data import easy_vqa
-from llava_mod_hf.data.load import DataArguments
+from llava_mod_hf.data.arguments import DataArguments
 from llava_mod_hf.loading import load_model_and_processor
 from llava_mod_hf.teachers.reference_model import REFERENCE_COLUMNS, TAIL_COLUMNS, CachedReference, pair_collator
 
@@ -122,12 +124,12 @@ def test_precomputed_and_live_have_the_same_loss_and_gradients(models, caches, t
 
 def test_the_stage_trains_from_a_cache_with_no_teacher_in_memory(models, caches, tmp_path, monkeypatch):
     options = {"max_steps": 2, "learning_rate": 1e-2, "loss_type": ["kto_pair"]}
-    live = prefer.prefer(*groups(models, None, tmp_path / "live", **options))
-    monkeypatch.setattr(DistillArguments, "load_teacher", lambda *_: pytest.fail("the teacher was loaded"))
-    cached = prefer.prefer(*groups(models, caches["teacher"], tmp_path / "cached", **options))
+    live = prefer.run(*groups(models, None, tmp_path / "live", **options))
+    monkeypatch.setattr(prefer, "load_teacher", lambda *_: pytest.fail("the teacher was loaded"))
+    cached = prefer.run(*groups(models, caches["teacher"], tmp_path / "cached", **options))
     for figure in ("first_loss", "last_loss"):
         assert cached[figure] == pytest.approx(live[figure], abs=1e-5)
-    itself = prefer.prefer(*groups(models, None, tmp_path / "self", **options, reference="self"))
+    itself = prefer.run(*groups(models, None, tmp_path / "self", **options, reference="self"))
     assert abs(itself["first_loss"] - live["first_loss"]) > 1e-3
 
 
@@ -157,7 +159,7 @@ def test_a_cache_of_another_making_is_refused(models, caches, tmp_path):
     def refused(message, cache, **changes):
         chosen = groups({**models, **changes}, cache, tmp_path / "run")
         with pytest.raises(ValueError, match=message):
-            prefer.prefer(*chosen)
+            prefer.run(*chosen)
 
     retrained = tmp_path / "retrained"
     shutil.copytree(models["teacher"], retrained)
@@ -177,7 +179,7 @@ def test_a_cache_of_another_making_is_refused(models, caches, tmp_path):
     more = groups(models, caches["teacher"], tmp_path / "run")
     more = (dataclasses.replace(more[0], max_samples=NUM_ROWS + 3), *more[1:])
     with pytest.raises(ValueError, match=f"lacks 3 of {NUM_ROWS + 3} rows .* by `llava-mod cache-reference`"):
-        prefer.prefer(*more)
+        prefer.run(*more)
 
 
 def cached_trainer(models, cache, tmp_path, rows, **changes):
@@ -216,9 +218,9 @@ def test_the_command_writes_a_card_and_pushes(models, tmp_path, hub, capsys):
     argv = ["--student", models["student"], "--teacher", models["teacher"], "--teacher_cache", str(folder)]
     argv += ["--dataset_name", "embedded:easy-vqa", "--dataset_config", "preferences", "--max_samples", "4"]
     argv += ["--output_dir", str(tmp_path / "run"), "--use_cpu", "true", "--bf16", "false"]
-    assert cli.main(["cache-reference", *argv, "--push_to", "somebody/pairs"]) == 0, capsys.readouterr().err
+    assert llava_mod_cli.main(["cache-reference", *argv, "--push_to", "somebody/pairs"]) == 0, capsys.readouterr().err
     card = (folder / "README.md").read_text()
     assert "4 pairs of `embedded:easy-vqa`" in card and "teacher_cache: somebody/pairs" in card
     assert models["teacher"] not in card
-    assert cli.main(["cache-reference", *argv, "--reference", "self"]) == 2
+    assert llava_mod_cli.main(["cache-reference", *argv, "--reference", "self"]) == 2
     assert "a cache is of the teacher" in capsys.readouterr().err

@@ -19,7 +19,7 @@ from llava_mod_hf import PreferenceConfig
 from llava_mod_hf.commands.pretrain import image_processor
 from llava_mod_hf.losses import preference_losses
 from llava_mod_hf.teachers.reference_model import REFERENCE_COLUMNS, TAIL_COLUMNS
-from llava_mod_hf.training import preference_trainer as preference_trainer_module
+from llava_mod_hf.training.preference_config import PARENT_LOSSES, SMOOTHED_LOSSES
 
 PAIRS = 4
 
@@ -261,10 +261,8 @@ def test_what_is_relied_on_in_trl():
     # its losses, and those that read the label smoothing
     branches = re.split(r'if loss_type == "(\w+)":', source)[1:]
     bodies = dict(zip(branches[::2], branches[1::2], strict=True))
-    assert set(bodies) == set(preference_trainer_module.PARENT_LOSSES)
-    assert {
-        name for name, body in bodies.items() if "label_smoothing" in body
-    } == preference_trainer_module.SMOOTHED_LOSSES
+    assert set(bodies) == set(PARENT_LOSSES)
+    assert {name for name, body in bodies.items() if "label_smoothing" in body} == SMOOTHED_LOSSES
     # its collator for images drops the reference's columns, and it would load a reference that nobody gave
     collator = inspect.getsource(dpo_trainer.DataCollatorForVisionPreference.torch_call)
     assert "ref_chosen_logps" not in collator

@@ -14,7 +14,8 @@ from transformers import (
 
 from helpers.ddp_gradients import RUN, mimic_trainer, raw_gradients, rows, text_rows
 from helpers.preference_trainers import preference_trainer
-from llava_mod_hf.training.adapt_trainer import AdaptConfig, AdaptTrainer
+from llava_mod_hf.training.adapt_config import AdaptConfig
+from llava_mod_hf.training.adapt_trainer import AdaptTrainer
 from llava_mod_hf.training.trainable import set_trainable, train_only
 
 KINDS = ("adapt", "mimic", "prefer")

@@ -15,7 +15,8 @@ import llava_mod_hf
 from helpers.ddp_gradients import RUN, mimic_trainer, rows
 from helpers.preference_trainers import preference_trainer
 from llava_mod_hf import MimicConfig, MimicTrainer, PreferenceConfig, PreferenceTrainer, recipes
-from llava_mod_hf.training.adapt_trainer import AdaptConfig, AdaptTrainer
+from llava_mod_hf.training.adapt_config import AdaptConfig
+from llava_mod_hf.training.adapt_trainer import AdaptTrainer
 from llava_mod_hf.training.trainer_options import DEPENDENT, REFUSED, verdicts
 
 CONFIGS = {"adapt": AdaptConfig, "mimic": MimicConfig, "prefer": PreferenceConfig}

@@ -2,14 +2,16 @@
 
 from pathlib import Path
 
-from llava_mod_hf.commands.arguments import fit_to_recipe
+from llava_mod_hf.commands.parts import fit_to_recipe
 from llava_mod_hf.data.load import load_rows
 from llava_mod_hf.students.build import build_student
 from llava_mod_hf.training.adapt_trainer import AdaptTrainer
 from llava_mod_hf.training.run_folder import start_run, train_and_save
 
+OPTIONS = ("data.arguments:DataArguments", "commands.arguments:StudentArguments", "training.adapt_config:AdaptConfig")
 
-def adapt(data_args, student_args, args):
+
+def run(data_args, student_args, args):
     """Adaptor initialisation: next-token cross-entropy, only the adaptor is trained (paper, stage 1)."""
     recipe = start_run(data_args, student_args, args)
     rows = load_rows(data_args, columns=("prompt", "completion"), seed=args.seed, num_proc=args.dataset_num_proc)

@@ -12,16 +12,26 @@ from tqdm.auto import tqdm
 from trl.trainer.dpo_trainer import DataCollatorForVisionPreference
 from trl.trainer.utils import add_fused_lm_head
 
-from llava_mod_hf.commands.arguments import DistillArguments, fit_to_recipe
+from llava_mod_hf.commands.arguments import DistillArguments
 from llava_mod_hf.commands.cache_teacher import ShardArguments, finish_cache
-from llava_mod_hf.data.load import DataArguments, load_rows
+from llava_mod_hf.commands.parts import fit_to_recipe, load_teacher, settings_of_teacher
+from llava_mod_hf.data.arguments import DataArguments
+from llava_mod_hf.data.load import load_rows
 from llava_mod_hf.data.parquet_shards import write_shards
 from llava_mod_hf.fingerprints import row_key
 from llava_mod_hf.loading import load_model_and_processor
 from llava_mod_hf.losses.preference_losses import response_sums
 from llava_mod_hf.teachers.answer_cache import preference_settings
 from llava_mod_hf.teachers.reference_model import REFERENCE_COLUMNS, TAIL_COLUMNS, own_reading
-from llava_mod_hf.training.preference_trainer import CHECKED_ROWS, PreferenceConfig
+from llava_mod_hf.training.preference_config import PreferenceConfig
+from llava_mod_hf.training.preference_trainer import CHECKED_ROWS
+
+OPTIONS = (
+    "data.arguments:DataArguments",
+    "commands.arguments:DistillArguments",
+    "training.preference_config:PreferenceConfig",
+    "commands.cache_reference:ReferenceCommand",
+)
 
 NUMBERS = REFERENCE_COLUMNS + TAIL_COLUMNS
 
@@ -97,9 +107,7 @@ class ReferenceWriter:
         return torch.cat(response_sums(log_probs, mask[:, 1:])).float().cpu()
 
 
-def run_cache_reference(
-    data_args: DataArguments, distill_args: DistillArguments, args: PreferenceConfig, cache_args: ReferenceCommand
-):
+def run(data_args: DataArguments, distill_args: DistillArguments, args: PreferenceConfig, cache_args: ReferenceCommand):
     """
     Writes the teacher's log-probabilities of the pairs of a preference recipe into its `teacher_cache`.
 
@@ -118,14 +126,14 @@ def run_cache_reference(
     if not hasattr(rows, "__len__"):
         raise ValueError("A cache has a row for each of a known number: leave out `streaming`.")
     rows = fit_to_recipe(rows, processor, data_args, args)
-    teacher, teacher_processor = distill_args.load_teacher(trust)
+    teacher, teacher_processor = load_teacher(distill_args, trust)
     if distill_args.teacher_quantization is None and distill_args.teacher_device is None:
         teacher.to(args.device)
     collate = DataCollatorForVisionPreference(processor, max_length=args.max_length)
     examples = [rows[number] for number in range(min(CHECKED_ROWS, len(rows)))]
     own = own_reading(student, teacher, processor, teacher_processor, collate=collate, examples=examples)
 
-    settings = {**preference_settings(args, processor), **distill_args.teacher_settings(trust)}
+    settings = {**preference_settings(args, processor), **settings_of_teacher(distill_args, trust)}
     make = ReferenceWriter(teacher, collate if own is None else own.collator, rows, args)
     written = write_shards(
         folder, len(rows), settings, make, shard_size=cache_args.shard_size, process=process, num_processes=processes

@@ -13,8 +13,10 @@ from tqdm.auto import tqdm
 from trl.chat_template_utils import get_training_chat_template, has_generation_markers
 from trl.trainer.sft_trainer import DataCollatorForVisionLanguageModeling
 
-from llava_mod_hf.commands.arguments import DistillArguments, UpcycleArguments, fit_to_recipe
-from llava_mod_hf.data.load import DataArguments, load_rows
+from llava_mod_hf.commands.arguments import DistillArguments, UpcycleArguments
+from llava_mod_hf.commands.parts import fit_to_recipe, load_teacher, settings_of_teacher
+from llava_mod_hf.data.arguments import DataArguments
+from llava_mod_hf.data.load import load_rows
 from llava_mod_hf.data.parquet_shards import check_shards, shard_path, write_shards
 from llava_mod_hf.fingerprints import row_key
 from llava_mod_hf.loading import load_model_and_processor
@@ -24,7 +26,15 @@ from llava_mod_hf.publishing.push import push_dataset
 from llava_mod_hf.recipes import packaged
 from llava_mod_hf.teachers.answer_cache import cache_features, cached_rows, mimic_settings, top_k_log_probs
 from llava_mod_hf.teachers.live_teacher import LiveTeacher
-from llava_mod_hf.training.mimic_trainer import MimicConfig
+from llava_mod_hf.training.mimic_config import MimicConfig
+
+OPTIONS = (
+    "data.arguments:DataArguments",
+    "commands.arguments:DistillArguments",
+    "commands.arguments:UpcycleArguments",
+    "training.mimic_config:MimicConfig",
+    "commands.cache_teacher:CacheCommand",
+)
 
 logger = logging.getLogger(__name__)
 
@@ -142,7 +152,7 @@ class TeacherWriter:
         return concatenate_datasets(found)
 
 
-def run_cache_teacher(
+def run(
     data_args: DataArguments,
     distill_args: DistillArguments,
     upcycle_args: UpcycleArguments,
@@ -165,7 +175,7 @@ def run_cache_teacher(
     if not hasattr(rows, "__len__"):
         raise ValueError("A cache has a row for each of a known number: leave out `streaming`.")
     rows = fit_to_recipe(rows, processor, data_args, args)
-    model, teacher_processor = distill_args.load_teacher(trust)
+    model, teacher_processor = load_teacher(distill_args, trust)
     if distill_args.teacher_quantization is None and distill_args.teacher_device is None:
         model.to(args.device)
     collator = response_collator(processor, args, rows.column_names)
@@ -179,7 +189,7 @@ def run_cache_teacher(
     top_k = min(cache_args.top_k, vocabulary)
     settings = {
         **mimic_settings(args, processor, rows.column_names),
-        **distill_args.teacher_settings(trust),
+        **settings_of_teacher(distill_args, trust),
         "vocabulary": vocabulary,
         "top_k": top_k,
         "log_probs": cache_args.log_probs_dtype,

@@ -5,6 +5,8 @@ from dataclasses import dataclass, field
 from llava_mod_hf.students.conversion import convert_checkpoint
 from llava_mod_hf.training.run_folder import check_output_dir, save_checkpoint
 
+OPTIONS = ("commands.convert:ConvertCommand",)
+
 
 @dataclass
 class ConvertCommand:
@@ -28,7 +30,7 @@ class ConvertCommand:
     dtype: str | None = None
 
 
-def run_convert(args: ConvertCommand):
+def run(args: ConvertCommand):
     """A checkpoint of another layout → a student of this package."""
     check_output_dir(args.output_dir)
     options = {name: value for name, value in vars(args).items() if name != "output_dir"}

@@ -5,12 +5,15 @@ import logging
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from llava_mod_hf.data.load import DataArguments, load_rows
+from llava_mod_hf.data.arguments import DataArguments
+from llava_mod_hf.data.load import load_rows
 from llava_mod_hf.evaluation.answers import evaluate_blind, evaluate_model
 from llava_mod_hf.evaluation.expert_load import expert_load
 from llava_mod_hf.loading import load_model_and_processor
 from llava_mod_hf.publishing.provenance import RESULTS_FILE
 from llava_mod_hf.training.run_folder import write_json
+
+OPTIONS = ("data.arguments:DataArguments", "commands.evaluate:EvaluateCommand")
 
 QUESTION_COLUMNS = ("prompt", "completion", "question", "answer", "kind")
 
@@ -41,7 +44,7 @@ class EvaluateCommand:
     trust_remote_code: bool = False
 
 
-def run_evaluate(data_args: DataArguments, args: EvaluateCommand):
+def run(data_args: DataArguments, args: EvaluateCommand):
     """
     Measures a model, its teacher and the blind baseline on the same test questions.
 

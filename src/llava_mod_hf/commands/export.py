@@ -8,6 +8,8 @@ from llava_mod_hf.loading import load_model_and_processor
 from llava_mod_hf.students.stock_export import MERGES, export_stock, merge_experts
 from llava_mod_hf.training.run_folder import check_output_dir, save_checkpoint
 
+OPTIONS = ("commands.export:ExportCommand",)
+
 
 @dataclass
 class ExportCommand:
@@ -29,7 +31,7 @@ class ExportCommand:
     trust_remote_code: bool = False
 
 
-def run_export(args: ExportCommand):
+def run(args: ExportCommand):
     """A student → a stock model that loads without its code."""
     check_output_dir(args.output_dir)
     if args.form not in ("stock", *MERGES):

@@ -12,12 +12,17 @@ from rich.console import Console
 from rich.table import Table
 from transformers import AutoConfig, AutoModelForImageTextToText
 
-from llava_mod_hf.commands.arguments import UpcycleArguments, chosen_layers
+from llava_mod_hf.commands.arguments import UpcycleArguments
+from llava_mod_hf.commands.parts import chosen_layers
 from llava_mod_hf.loading import resolve
 from llava_mod_hf.students.build import student_config
 from llava_mod_hf.students.parameter_counts import count_parameters, parameter_parts
 from llava_mod_hf.students.upcycling import moe_layer_indices, sparse_config
 from llava_mod_hf.students.vision_layout import load_part, load_vision_layout, vision_config_of
+
+OPTIONS = ("commands.arguments:UpcycleArguments", "commands.info:InfoCommand")
+
+POSITIONAL = "model"  # what a first argument without a name is
 
 
 @dataclass
@@ -150,7 +155,7 @@ def _report(info):
     return table, f"experts: {experts}", f"context: {context}"
 
 
-def run_info(upcycle_args: UpcycleArguments, args: InfoCommand):
+def run(upcycle_args: UpcycleArguments, args: InfoCommand):
     """
     Writes the parameters of a student, by part, its experts, its context and its image tokens to standard output.
 

@@ -16,10 +16,13 @@ from llava_mod_hf.commands.generate_completions import (
     shard_seed,
     write_answers,
 )
-from llava_mod_hf.data.load import MESSAGES, DataArguments, image_root
+from llava_mod_hf.data.arguments import DataArguments
+from llava_mod_hf.data.load import MESSAGES, image_root
 from llava_mod_hf.evaluation.answers import evaluating, inputs_for, sample_answers
 from llava_mod_hf.evaluation.measures import normalize_answer
 from llava_mod_hf.losses.rows import shift_for_next_token
+
+OPTIONS = ("data.arguments:DataArguments", "commands.make_preferences:PairArguments")
 
 logger = logging.getLogger(__name__)
 
@@ -213,7 +216,7 @@ class PairMaker:
         return dataset_of(pairs, self.features)
 
 
-def run_make_preferences(data_args: DataArguments, args: PairArguments):
+def run(data_args: DataArguments, args: PairArguments):
     """
     Writes pairs of a model's own answers as Parquet, which `llava-mod prefer` trains on.
 

@@ -1,25 +1,32 @@
 """`llava-mod mimic`: distil the teacher, dense-to-dense or dense-to-sparse."""
 
-from llava_mod_hf.commands.arguments import fit_to_recipe, upcycle_student
+from llava_mod_hf.commands.parts import fit_to_recipe, load_student, load_teacher, settings_of_teacher, upcycle_student
 from llava_mod_hf.data.load import load_rows
 from llava_mod_hf.teachers.cached_teacher import CachedTeacher
 from llava_mod_hf.training.mimic_trainer import MimicTrainer
 from llava_mod_hf.training.run_folder import start_run, train_and_save
 
+OPTIONS = (
+    "data.arguments:DataArguments",
+    "commands.arguments:DistillArguments",
+    "commands.arguments:UpcycleArguments",
+    "training.mimic_config:MimicConfig",
+)
 
-def mimic(data_args, distill_args, upcycle_args, args):
+
+def run(data_args, distill_args, upcycle_args, args):
     """Mimic distillation, dense-to-dense or, with `moe_layers`, dense-to-sparse (paper, stage 2)."""
     recipe = start_run(data_args, distill_args, upcycle_args, args)
     rows = load_rows(data_args, columns=("prompt", "completion"), seed=args.seed, num_proc=args.dataset_num_proc)
-    student, processor = distill_args.load_student(args.trust_remote_code)
+    student, processor = load_student(distill_args, args.trust_remote_code)
     rows = fit_to_recipe(rows, processor, data_args, args)
     student = upcycle_student(student, upcycle_args, router_aux_loss_coef=args.router_aux_loss_coef, seed=args.seed)
     teacher, teacher_processor = None, None
     if args.kl_weight and distill_args.teacher_cache:
-        expected = distill_args.teacher_settings(args.trust_remote_code)
+        expected = settings_of_teacher(distill_args, args.trust_remote_code)
         teacher = CachedTeacher(distill_args.teacher_cache, expected=expected)
     elif args.kl_weight:
-        teacher, teacher_processor = distill_args.load_teacher(args.trust_remote_code)
+        teacher, teacher_processor = load_teacher(distill_args, args.trust_remote_code)
     trainer = MimicTrainer(
         student,
         teacher,

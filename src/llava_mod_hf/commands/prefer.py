@@ -1,25 +1,31 @@
 """`llava-mod prefer`: preference distillation with the teacher as reference."""
 
-from llava_mod_hf.commands.arguments import fit_to_recipe
+from llava_mod_hf.commands.parts import fit_to_recipe, load_student, load_teacher, settings_of_teacher
 from llava_mod_hf.data.load import load_rows
 from llava_mod_hf.teachers.reference_model import CachedReference
 from llava_mod_hf.training.preference_trainer import PreferenceTrainer
 from llava_mod_hf.training.run_folder import start_run, train_and_save
 
+OPTIONS = (
+    "data.arguments:DataArguments",
+    "commands.arguments:DistillArguments",
+    "training.preference_config:PreferenceConfig",
+)
 
-def prefer(data_args, distill_args, args):
+
+def run(data_args, distill_args, args):
     """Preference distillation with the teacher as reference, or the student as it was (paper, stage 3)."""
     recipe = start_run(data_args, distill_args, args)
     columns = ("prompt", "chosen", "rejected")
     rows = load_rows(data_args, columns=columns, seed=args.seed, num_proc=args.dataset_num_proc)
-    student, processor = distill_args.load_student(args.trust_remote_code)
+    student, processor = load_student(distill_args, args.trust_remote_code)
     rows = fit_to_recipe(rows, processor, data_args, args)
     teacher, teacher_processor = None, None
     if args.reference == "teacher" and distill_args.teacher_cache:
-        expected = distill_args.teacher_settings(args.trust_remote_code)
+        expected = settings_of_teacher(distill_args, args.trust_remote_code)
         teacher = CachedReference(distill_args.teacher_cache, expected=expected)
     elif args.reference == "teacher":
-        teacher, teacher_processor = distill_args.load_teacher(args.trust_remote_code)
+        teacher, teacher_processor = load_teacher(distill_args, args.trust_remote_code)
     trainer = PreferenceTrainer(
         student,
         teacher,

@@ -25,6 +25,8 @@ from llava_mod_hf.data import easy_vqa
 from llava_mod_hf.students.build import build_student
 from llava_mod_hf.students.generation import prepare_generation
 
+OPTIONS = ("commands.pretrain:PretrainConfig",)
+
 SPECIAL_TOKENS = {"pad_token": "<|pad|>", "eos_token": "<|end|>"}
 
 ROLE_TOKENS = ["<image>", "<|system|>", "<|user|>", "<|assistant|>"]
@@ -172,6 +174,6 @@ PARTS = {
 }
 
 
-def pretrain(args):
+def run(args):
     """Builds `args.part` into `args.output_dir`."""
     PARTS[args.part](args)

@@ -8,6 +8,8 @@ from llava_mod_hf.publishing.provenance import RESULTS_FILE, RUN_FILE, gather_fa
 from llava_mod_hf.publishing.push import push_checkpoint
 from llava_mod_hf.publishing.repository import publish
 
+OPTIONS = ("commands.publish:PublishCommand",)
+
 logger = logging.getLogger(__name__)
 
 
@@ -33,7 +35,7 @@ class PublishCommand:
     license: str = "apache-2.0"
 
 
-def run_publish(args: PublishCommand):
+def run(args: PublishCommand):
     """Builds the Hub repository of a trained student, and pushes it if a name is given."""
     checkpoint = Path(args.checkpoint)
     runs = stage_runs(checkpoint, log_history=list)

@@ -21,9 +21,10 @@ from transformers.utils import logging as hf_logging
 from llava_mod_hf import recipes
 from llava_mod_hf.commands import adapt, mimic, prefer
 from llava_mod_hf.commands.arguments import DistillArguments, StudentArguments, UpcycleArguments
-from llava_mod_hf.commands.publish import PublishCommand, run_publish
+from llava_mod_hf.commands.publish import PublishCommand
+from llava_mod_hf.commands.publish import run as run_publish
 from llava_mod_hf.data import easy_vqa
-from llava_mod_hf.data.load import DataArguments
+from llava_mod_hf.data.arguments import DataArguments
 from llava_mod_hf.evaluation.answers import evaluate_blind, evaluate_model, response_batches, student_parameters
 from llava_mod_hf.evaluation.expert_load import expert_load
 from llava_mod_hf.loading import load_model_and_processor
@@ -32,10 +33,12 @@ from llava_mod_hf.publishing.provenance import RESULTS_FILE
 from llava_mod_hf.students.build import build_student
 from llava_mod_hf.students.upcycling import upcycle
 from llava_mod_hf.training import run_folder
-from llava_mod_hf.training.adapt_trainer import AdaptConfig
-from llava_mod_hf.training.mimic_trainer import MimicConfig
-from llava_mod_hf.training.preference_trainer import PreferenceConfig
+from llava_mod_hf.training.adapt_config import AdaptConfig
+from llava_mod_hf.training.mimic_config import MimicConfig
+from llava_mod_hf.training.preference_config import PreferenceConfig
 from llava_mod_hf.training.run_folder import write_json
+
+OPTIONS = ("commands.quickstart:QuickstartArguments",)
 
 TEACHER = "embedded:tiny-teacher"
 
@@ -74,16 +77,16 @@ class Stage:
     step_cost: float = 1.0  # time of a step, of a dense-to-sparse step's; from `summary.json` of runs on two cores
 
 
-MIMIC = (mimic.mimic, (DataArguments, DistillArguments, UpcycleArguments, MimicConfig))
+MIMIC = (mimic.run, (DataArguments, DistillArguments, UpcycleArguments, MimicConfig))
 
 NO_TEACHER = ("--kl_weight", "0", "--lm_weight", "1")
 
 STAGES = {
-    "adapt": Stage(adapt.adapt, (DataArguments, StudentArguments, AdaptConfig), "1_adapt", step_cost=0.8),
+    "adapt": Stage(adapt.run, (DataArguments, StudentArguments, AdaptConfig), "1_adapt", step_cost=0.8),
     "mimic_dense": Stage(*MIMIC, "2_mimic_dense", "adapt", step_cost=0.8),
     "mimic_sparse": Stage(*MIMIC, "3_mimic_sparse", "mimic_dense"),
     "prefer": Stage(
-        prefer.prefer, (DataArguments, DistillArguments, PreferenceConfig), "4_prefer", "mimic_sparse", step_cost=1.0
+        prefer.run, (DataArguments, DistillArguments, PreferenceConfig), "4_prefer", "mimic_sparse", step_cost=1.0
     ),
     # the comparison: the same student, rows and steps, without a teacher
     "sft_dense": Stage(*MIMIC, "2_mimic_dense", "adapt", NO_TEACHER, step_cost=0.5),
@@ -99,7 +102,7 @@ PUBLISHING_COST = 60  # start of the fresh process included
 CALIBRATION_STEPS = 16
 
 
-def quickstart(args):
+def run(args):
     """
     Runs every stage on embedded data, judges each on test questions, publishes the last to a folder and loads it anew.
 

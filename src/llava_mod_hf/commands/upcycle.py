@@ -2,9 +2,12 @@
 
 from dataclasses import dataclass, field
 
-from llava_mod_hf.commands.arguments import UpcycleArguments, upcycle_student
+from llava_mod_hf.commands.arguments import UpcycleArguments
+from llava_mod_hf.commands.parts import upcycle_student
 from llava_mod_hf.loading import load_model_and_processor
 from llava_mod_hf.training.run_folder import check_output_dir, save_checkpoint
+
+OPTIONS = ("commands.arguments:UpcycleArguments", "commands.upcycle:UpcycleCommand")
 
 
 @dataclass
@@ -23,7 +26,7 @@ class UpcycleCommand:
     trust_remote_code: bool = False
 
 
-def run_upcycle(upcycle_args: UpcycleArguments, args: UpcycleCommand):
+def run(upcycle_args: UpcycleArguments, args: UpcycleCommand):
     """Dense student → sparse student with the same logits."""
     check_output_dir(args.output_dir)
     student, processor = load_model_and_processor(args.student, trust_remote_code=args.trust_remote_code)

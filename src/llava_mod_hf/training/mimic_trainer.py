@@ -4,18 +4,16 @@ import functools
 import itertools
 import logging
 import math
-from dataclasses import dataclass, field
 
 import torch
 from peft import PeftModel
-from trl import SFTConfig, SFTTrainer
+from trl import SFTTrainer
 from trl.models import prepare_deepspeed
 from trl.models.utils import _ForwardRedirection
 from trl.trainer.utils import maybe_gather_lm_head_ctx
 
 from llava_mod_hf.data.grouping import GroupedBatches
 from llava_mod_hf.losses.chunked_mimic import chunked_mimic_loss
-from llava_mod_hf.losses.divergences import check_divergence
 from llava_mod_hf.losses.rows import shift_for_next_token
 from llava_mod_hf.model.moe_llava_mod import router_losses
 from llava_mod_hf.students.generation import prepare_generation
@@ -28,87 +26,14 @@ from llava_mod_hf.teachers.vision_sharing import share_vision_tower
 from llava_mod_hf.teachers.vocabulary import compared_vocab_size
 from llava_mod_hf.training.authors_behaviour import ReferenceCompat
 from llava_mod_hf.training.logs import BatchTerms, MimicLog, kind_of_logs
+from llava_mod_hf.training.mimic_config import MimicConfig
 from llava_mod_hf.training.on_policy import answer_batches, check_on_policy
-from llava_mod_hf.training.trainable import check_train_modules, train_only
-from llava_mod_hf.training.trainer_options import check_dependent_options, check_options, check_trainer, check_weights
+from llava_mod_hf.training.trainable import train_only
+from llava_mod_hf.training.trainer_options import check_trainer, check_weights
 
 logger = logging.getLogger(__name__)
 
 ALIGNMENT_SAMPLE = 8  # rows on which a teacher with its own processor is compared before training
-
-
-@dataclass
-class MimicConfig(SFTConfig):
-    """
-    [`~trl.SFTConfig`] with the weights of the mimic loss.
-
-        L = kl_weight · Σ_i w_i · D(teacher_i, student) + lm_weight · CE(labels) + router_aux_loss_coef · router aux
-
-    Args:
-        divergence (`str`, *optional*, defaults to `"forward_kl"`):
-            D: `forward_kl` (paper, eq. 6), `reverse_kl` or `jsd`, as in [`~llava_mod_hf.losses.divergence_rows`].
-        temperature (`float`, *optional*, defaults to 1.0): of the divergence, which is multiplied by its square; the
-            authors use none.
-        jsd_beta (`float`, *optional*, defaults to 0.5): share of the teacher in the mixture of `jsd`.
-        kl_weight (`float`, *optional*, defaults to 1.0).
-        lm_weight (`float`, *optional*, defaults to 0.0): the paper has 0 dense-to-dense and 1 dense-to-sparse.
-        teacher_weights (`list[float]`, *optional*): w_i, one per teacher; 1 / teachers each by default.
-        rows_per_chunk (`int`, *optional*, defaults to 256):
-            Response positions that are projected at a time; two `(rows_per_chunk, vocabulary)` float32 tensors.
-        on_policy_share (`float`, *optional*, defaults to 0.0):
-            Share of the batches whose answers the student writes itself, for the teachers to judge. Such a batch has
-            no labels to trust: its only loss is the divergence (Agarwal et al., 2023, arXiv 2306.13649).
-        on_policy_max_new_tokens (`int`, *optional*, defaults to 128): longest answer of the student.
-        share_vision_tower (`bool`, *optional*, defaults to `True`):
-            Compute image features once where student and teacher have the same frozen encoder.
-        shard_teacher (`bool`, *optional*, defaults to `False`):
-            With FSDP2, shard the teacher's layers over the processes; else each process has a whole teacher.
-        reference_compat (`list[str]`, *optional*):
-            Behaviour of the authors' code that is left out otherwise, by the names of
-            [`~llava_mod_hf.training.authors_behaviour.BEHAVIOURS`].
-        reference_vocab_size (`int`, *optional*): the slice of `vocab_slice`, in tokens; the authors have 151936.
-        train_modules (`list[str]`, *optional*):
-            Parts that are trained, of `vision_tower`, `adaptor`, `language_model`, `ffn` (FFNs, experts and routers);
-            by default the paper's: language model and adaptor of a dense student, FFNs and adaptor of a sparse one, or
-            with peft the adapter alone. Parameters that were frozen before stay frozen.
-    """
-
-    divergence: str = "forward_kl"
-    temperature: float = 1.0
-    jsd_beta: float = 0.5
-    kl_weight: float = 1.0
-    lm_weight: float = 0.0
-    teacher_weights: list[float] | None = field(default=None)
-    rows_per_chunk: int = 256
-    on_policy_share: float = 0.0
-    on_policy_max_new_tokens: int = 128
-    share_vision_tower: bool = True
-    shard_teacher: bool = False
-    reference_compat: list[str] | None = field(default=None)
-    reference_vocab_size: int | None = None
-    train_modules: list[str] | None = field(default=None)
-
-    def __post_init__(self):
-        check_options(self, "mimic")
-        super().__post_init__()
-        check_dependent_options(self, "mimic")
-        check_train_modules(self.train_modules)
-        check_weights("`kl_weight`, `lm_weight`", [self.kl_weight, self.lm_weight])
-        check_weights("`teacher_weights`", self.teacher_weights)
-        check_divergence(self.divergence, temperature=self.temperature, jsd_beta=self.jsd_beta)
-        ReferenceCompat(self.reference_compat, vocab_size=self.reference_vocab_size)
-        if self.rows_per_chunk < 1 or self.on_policy_max_new_tokens < 1:
-            raise ValueError(
-                f"`rows_per_chunk` is {self.rows_per_chunk} and `on_policy_max_new_tokens` is "
-                f"{self.on_policy_max_new_tokens}: give at least 1."
-            )
-        if not 0 <= self.on_policy_share <= 1:
-            raise ValueError(f"`on_policy_share` is {self.on_policy_share}: give a share from 0 to 1.")
-        if self.on_policy_share and not self.kl_weight:
-            raise ValueError("`on_policy_share` needs a teacher that judges the answers, and `kl_weight` is 0.")
-        # a batch of text alone does not use the adaptor, which DDP would take for an error
-        if self.ddp_find_unused_parameters is None:
-            self.ddp_find_unused_parameters = True
 
 
 class MimicTrainer(GroupedBatches, SFTTrainer):

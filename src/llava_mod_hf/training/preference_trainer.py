@@ -2,13 +2,11 @@
 
 import copy
 import itertools
-import math
 import warnings
-from dataclasses import dataclass, field
 
 import torch
 from accelerate.utils import is_peft_model
-from trl import DPOConfig, DPOTrainer
+from trl import DPOTrainer
 
 from llava_mod_hf.data.grouping import GroupedBatches
 from llava_mod_hf.losses.preference_losses import kto_pair_loss, margin_loss, response_sums, without_tail
@@ -26,91 +24,13 @@ from llava_mod_hf.teachers.reference_model import (
 )
 from llava_mod_hf.training.logs import KeepsMetrics
 from llava_mod_hf.training.noted_model import NotedModel
-from llava_mod_hf.training.trainable import check_train_modules, train_only, trained_as_before
-from llava_mod_hf.training.trainer_options import check_dependent_options, check_options, check_trainer, check_weights
-
-# `_norm`: log-probabilities per response token instead of summed, as in the parent's `sigmoid_norm`
-OWN_LOSSES = ("kto_pair", "kto_pair_norm", "margin", "margin_norm")
-
-PARENT_LOSSES = (
-    "sigmoid", "hinge", "ipo", "exo_pair", "nca_pair", "robust", "bco_pair", "sppo_hard", "aot", "aot_unpaired",
-    "apo_zero", "apo_down", "discopop", "sft", "sigmoid_norm",
-)  # fmt: skip
-
-SMOOTHED_LOSSES = {"robust", "exo_pair", "aot", "aot_unpaired"}
-
-REFERENCES = ("teacher", "self")
+from llava_mod_hf.training.preference_config import OWN_LOSSES, PreferenceConfig
+from llava_mod_hf.training.trainable import train_only, trained_as_before
+from llava_mod_hf.training.trainer_options import check_trainer
 
 FEWEST_PAIRS = 8  # that a KL estimate of `kto_pair` should rest on
 
 CHECKED_ROWS = 8  # whose responses are compared where teacher and student have different processors
-
-
-@dataclass
-class PreferenceConfig(DPOConfig):
-    """
-    [`~trl.DPOConfig`] with the teacher as reference; by default `sigmoid` (DPO) with β = 0.1, as in the paper's first
-    version.
-
-    Args:
-        loss_type (`list[str]`, *optional*, defaults to `["sigmoid"]`):
-            The parent's losses, such as `sigmoid`, `ipo`, `hinge` and `sft`, and `kto_pair` and `margin` of
-            [`~llava_mod_hf.losses`]; several of them with `loss_weights`. Log-probabilities are summed over the
-            response; `sigmoid_norm`, `ipo`, `kto_pair_norm` and `margin_norm` average them.
-        reference (`str`, *optional*, defaults to `"teacher"`):
-            `"teacher"`, or `"self"`: the student as it was, a frozen copy or, with peft, the one without the adapter.
-        kto_reference_compat (`bool`, *optional*, defaults to `False`):
-            `kto_pair` as the authors train it: KL terms of each process's micro-batch alone, not detached.
-        train_modules (`list[str]`, *optional*):
-            Parts that are trained, of `vision_tower`, `adaptor`, `language_model`, `ffn` (FFNs, experts and routers);
-            by default as in [`~llava_mod_hf.MimicConfig`]. Parameters that were frozen before stay frozen.
-    """
-
-    reference: str = "teacher"
-    kto_reference_compat: bool = False
-    train_modules: list[str] | None = field(default=None)
-
-    def __post_init__(self):
-        check_options(self, "prefer")
-        super().__post_init__()
-        check_train_modules(self.train_modules)
-        self._check_choices()
-        check_dependent_options(self, "prefer")
-        check_weights("`loss_weights`", self.loss_weights, count=len(self.loss_type))
-        own = [name for name in self.loss_type if name in OWN_LOSSES]
-        if own and (self.ld_alpha is not None or self.use_weighting or self.f_divergence_type != "reverse_kl"):
-            raise ValueError(
-                f"`{own[0]}` takes plain log-ratios: leave out `ld_alpha` ({self.ld_alpha}), `use_weighting` "
-                f"({self.use_weighting}) and `f_divergence_type` ({self.f_divergence_type})."
-            )
-        if self.kto_reference_compat and not any(name.startswith("kto") for name in own):
-            raise ValueError(f"`kto_reference_compat` changes `kto_pair` alone, and `loss_type` is {self.loss_type}.")
-        if self.label_smoothing and not SMOOTHED_LOSSES & set(self.loss_type):
-            raise ValueError(
-                f"`label_smoothing` is {self.label_smoothing}, which {self.loss_type} does not read: give one of "
-                f"{', '.join(sorted(SMOOTHED_LOSSES))} as `loss_type` (`robust` is `sigmoid` with smoothing)."
-            )
-        if self.sync_ref_model and self.reference != "self":
-            raise ValueError(
-                '`sync_ref_model` moves the reference towards the student: give `reference="self"` with it.'
-            )
-        if "selective" in (self.gradient_checkpointing_kwargs or {}):
-            raise ValueError(
-                "`gradient_checkpointing_kwargs` has `selective`, which TRL's DPO does not know: leave it out."
-            )
-        if not 0 < self.beta < math.inf:
-            raise ValueError(f"`beta` is {self.beta}: give a positive one.")
-
-    def _check_choices(self):
-        if self.reference not in REFERENCES:
-            raise ValueError(f"`reference` is `{self.reference}`: give one of {', '.join(REFERENCES)}.")
-        if not self.loss_type:
-            raise ValueError(f"`loss_type` is {self.loss_type}: give one loss or more, or leave it out for `sigmoid`.")
-        unknown = [name for name in self.loss_type if name not in (*OWN_LOSSES, *PARENT_LOSSES)]
-        if unknown:
-            raise ValueError(
-                f"There is no `loss_type` `{unknown[0]}`: give one of {', '.join((*OWN_LOSSES, *PARENT_LOSSES))}."
-            )
 
 
 class PreferenceTrainer(KeepsMetrics, GroupedBatches, DPOTrainer):

@@ -1,0 +1,82 @@
+"""What several commands do with their options: they load models, make experts, fit rows."""
+
+from llava_mod_hf.data.fitting import fit_rows
+from llava_mod_hf.loading import load_model_and_processor
+from llava_mod_hf.students.upcycling import PLACEMENTS, upcycle
+from llava_mod_hf.teachers.answer_cache import teacher_settings
+
+
+def load_student(args, trust_remote_code):
+    """`(model, processor)` of the student that [`~llava_mod_hf.commands.arguments.DistillArguments`] name."""
+    return load_model_and_processor(
+        args.student, attn_implementation=args.attn_implementation, trust_remote_code=trust_remote_code
+    )
+
+
+def load_teacher(args, trust_remote_code):
+    """`(model, processor)` of their teacher."""
+    return load_model_and_processor(
+        args.teacher,
+        dtype=args.teacher_dtype,
+        quantization=args.teacher_quantization,
+        device=args.teacher_device,
+        attn_implementation=args.attn_implementation,
+        trust_remote_code=trust_remote_code,
+    )
+
+
+def settings_of_teacher(args, trust_remote_code):
+    """What a cache of the teacher has to be made with, for these arguments."""
+    return teacher_settings(
+        args.teacher,
+        dtype=args.teacher_dtype,
+        quantization=args.teacher_quantization,
+        trust_remote_code=trust_remote_code,
+    )
+
+
+def chosen_layers(moe_layers):
+    """`moe_layers` of a recipe as `upcycle` takes it: a placement's name, or indices."""
+    # a recipe may give one value without brackets
+    layers = moe_layers if isinstance(moe_layers, list) else [moe_layers]
+    layers = [int(layer) if str(layer).lstrip("-").isdigit() else layer for layer in layers]
+    names = [layer for layer in layers if isinstance(layer, str)]
+    if names and len(layers) > 1:
+        raise ValueError(f"`moe_layers` is {layers}: give one of {', '.join(PLACEMENTS)}, or indices alone.")
+    return names[0] if names else layers
+
+
+def upcycle_student(student, args, *, router_aux_loss_coef=None, seed=0):
+    """`upcycle` with the options of a recipe; the student itself if the recipe asks for no experts."""
+    if args.moe_layers is None:
+        return student
+    layers = chosen_layers(args.moe_layers)
+    coef = {} if router_aux_loss_coef is None else {"router_aux_loss_coef": router_aux_loss_coef}
+    return upcycle(
+        student,
+        layers=layers,
+        num_experts=args.num_experts,
+        num_experts_per_tok=args.num_experts_per_tok,
+        seed=seed,
+        **coef,
+    )
+
+
+def fit_to_recipe(rows, processor, data_args, args):
+    """
+    [`~llava_mod_hf.data.fitting.fit_rows`] with the options of a recipe.
+
+    Raises:
+        ValueError: if rows are streamed without `max_steps`.
+    """
+    if data_args.streaming and args.max_steps <= 0:
+        raise ValueError("`streaming` is true, so nobody knows how many rows come: give `max_steps`.")
+    rows, _ = fit_rows(
+        rows,
+        processor,
+        max_length=args.max_length,
+        assistant_only_loss=getattr(args, "assistant_only_loss", False),  # of pairs there is no such option
+        bad_rows=data_args.bad_rows,
+        num_proc=args.dataset_num_proc,
+    )
+    return rows
