@@ -1,4 +1,4 @@
-"""The benchmarks of the mixture-of-experts block and of loading."""
+"""The benchmarks of the mixture-of-experts block, of loading and of the command line's start."""
 
 import json
 import runpy
@@ -36,3 +36,15 @@ def test_peak_of_loading_1_gb(remote):
     assert 4 * found["parameters"] == pytest.approx(found["checkpoint"], rel=0.01)
     # what the system cannot take back; the mapped file's pages it can
     assert 0.5 < found["ratio_anonymous"] <= 1.3
+
+
+def test_startup(capsys):
+    """Two quick lines: what is compared and reported, not how fast it is."""
+    benchmark = runpy.run_path(str(BENCHMARKS / "startup.py"))
+    names = ["llava-mod --help", "llava-mod mimc"]
+    results = benchmark["main"](["--rounds", "1", "--only", *names, "--json"])
+    assert json.loads(capsys.readouterr().out) == results
+    assert list(results) == names
+    assert all(0 < result["range"][0] <= result["seconds"] <= result["range"][1] for result in results.values())
+    assert all(result["ratios"] == {} for result in results.values())  # their bases were left out
+    assert benchmark["BASES"] == ("import transformers", "trl sft --help") == tuple(benchmark["LINES"])[:2]
