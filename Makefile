@@ -10,9 +10,9 @@ export HF_HUB_DISABLE_TELEMETRY ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 # Two test processes of one thread each are faster than one of two: the models are tiny.
 WORKERS := -n 2 --dist loadfile
-test test-quantisation test-all: export OMP_NUM_THREADS ?= 1
+test test-quantisation test-lowest test-newest test-all: export OMP_NUM_THREADS ?= 1
 
-.PHONY: setup quickstart test test-quantisation test-versions test-all lint typecheck weights clean
+.PHONY: setup quickstart test test-quantisation test-versions test-lowest test-newest test-all lint typecheck weights clean
 
 setup: $(VENV)/.installed
 
@@ -39,6 +39,11 @@ test-quantisation: $(QUANTISATION)
 
 test-all: setup test-quantisation
 	$(BIN)/python -m pytest -q $(WORKERS) -m ''
+	$(MAKE) test-lowest test-newest
+
+# The fast tests at the two ends of the range of transformers in pyproject.toml.
+test-lowest test-newest: setup
+	$(BIN)/python tests/versions/suite.py $(@:test-%=%) -q $(WORKERS)
 
 # Every minor version of transformers, each in a folder of its own, about four minutes without the downloads.
 test-versions: setup

@@ -68,9 +68,17 @@ def dependent():
     return [(stage, name) for stages, names, *_ in DEPENDENT for stage in stages for name in names.split()]
 
 
+# Of the newest release that the package allows, and not of the lowest.
+NEWER = {"activation_checkpointing", "activation_checkpointing_kwargs"}  # transformers 5.23
+
+
+def options(stage):
+    return {item.name for item in dataclasses.fields(CONFIGS[stage])}
+
+
 @pytest.mark.parametrize("stage", CONFIGS)
 def test_every_option_is_in_the_tables(stage):
-    assert set(verdicts(stage)) == {item.name for item in dataclasses.fields(CONFIGS[stage])}
+    assert options(stage) <= set(verdicts(stage)) <= options(stage) | NEWER
 
 
 @pytest.fixture(scope="module")
@@ -91,7 +99,7 @@ def sources():
 @pytest.mark.parametrize("stage", CONFIGS)
 def test_what_is_read_is_read_by_whom_the_tables_say(sources, stage):
     for name, verdict in verdicts(stage).items():
-        if verdict.startswith("read by"):
+        if verdict.startswith("read by") and name in options(stage):
             # a stage passes on what it finds itself
             read = r"\.train\(resume_from_checkpoint" if name == "resume_from_checkpoint" else rf"\.{name}\b"
             assert re.search(read, sources[stage][verdict.split()[-1]]), name

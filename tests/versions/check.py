@@ -4,14 +4,12 @@ Saved students load, compute and answer the same in every minor version of trans
     python tests/versions/check.py [VERSION ...]
 
 Each version is installed by pip into a folder under `.venv/versions`; torch and the rest are those of this environment.
-Without arguments: the newest patch of every minor from `LOWEST` to the newest on the package index.
+Without arguments: the newest patch of every minor from `LOWEST_TRANSFORMERS` to the newest on the package index.
 """
 
 import argparse
-import importlib.metadata
 import json
 import os
-import re
 import shutil
 import subprocess
 import sys
@@ -20,53 +18,13 @@ from pathlib import Path
 
 import torch
 from answer import answer, prepare
-from packaging.requirements import Requirement
-from packaging.version import Version
+from releases import install, released
 from safetensors.torch import load_file, save_file
 
 from helpers.models import image_batch, sharpen
 from helpers.tiny import make_processor, make_student
 from llava_mod_hf.commands.pretrain import train_tokenizer
 from llava_mod_hf.model.configuration_llava_mod import LOWEST_TRANSFORMERS
-
-ROOT = Path(__file__).parents[2]
-FOLDER = ROOT / ".venv" / "versions"
-LOWEST = Version(LOWEST_TRANSFORMERS)
-NEEDED = ("huggingface-hub", "tokenizers")  # what transformers binds to a range, beside what all versions take
-
-
-def pip(*arguments):
-    command = [sys.executable, "-m", "pip", "--disable-pip-version-check", *map(str, arguments)]
-    done = subprocess.run(command, capture_output=True, text=True)
-    if done.returncode:
-        raise SystemExit(f"{' '.join(command)} failed: {done.stderr[-2000:]}")
-    return done.stdout
-
-
-def released():
-    """The newest patch of every minor from `LOWEST` on, newest first."""
-    listed = re.search(r"Available versions: (.*)", pip("index", "versions", "transformers"))[1]
-    newest = {}
-    for version in sorted(map(Version, listed.split(", "))):
-        if version >= LOWEST:
-            newest[version.release[:2]] = version
-    return [str(version) for version in sorted(newest.values(), reverse=True)]
-
-
-def install(version):
-    """Paths that make a process import that transformers, with the libraries that it asks for."""
-    target = FOLDER / version
-    if not target.is_dir():
-        pip("install", "--quiet", "--no-deps", "--no-compile", "--target", target, f"transformers=={version}")
-    (distribution,) = importlib.metadata.distributions(name="transformers", path=[str(target)])
-    asked = [Requirement(text) for text in distribution.requires]
-    asked = [part for part in asked if part.name in NEEDED and part.marker is None]
-    if all(part.specifier.contains(importlib.metadata.version(part.name)) for part in asked):
-        return [target]
-    libraries = FOLDER / re.sub(r"\W+", "-", " ".join(sorted(map(str, asked))))
-    if not libraries.is_dir():
-        pip("install", "--quiet", "--no-compile", "--target", libraries, *asked)
-    return [target, libraries]
 
 
 def run(paths, *arguments):
@@ -131,7 +89,7 @@ def check(version, folders, expected):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.strip().splitlines()[0])
     parser.add_argument("versions", nargs="*", help="by default, one of every minor")
-    versions = parser.parse_args().versions or released()
+    versions = parser.parse_args().versions or released(f">={LOWEST_TRANSFORMERS}")
     failed = []
 
     def report(label, wrong):
