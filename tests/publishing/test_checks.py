@@ -1,6 +1,7 @@
 """What is refused before anything is sent, by the file's name."""
 
 import json
+import pwd
 import shutil
 
 import numpy as np
@@ -122,3 +123,10 @@ def test_what_only_looks_like_a_path_of_this_machine_is_pushed(hub, folder, monk
     (folder / "tokenizer.json").write_text(json.dumps(vocabulary))
     push_checkpoint(folder, REPO)
     assert "tokenizer.json" in hub.repos[REPO].branches["main"].files
+
+
+def test_a_user_without_a_home_may_publish(folder, monkeypatch):
+    """As in a container that runs under any number."""
+    monkeypatch.delenv("HOME")
+    monkeypatch.setattr(pwd, "getpwuid", {}.__getitem__)
+    assert check_publishable(folder)

@@ -79,7 +79,8 @@ def _text_of(path):
 
 def _local_paths(folder):
     """Matches paths of this machine: its home, and where the process and the folder are."""
-    places = {str(place) for place in (Path.home(), Path.cwd(), folder.resolve().parent)} - {"/"}
+    # `~` where nobody knows a home
+    places = {os.path.expanduser("~"), str(Path.cwd()), str(folder.resolve().parent)} - {"/", "~"}
     # `/root` alone may be a token of a vocabulary
     ends = {place: rb"/\w" if place.count("/") == 1 else rb"(?![\w.-])" for place in places}
     patterns = [re.escape(place).encode() + end for place, end in sorted(ends.items(), reverse=True)]
