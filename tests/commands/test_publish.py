@@ -161,17 +161,20 @@ def test_what_is_known_is_in_the_metadata(run):
 # refusals
 
 
+REST = '"dataset": "x", "expert_load": {}'
+
+
 @pytest.mark.parametrize(
     ("name", "content", "expected"),
     [
         ("results.json", "{}", "results.json` lacks `student`"),
         ("results.json", '{"student": {}, "dataset": "x"}', "results.json` lacks `expert_load`"),
-        ("results.json", '{"student": 3, "dataset": "x", "expert_load": {}}', "results.json` lacks `student`"),
-        (
-            "results.json",
-            '{"student": {}, "dataset": "x", "expert_load": {"0": [1.0], "2": [1.0]}}',
-            "without `exact_match`",
-        ),
+        ("results.json", f'{{"student": 3, {REST}}}', "results.json` lacks `student`"),
+        ("results.json", f'{{"student": {{}}, {REST}}}', "without `exact_match`"),
+        ("results.json", f'{{"student": {{"exact_match": "x"}}, {REST}}}', "`exact_match` is x"),
+        ("results.json", f'{{"student": {{"exact_match": 1, "exact_match_by_kind": 3}}, {REST}}}', "by_kind` is 3"),
+        ("results.json", '{"student": {}, "dataset": "x", "expert_load": {"a": [1]}}', "is no layer with its shares"),
+        ("results.json", '{"student": {}, "dataset": "x", "expert_load": {"0": 1}}', "is no layer with its shares"),
         ("results.json", '{"student"', "results.json` is no JSON"),
         ("results.json", "[]", "results.json` holds a list"),
         ("run.json", "{}", "run.json` lacks `stage`"),

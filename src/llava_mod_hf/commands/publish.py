@@ -44,6 +44,11 @@ def run(args: PublishCommand):
     if not (checkpoint / RESULTS_FILE).is_file():
         raise ValueError(f"`{checkpoint}` has no `{RESULTS_FILE}`: run `llava-mod evaluate --model …` on it.")
     loads = read_fields(checkpoint / RESULTS_FILE, student=dict, dataset=str, expert_load=dict)["expert_load"]
+    for layer, shares in loads.items():
+        if not (layer.isdigit() and isinstance(shares, list)):
+            raise ValueError(
+                f"`{layer}: {shares}` in the `expert_load` of `{RESULTS_FILE}` is no layer with its shares."
+            )
     folder = publish(
         checkpoint,
         args.output_dir,

@@ -77,10 +77,12 @@ def scores(results):
     """`{metric id: (label, value)}` of what was measured, exact match by kind included; refuses NaN and infinity."""
     if not isinstance(results, dict) or results.get("exact_match") is None:
         raise ValueError(f"The results are {results}, without `exact_match`: evaluate the model first.")
+    kinds = results.get("exact_match_by_kind", {})
+    if not isinstance(kinds, dict):
+        raise ValueError(f"`exact_match_by_kind` is {kinds}, not the scores of kinds by their names.")
     named = [(metric, label, results.get(metric)) for metric, label in LABELS.items()]
     named[1:1] = [
-        ("exact_match_" + re.sub(r"\W+", "_", kind), f"Exact match, {kind}", value)
-        for kind, value in results.get("exact_match_by_kind", {}).items()
+        ("exact_match_" + re.sub(r"\W+", "_", kind), f"Exact match, {kind}", value) for kind, value in kinds.items()
     ]
     for metric, _, value in named:
         if value is not None and not (isinstance(value, int | float) and math.isfinite(value)):

@@ -95,7 +95,7 @@ def gather_facts(checkpoint, repo_id, *, license=None):
     results = {}
     if (checkpoint / RESULTS_FILE).is_file():
         results = read_fields(checkpoint / RESULTS_FILE, student=dict)
-    return CardFacts(
+    facts = CardFacts(
         repo_id=repo_id,
         stage=list(runs)[-1] if runs else None,
         license=license,
@@ -110,6 +110,8 @@ def gather_facts(checkpoint, repo_id, *, license=None):
         has_processor=any((checkpoint / name).is_file() for name in PROCESSOR_FILES),
         names=names,
     )
+    facts.columns()  # refuses what is no score, before a model is loaded
+    return facts
 
 
 def _each(recipes, option):
