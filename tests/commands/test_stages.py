@@ -8,67 +8,19 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import load_file
-from transformers import AutoModelForImageTextToText, AutoProcessor, HfArgumentParser, LlamaForCausalLM, TrainerCallback
+from transformers import AutoModelForImageTextToText, AutoProcessor, HfArgumentParser, LlamaForCausalLM
 
-from helpers.ddp_gradients import RUN, sharpened
+from helpers.stages import ARGUMENTS, TOKEN, StopsAt, adapt, mimic, prefer
 from llava_mod_hf import MimicConfig, MimicTrainer, PreferenceConfig
-from llava_mod_hf.commands import adapt as adapt_module
 from llava_mod_hf.commands import mimic as mimic_module
 from llava_mod_hf.commands import parts
-from llava_mod_hf.commands import prefer as prefer_module
 from llava_mod_hf.commands.arguments import DistillArguments, StudentArguments, UpcycleArguments
 from llava_mod_hf.data.arguments import DataArguments
 from llava_mod_hf.training import progress
 from llava_mod_hf.training.adapt_config import AdaptConfig
 from llava_mod_hf.training.checkpoints import last_complete_checkpoint
 
-TOKEN = "hf_not_a_token"
-ARGUMENTS = {
-    **RUN,
-    "per_device_train_batch_size": 2,
-    "learning_rate": 1e-2,
-    "max_steps": 2,
-    "hub_token": TOKEN,
-}
 PICKLES = (".bin", ".pt", ".pth", ".pkl", ".pickle")
-
-
-@pytest.fixture(scope="module")
-def folders(make_student, processor, tmp_path_factory):
-    """Folders of a dense student, of a teacher and of a language model."""
-    root = tmp_path_factory.mktemp("models")
-    for name, seed in (("student", 0), ("teacher", 1)):
-        sharpened(make_student(moe_layers=[], seed=seed)).save_pretrained(root / name)
-        processor.save_pretrained(root / name)
-    LlamaForCausalLM(make_student(moe_layers=[]).config.text_config).save_pretrained(root / "language_model")
-    processor.tokenizer.save_pretrained(root / "language_model")
-    return {path.name: str(path) for path in root.iterdir()}
-
-
-def data_arguments(config="mixture"):
-    return DataArguments(dataset_name="embedded:easy-vqa", dataset_config=config, max_samples=8)
-
-
-def adapt(folders, output_dir):
-    student_args = StudentArguments(vision_tower=folders["teacher"], language_model=folders["language_model"])
-    return adapt_module.run(
-        data_arguments("captions"), student_args, AdaptConfig(output_dir=str(output_dir), **ARGUMENTS)
-    )
-
-
-def mimic(folders, output_dir, moe_layers=None, **args):
-    return mimic_module.run(
-        data_arguments(),
-        DistillArguments(student=folders["student"], teacher=folders["teacher"]),
-        UpcycleArguments(moe_layers=moe_layers),
-        MimicConfig(output_dir=str(output_dir), **{**ARGUMENTS, **args}),
-    )
-
-
-def prefer(folders, output_dir):
-    distill_args = DistillArguments(student=folders["student"], teacher=folders["teacher"])
-    args = PreferenceConfig(output_dir=str(output_dir), **ARGUMENTS)
-    return prefer_module.run(data_arguments("preferences"), distill_args, args)
 
 
 GROUPS = {
@@ -164,18 +116,6 @@ def test_without_placement_the_student_stays(make_student):
     assert parts.upcycle_student(student, UpcycleArguments()) is student
 
 
-class StopsAt(TrainerCallback):
-    """Raises at the end of a step, before its checkpoint is written, and counts the steps until then."""
-
-    def __init__(self, step=None):
-        self.step, self.taken = step, 0
-
-    def on_step_end(self, args, state, control, **kwargs):
-        self.taken += 1
-        if state.global_step == self.step:
-            raise InterruptedError(f"stopped at step {self.step}")
-
-
 @pytest.mark.parametrize("moe_layers", [None, ["alternate"]], ids=["dense", "sparse"])
 def test_an_interrupted_run_goes_on_from_its_last_whole_checkpoint(folders, tmp_path, monkeypatch, moe_layers):
     def run(folder, callback):
@@ -217,7 +157,7 @@ def test_the_last_whole_checkpoint_is_the_highest_by_number(tmp_path):
     assert last_complete_checkpoint(tmp_path / "missing") is None
     for step in (2, 10):
         (tmp_path / f"checkpoint-{step}").mkdir()
-        (tmp_path / f"checkpoint-{step}" / "trainer_state.json").touch()
+        (tmp_path / f"checkpoint-{step}" / "trainer_state.json").write_text("{}")
     (tmp_path / "checkpoint-best").mkdir()
     assert last_complete_checkpoint(tmp_path) == str(tmp_path / "checkpoint-10")
 

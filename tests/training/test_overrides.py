@@ -13,8 +13,10 @@ from trl.trainer.utils import maybe_gather_lm_head_ctx
 from llava_mod_hf import MimicTrainer, PreferenceTrainer
 from llava_mod_hf.data.grouping import GroupedBatches
 from llava_mod_hf.training.adapt_trainer import AdaptTrainer
+from llava_mod_hf.training.finite_steps import FiniteSteps
 from llava_mod_hf.training.logs import KeepsMetrics
 from llava_mod_hf.training.progress import LossOnBar, StepTimer
+from llava_mod_hf.training.safe_run import EndAtLastStep, SafeRun
 
 INIT = (
     "self model {} args data_collator train_dataset eval_dataset processing_class {} compute_metrics callbacks "
@@ -39,7 +41,6 @@ OVERRIDDEN = {
             "get_batch_samples": "self epoch_iterator num_batches device",
             "compute_loss": "self model inputs return_outputs num_items_in_batch",
             "log": "self logs start_time",
-            "create_model_card": CARD,
         },
     ),
     PreferenceTrainer: (
@@ -47,9 +48,23 @@ OVERRIDDEN = {
         {
             "__init__": INIT.format("ref_model", "", "", ""),
             "_compute_loss": "self model inputs return_outputs",
-            "create_model_card": CARD,
         },
     ),
+    SafeRun: (
+        Trainer,
+        {
+            "train": "self resume_from_checkpoint trial ignore_keys_for_eval",
+            "training_step": "self model inputs num_items_in_batch",
+            "save_model": "self output_dir _internal_call",
+            "_save_checkpoint": "self model trial",
+            "_push_from_checkpoint": "self checkpoint_folder",
+            "push_to_hub": "self commit_message blocking token revision private kwargs",
+            "create_model_card": "self language license tags model_name finetuned_from tasks dataset_tags dataset "
+            "dataset_args",
+        },
+    ),
+    EndAtLastStep: (TrainerCallback, {"on_epoch_begin": CALLBACK}),
+    FiniteSteps: (TrainerCallback, {"on_step_end": CALLBACK}),
     GroupedBatches: (
         Trainer,
         {"_get_train_sampler": "self train_dataset", "_get_eval_sampler": "self eval_dataset"},
@@ -62,6 +77,11 @@ CALLED = {
     SFTTrainer.prediction_step: "self model inputs prediction_loss_only ignore_keys",
     SFTTrainer.training_step: "self args kwargs",
     SFTTrainer.get_tp_size: "self",
+    SFTTrainer._save_checkpoint: "self model trial",
+    SFTTrainer._get_output_dir: "self trial",
+    SFTTrainer._finish_current_push: "self",
+    SFTTrainer._load_best_model: "self",
+    SFTTrainer.init_hf_repo: "self token private",
     DPOTrainer.compute_ref_log_probs: "self model inputs",
     DPOTrainer._set_signature_columns_if_needed: "self",
     _ForwardRedirection.__call__: "self wrapper_module original_module method args kwargs",

@@ -13,7 +13,7 @@ OPTIONS = ("data.arguments:DataArguments", "commands.arguments:StudentArguments"
 
 def run(data_args, student_args, args):
     """Adaptor initialisation: next-token cross-entropy, only the adaptor is trained (paper, stage 1)."""
-    recipe = start_run(data_args, student_args, args)
+    begun = start_run(data_args, student_args, args)
     rows = load_rows(data_args, columns=("prompt", "completion"), seed=args.seed, num_proc=args.dataset_num_proc)
     template = Path(args.chat_template_path).read_text() if args.chat_template_path else None
     args.chat_template_path = None  # read here: the parent would expect a tokenizer that has it already
@@ -27,4 +27,4 @@ def run(data_args, student_args, args):
     )
     rows = fit_to_recipe(rows, processor, data_args, args)
     trainer = AdaptTrainer(model, args, train_dataset=rows, processing_class=processor)
-    return train_and_save(trainer, "adapt", recipe)
+    return train_and_save(trainer, "adapt", begun)

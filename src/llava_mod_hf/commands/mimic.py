@@ -16,7 +16,7 @@ OPTIONS = (
 
 def run(data_args, distill_args, upcycle_args, args):
     """Mimic distillation, dense-to-dense or, with `moe_layers`, dense-to-sparse (paper, stage 2)."""
-    recipe = start_run(data_args, distill_args, upcycle_args, args)
+    begun = start_run(data_args, distill_args, upcycle_args, args)
     rows = load_rows(data_args, columns=("prompt", "completion"), seed=args.seed, num_proc=args.dataset_num_proc)
     student, processor = load_student(distill_args, args.trust_remote_code)
     rows = fit_to_recipe(rows, processor, data_args, args)
@@ -36,4 +36,4 @@ def run(data_args, distill_args, upcycle_args, args):
         teacher_processor=teacher_processor,
     )
     stage = "mimic_sparse" if student.config.moe_layers else "mimic_dense"
-    return train_and_save(trainer, stage, recipe)
+    return train_and_save(trainer, stage, begun)

@@ -15,7 +15,7 @@ OPTIONS = (
 
 def run(data_args, distill_args, args):
     """Preference distillation with the teacher as reference, or the student as it was (paper, stage 3)."""
-    recipe = start_run(data_args, distill_args, args)
+    begun = start_run(data_args, distill_args, args)
     columns = ("prompt", "chosen", "rejected")
     rows = load_rows(data_args, columns=columns, seed=args.seed, num_proc=args.dataset_num_proc)
     student, processor = load_student(distill_args, args.trust_remote_code)
@@ -34,4 +34,4 @@ def run(data_args, distill_args, args):
         processing_class=processor,
         teacher_processor=teacher_processor,
     )
-    return train_and_save(trainer, "prefer", recipe)
+    return train_and_save(trainer, "prefer", begun)

@@ -8,11 +8,12 @@ from llava_mod_hf.students.generation import prepare_generation
 from llava_mod_hf.training.adapt_config import AdaptConfig
 from llava_mod_hf.training.logs import KeepsMetrics
 from llava_mod_hf.training.noted_model import NotedModel
+from llava_mod_hf.training.safe_run import SafeRun
 from llava_mod_hf.training.trainable import train_only
 from llava_mod_hf.training.trainer_options import check_trainer
 
 
-class AdaptTrainer(KeepsMetrics, GroupedBatches, SFTTrainer):
+class AdaptTrainer(KeepsMetrics, GroupedBatches, SafeRun, SFTTrainer):
     """
     [`~trl.SFTTrainer`] that trains the adaptor alone, or what [`AdaptConfig`] names, and whose
     `train_sampling_strategy: group_by_length` knows rows with images. A sparse student's router losses are those of

@@ -28,6 +28,7 @@ from llava_mod_hf.training.authors_behaviour import ReferenceCompat
 from llava_mod_hf.training.logs import BatchTerms, MimicLog, kind_of_logs
 from llava_mod_hf.training.mimic_config import MimicConfig
 from llava_mod_hf.training.on_policy import answer_batches, check_on_policy
+from llava_mod_hf.training.safe_run import SafeRun
 from llava_mod_hf.training.trainable import train_only
 from llava_mod_hf.training.trainer_options import check_trainer, check_weights
 
@@ -36,7 +37,7 @@ logger = logging.getLogger(__name__)
 ALIGNMENT_SAMPLE = 8  # rows on which a teacher with its own processor is compared before training
 
 
-class MimicTrainer(GroupedBatches, SFTTrainer):
+class MimicTrainer(GroupedBatches, SafeRun, SFTTrainer):
     """
     [`~trl.SFTTrainer`] whose loss is that of [`MimicConfig`], on the supervised positions only.
 
@@ -290,10 +291,6 @@ class MimicTrainer(GroupedBatches, SFTTrainer):
     @property
     def _has_router_term(self):
         return self.aux_loss_enabled or self._z_coef != 0
-
-    # TRL's card names no base model and another task; `llava-mod publish` writes ours, from measured results.
-    def create_model_card(self, *args, **kwargs):
-        pass
 
 
 def _first_rows(count, labels, kl_labels, rows, mask):

@@ -25,6 +25,7 @@ from llava_mod_hf.teachers.reference_model import (
 from llava_mod_hf.training.logs import KeepsMetrics
 from llava_mod_hf.training.noted_model import NotedModel
 from llava_mod_hf.training.preference_config import OWN_LOSSES, PreferenceConfig
+from llava_mod_hf.training.safe_run import SafeRun
 from llava_mod_hf.training.trainable import train_only, trained_as_before
 from llava_mod_hf.training.trainer_options import check_trainer
 
@@ -33,7 +34,7 @@ FEWEST_PAIRS = 8  # that a KL estimate of `kto_pair` should rest on
 CHECKED_ROWS = 8  # whose responses are compared where teacher and student have different processors
 
 
-class PreferenceTrainer(KeepsMetrics, GroupedBatches, DPOTrainer):
+class PreferenceTrainer(KeepsMetrics, GroupedBatches, SafeRun, DPOTrainer):
     """
     [`~trl.DPOTrainer`] whose reference is the teacher, live or computed before, or the student as it was.
 
@@ -207,10 +208,6 @@ class PreferenceTrainer(KeepsMetrics, GroupedBatches, DPOTrainer):
 
     def _margin(self, metrics, student, reference):
         return margin_loss(_margins(student), _margins(reference), beta=self.beta)
-
-    # TRL's card names no base model and another task; `llava-mod publish` writes ours, from measured results.
-    def create_model_card(self, *args, **kwargs):
-        pass
 
 
 def _margins(log_probs):

@@ -3,51 +3,79 @@
 import json
 import os
 import shutil
-import tempfile
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
-import yaml
 from transformers import ProgressCallback
 
-from llava_mod_hf.publishing.provenance import RECIPE_FILE, RUN_FILE
-from llava_mod_hf.training.checkpoints import last_complete_checkpoint
+from llava_mod_hf.publishing.provenance import RUN_FILE
+from llava_mod_hf.training.checkpoints import chosen_checkpoint
+from llava_mod_hf.training.hub_pushes import UNFINISHED
 from llava_mod_hf.training.progress import LossOnBar, StepTimer
-from llava_mod_hf.training.run_recipe import recipe_of
+from llava_mod_hf.training.run_recipe import Recipe, check_same_recipe, recipe_of, write_recipe
+from llava_mod_hf.training.safe_run import clear_unfinished, told_when_not_written, unfinished_folder
 
 
-def check_output_dir(folder):
-    """
-    Raises:
-        ValueError: if the folder holds a finished run, which training again would overwrite.
-    """
-    if (Path(folder) / RUN_FILE).is_file():
-        raise ValueError(f"`{folder}` holds a finished run: give another `output_dir`, or remove it.")
+@dataclass
+class BegunRun:
+    """What a run begins with: its recipe, and the checkpoint that it is taken up from."""
+
+    recipe: Recipe
+    checkpoint: str | None
 
 
 def start_run(*groups):
     """
-    Refuses a folder that holds a finished run, and notes the options before a trainer changes any.
+    Refuses what would be found out late, and notes the options before a trainer changes any.
 
     Args:
         groups: the argument dataclasses of a stage, the trainer's last.
 
     Returns:
-        [`~llava_mod_hf.training.run_recipe.Recipe`].
+        [`BegunRun`].
 
     Raises:
-        ValueError: if `output_dir` holds a finished run.
+        ValueError: if `output_dir` holds a finished run or another model, or the run that is taken up had other options
+            or left no whole checkpoint.
     """
-    check_output_dir(groups[-1].output_dir)
-    return recipe_of(*groups)
+    args = groups[-1]
+    check_output_dir(args.output_dir)
+    recipe = recipe_of(*groups)
+    checkpoint = chosen_checkpoint(args.resume_from_checkpoint, args.output_dir)
+    if checkpoint is not None:
+        check_same_recipe(checkpoint, recipe)
+    if args.should_save:
+        clear_unfinished(args.output_dir)
+    return BegunRun(recipe, checkpoint)
 
 
-def train_and_save(trainer, stage, recipe):
+def check_output_dir(folder):
     """
-    Trains, from the last complete checkpoint of the output folder if there is one, and saves what can be loaded.
+    Raises:
+        ValueError: if the folder holds a finished run, which training again would overwrite, or a model that no run of
+            this package was about to write.
+    """
+    folder = Path(folder)
+    if (folder / RUN_FILE).is_file():
+        raise ValueError(f"`{folder}` holds a finished run: give another `output_dir`, or remove it.")
+    if (folder / "config.json").is_file() and not (folder / UNFINISHED).is_dir():
+        raise ValueError(
+            f"`{folder}` holds a model that would be overwritten: give a new or empty folder as `output_dir`."
+        )
+
+
+def train_and_save(trainer, stage, begun):
+    """
+    Trains, from the checkpoint that the run begins with if there is one, and saves what can be loaded.
 
     The output folder gets the weights, their code, the processor, `recipe.yaml` (every option, resolved) and, last,
-    `run.json`.
+    `run.json`; then they are pushed, with `push_to_hub`.
+
+    Args:
+        trainer ([`~llava_mod_hf.training.safe_run.SafeRun`]).
+        stage (`str`): what the run calls itself.
+        begun ([`BegunRun`]): of [`start_run`].
 
     Returns:
         `dict`: what `run.json` holds: `stage`, `steps`, `seconds` (all of this start), `seconds_per_step` (without the
@@ -57,8 +85,9 @@ def train_and_save(trainer, stage, recipe):
         trainer.add_callback(LossOnBar)
     timer = StepTimer()
     trainer.add_callback(timer)
+    trainer.recipe = begun.recipe
     start = time.perf_counter()
-    trainer.train(resume_from_checkpoint=last_complete_checkpoint(trainer.args.output_dir))
+    trainer.train(begun.checkpoint or False)
     history = trainer.state.log_history
     losses = [entry["loss"] for entry in history if "loss" in entry]
     run = {
@@ -69,33 +98,32 @@ def train_and_save(trainer, stage, recipe):
         "first_loss": losses[0] if losses else None,
         "last_loss": losses[-1] if losses else None,
         "log_history": history,
-        "recipe": recipe.changed,
+        "recipe": begun.recipe.changed,
     }
     output_dir = Path(trainer.args.output_dir)
-    output_dir.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=output_dir) as folder:
-        trainer.save_model(folder)
+    with told_when_not_written(output_dir), unfinished_folder(output_dir, trainer.args.should_save) as folder:
+        trainer.save_model(folder, _internal_call=True)
         if trainer.is_world_process_zero():
-            _move_checkpoint(Path(folder), output_dir)
-            (output_dir / RECIPE_FILE).write_text(yaml.safe_dump(recipe.resolved))
-            write_json(output_dir / RUN_FILE, run)
+            write_recipe(begun.recipe, folder)
+            write_json(folder / RUN_FILE, run)
+            _move_checkpoint(folder, output_dir)
+    if trainer.args.push_to_hub:
+        trainer.push_to_hub()
     return run
 
 
 def save_checkpoint(model, processor, folder):
     """Writes weights, their code and the processor; the folder cannot be loaded before it is whole."""
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder) as temporary:
+    with unfinished_folder(folder) as temporary:
         model.save_pretrained(temporary)
         processor.save_pretrained(temporary)
-        _move_checkpoint(Path(temporary), folder)
+        _move_checkpoint(temporary, Path(folder))
 
 
 def _move_checkpoint(source, target):
-    (source / "training_args.bin").unlink(missing_ok=True)  # a pickle, and `recipe.yaml` says the same
-    # nothing loads a folder without `config.json`: it comes last
-    for path in sorted(source.iterdir(), key=lambda path: path.name == "config.json"):
+    # nothing loads a folder without `config.json`, and none is finished without `run.json`: they come last
+    last = ("config.json", RUN_FILE)
+    for path in sorted(source.iterdir(), key=lambda path: last.index(path.name) if path.name in last else -1):
         if path.is_dir():
             shutil.rmtree(target / path.name, ignore_errors=True)
         os.replace(path, target / path.name)

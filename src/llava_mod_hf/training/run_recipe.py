@@ -1,8 +1,42 @@
-"""The recipe of a run: every option of it, resolved."""
+"""The recipe of a run: every option of it, resolved, and which of them a resumed run may change."""
 
 import dataclasses
 import json
+import logging
 from dataclasses import dataclass
+from pathlib import Path
+
+import yaml
+
+from llava_mod_hf.publishing.provenance import RECIPE_FILE
+
+logger = logging.getLogger(__name__)
+
+# Options that an interrupted run may be taken up with another value of; every other one changes what is learnt.
+MAY_CHANGE = {
+    "where": "output_dir resume_from_checkpoint hub_token trust_remote_code",
+    "logging": "logging_strategy logging_steps logging_first_step log_on_each_node logging_nan_inf_filter log_level "
+    "log_level_replica disable_tqdm report_to run_name project trackio_space_id trackio_bucket_id "
+    "trackio_static_space_id include_num_input_tokens_seen skip_memory_metrics debug",
+    "saving": "save_strategy save_steps save_total_limit save_on_each_node enable_jit_checkpoint",
+    "Hub": "push_to_hub hub_private_repo hub_model_id hub_strategy hub_always_push hub_revision",
+    "evaluation": "eval_strategy eval_steps eval_delay eval_on_start per_device_eval_batch_size "
+    "prediction_loss_only eval_do_concat_batches eval_use_gather_object eval_accumulation_steps "
+    "include_for_metrics batch_eval_metrics bf16_full_eval fp16_full_eval",
+    "workers": "dataloader_num_workers dataloader_pin_memory dataloader_persistent_workers "
+    "dataloader_prefetch_factor dataloader_multiprocessing_context dataset_num_proc check_images",
+    "memory": "gradient_checkpointing gradient_checkpointing_kwargs activation_checkpointing "
+    "activation_checkpointing_kwargs activation_offloading torch_empty_cache_steps rows_per_chunk teacher_device "
+    "shard_teacher share_vision_tower",
+    "processes": "local_rank ddp_backend ddp_timeout ddp_bucket_cap_mb ddp_broadcast_buffers "
+    "ddp_find_unused_parameters ddp_static_graph",
+}
+
+# may change too where the learning rate does not depend on them
+LENGTH = {"max_steps", "num_train_epochs"}
+CONSTANT = ("constant", "constant_with_warmup")
+
+SHOWN = 6  # differences that a refusal names
 
 
 @dataclass
@@ -16,24 +50,35 @@ class Recipe:
 def recipe_of(*groups):
     """
     Args:
-        groups: the argument dataclasses of a stage, or the trainer's alone, as they were before a trainer changed any.
+        groups: the argument dataclasses of a stage, as they were before a trainer changed any.
 
     Returns:
         [`Recipe`].
     """
-    resolved, changed = {}, {}
+    changed = {}
     for group in groups:
         required = {item.name for item in dataclasses.fields(group) if _has_no_default(item)}
         # without these three a TrainingArguments cannot be made everywhere
         required |= {"output_dir", "use_cpu", "bf16"} & {item.name for item in dataclasses.fields(group)}
         default = type(group)(**{name: getattr(group, name) for name in required})
-        for item in dataclasses.fields(group):
-            if item.init and item.name != "hub_token":
-                value = getattr(group, item.name)
-                resolved[item.name] = value
-                if item.name in required or value != getattr(default, item.name):
-                    changed[item.name] = value
-    return Recipe(**json.loads(json.dumps({"resolved": resolved, "changed": changed}, default=_plain)))
+        for name, value in _options(group).items():
+            if name in required or value != getattr(default, name):
+                changed[name] = value
+    return Recipe(resolved_options(*groups), _as_plain(changed))
+
+
+def resolved_options(*groups):
+    """`dict` of every option of argument dataclasses, as plain YAML values, without the Hub token."""
+    return _as_plain({name: value for group in groups for name, value in _options(group).items()})
+
+
+def _options(group):
+    names = [item.name for item in dataclasses.fields(group) if item.init and item.name != "hub_token"]
+    return {name: getattr(group, name) for name in names}
+
+
+def _as_plain(options):
+    return json.loads(json.dumps(options, default=_plain))
 
 
 def _plain(value):
@@ -43,3 +88,41 @@ def _plain(value):
 
 def _has_no_default(item):
     return item.init and item.default is dataclasses.MISSING and item.default_factory is dataclasses.MISSING
+
+
+def check_same_recipe(checkpoint, recipe):
+    """
+    Refuses to take up a run with options that change what is learnt; [`MAY_CHANGE`] has those that do not.
+
+    A checkpoint without a `recipe.yaml`, of another trainer, is not compared.
+
+    Args:
+        checkpoint (`str` or `Path`): that the run is taken up from.
+        recipe ([`Recipe`]): of this start.
+
+    Raises:
+        ValueError: naming each option, its value then and now.
+    """
+    path = Path(checkpoint, RECIPE_FILE)
+    if not path.is_file():
+        logger.warning("`%s` has no %s, so nobody knows whether its options were the same.", checkpoint, RECIPE_FILE)
+        return
+    then = yaml.safe_load(path.read_text(encoding="utf-8"))
+    free = {name for names in MAY_CHANGE.values() for name in names.split()}
+    if recipe.resolved.get("lr_scheduler_type") in CONSTANT:
+        free |= LENGTH
+    # an option that was not there yet had the value that is the default now
+    now = {name: value for name, value in recipe.resolved.items() if name in then or name in recipe.changed}
+    other = [name for name in now if name not in free and now[name] != then.get(name)]
+    if other:
+        shown = ", ".join(f"`{name}` was {then.get(name)!r} and is {now[name]!r}" for name in other[:SHOWN])
+        more = f" and {len(other) - SHOWN} more" if len(other) > SHOWN else ""
+        raise ValueError(
+            f"`{checkpoint}` is of a run with other options: {shown}{more}. Give them as they were to go on, or begin "
+            "from the start in another `output_dir`, or with `resume_from_checkpoint: false`."
+        )
+
+
+def write_recipe(recipe, folder):
+    """Writes `recipe.yaml`, every option, into a folder."""
+    Path(folder, RECIPE_FILE).write_text(yaml.safe_dump(recipe.resolved), encoding="utf-8")

@@ -15,6 +15,8 @@ import torch
 from peft import PeftModel
 from transformers import TrainingArguments
 
+from llava_mod_hf.training.hub_pushes import check_hub_strategy
+
 # Read by transformers' `Trainer` or TRL's trainer, in code that ours leave as it is.
 READ_BY_PARENT = {
     "length": "num_train_epochs max_steps ignore_data_skip restore_callback_states_from_checkpoint",
@@ -183,6 +185,7 @@ def check_dependent_options(args, stage):
             raise ValueError(
                 f"`{changed[0]}` is {value!r}, which does nothing without {needed}: give that too, or neither."
             )
+    check_hub_strategy(args.hub_strategy)
 
 
 def _default(item):

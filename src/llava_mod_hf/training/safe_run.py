@@ -1,0 +1,173 @@
+"""What all trainers of this package do about a run's folder, its Hub repository and its end."""
+
+import contextlib
+import shutil
+from pathlib import Path
+
+from safetensors import SafetensorError
+from transformers import Trainer, TrainerCallback
+from transformers.trainer_utils import HubStrategy, TrainOutput
+from transformers.utils import PushInProgress
+
+from llava_mod_hf.training.checkpoints import STATE_FILE, chosen_checkpoint
+from llava_mod_hf.training.finite_steps import FiniteSteps
+from llava_mod_hf.training.hub_pushes import UNFINISHED, push_model
+from llava_mod_hf.training.run_recipe import Recipe, check_same_recipe, resolved_options, write_recipe
+
+
+class AllStepsTaken(Exception):
+    """The checkpoint that a run is taken up from is that of its last step."""
+
+
+class EndAtLastStep(TrainerCallback):
+    """The parent's loop takes a step before it looks whether there is one left to take."""
+
+    def on_epoch_begin(self, args, state, control, **kwargs):
+        if state.max_steps > 0 and state.global_step >= state.max_steps:
+            raise AllStepsTaken
+
+
+class SafeRun(Trainer):
+    """
+    For a trainer, before its own parent:
+
+    - a run stops at the step whose loss or weights are not finite, and writes nothing of it;
+    - `train` takes up whole checkpoints alone, of the same recipe, and takes no step more than there are;
+    - no file that it writes contains the Hub token, and what it pushes is the model alone, without a path of this
+      machine.
+
+    Attributes:
+        recipe ([`~llava_mod_hf.training.run_recipe.Recipe`]): written into each checkpoint; of the trainer's arguments
+            alone, unless a stage has set it.
+    """
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.recipe = None
+        self._finite_steps = FiniteSteps(self)
+        self.add_callback(self._finite_steps)
+        self.add_callback(EndAtLastStep)
+
+    def train(self, resume_from_checkpoint=None, *args, **kwargs):
+        """
+        The parent's, from a checkpoint that is whole and of the same recipe.
+
+        Args:
+            resume_from_checkpoint (`str` or `bool`, *optional*): as in
+                [`~llava_mod_hf.training.checkpoints.chosen_checkpoint`], by default what `args` say, or from the start.
+
+        Raises:
+            ValueError: if the checkpoint is missing, damaged or of another recipe, or the run stops being finite.
+        """
+        choice = self.args.resume_from_checkpoint if resume_from_checkpoint is None else resume_from_checkpoint
+        checkpoint = chosen_checkpoint(False if choice is None else choice, self.args.output_dir)
+        self.recipe = self.recipe or Recipe(resolved_options(self.args), {})
+        if checkpoint is not None:
+            check_same_recipe(checkpoint, self.recipe)
+        try:
+            return super().train(checkpoint or False, *args, **kwargs)
+        except AllStepsTaken:
+            if self.args.load_best_model_at_end and self.state.best_model_checkpoint is not None:
+                self._load_best_model()
+            self.control = self.callback_handler.on_train_end(self.args, self.state, self.control)
+            return TrainOutput(self.state.global_step, 0.0, {})
+
+    def training_step(self, *args, **kwargs):
+        loss = super().training_step(*args, **kwargs)
+        self._finite_steps.note(loss)
+        return loss
+
+    # The parent writes its arguments as a pickle, with the Hub token.
+    def save_model(self, output_dir=None, _internal_call=False):
+        folder = Path(self.args.output_dir if output_dir is None else output_dir)
+        token, self.args.hub_token = self.args.hub_token, None
+        try:
+            super().save_model(str(folder), _internal_call=True)
+        finally:
+            self.args.hub_token = token
+        if self.args.should_save:
+            (folder / "training_args.bin").unlink(missing_ok=True)
+        if self.args.push_to_hub and not _internal_call:
+            self.push_to_hub(commit_message="Model save")
+
+    def _save_checkpoint(self, model, trial):
+        folder = Path(self._get_output_dir(trial=trial), f"checkpoint-{self.state.global_step}")
+        with told_when_not_written(folder):
+            if self.args.should_save:
+                folder.mkdir(parents=True, exist_ok=True)
+                (folder / STATE_FILE).unlink(missing_ok=True)  # of a damaged one, which it would call whole
+                write_recipe(self.recipe, folder)
+            super()._save_checkpoint(model, trial)
+
+    # The parent commits its output folder, where logs and the pickle of its arguments lie.
+    def _push_from_checkpoint(self, checkpoint_folder):
+        if not self.is_world_process_zero() or self.args.hub_strategy == HubStrategy.END:
+            return
+        if self.push_in_progress is not None and not (self.args.hub_always_push or self.push_in_progress.is_done()):
+            return
+        self.callback_handler.on_push_begin(self.args, self.state, self.control)
+        message = f"Training in progress, step {self.state.global_step}"
+        job = push_model(checkpoint_folder, self.hub_model_id, message=message, args=self.args, blocking=False)
+        running = [] if self.push_in_progress is None else self.push_in_progress.jobs
+        self.push_in_progress = PushInProgress([*running, job])
+
+    def push_to_hub(
+        self, commit_message="End of training", blocking=True, token=None, revision=None, private=None, **kwargs
+    ):
+        """The parent's, of the model's files alone; see [`~llava_mod_hf.training.hub_pushes.push_model`]."""
+        self.callback_handler.on_push_begin(self.args, self.state, self.control)
+        if getattr(self, "hub_model_id", None) is None:
+            self.init_hf_repo(token=token, private=private)
+        with unfinished_folder(self.args.output_dir, self.args.should_save) as folder:
+            self.save_model(folder, _internal_call=True)
+            if not self.is_world_process_zero():
+                return None
+            self._finish_current_push()
+            options = {"token": token, "revision": revision, "blocking": blocking}
+            return push_model(folder, self.hub_model_id, message=commit_message, args=self.args, **options)
+
+    # TRL's card names no base model and another task; `llava-mod publish` writes ours, from measured results.
+    def create_model_card(self, *args, **kwargs):
+        pass
+
+
+@contextlib.contextmanager
+def told_when_not_written(folder):
+    """Says in one sentence that the disk is full, or what else went wrong when a folder was written."""
+    try:
+        yield
+    except (OSError, SafetensorError, RuntimeError) as error:
+        # PyTorch and the tokenizers have words of their own for it
+        written = isinstance(error, OSError | SafetensorError) or "PytorchStreamWriter" in str(error)
+        if isinstance(error, ConnectionError) or not (written or "os error" in str(error)):
+            raise
+        raise OSError(
+            f"`{folder}` could not be written ({' '.join(str(error).split())}): make room, and start again; the run "
+            "goes on from its last whole checkpoint."
+        ) from error
+
+
+@contextlib.contextmanager
+def unfinished_folder(folder, writes=True):
+    """
+    A folder inside another for what is not whole yet; what an earlier run left of it goes.
+
+    Args:
+        folder (`str` or `Path`): created if missing.
+        writes (`bool`): whether this process is one of those that write, and clean up.
+    """
+    temporary = Path(folder, UNFINISHED)
+    if writes:
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+    try:
+        yield temporary
+    finally:
+        if writes:
+            shutil.rmtree(temporary, ignore_errors=True)
+
+
+def clear_unfinished(folder):
+    """Removes what a killed run had not written to the end."""
+    for path in Path(folder).glob(f"{UNFINISHED}*"):
+        shutil.rmtree(path)
