@@ -397,6 +397,12 @@ def test_the_entropy_is_that_of_the_students_distribution():
     terms, _ = run(t, softcap=2.0, temperature=3.0, rows=3)
     assert terms.entropy.item() == pytest.approx(expected)
     assert not terms.entropy.requires_grad
+    t["bias"][2] = -math.inf  # a token that is excluded
+    t["targets"].fill_(0)
+    terms, _ = run(t, teachers=[], lm_weight=1.0)
+    less = t["hidden"] @ t["weight"].T + t["bias"]
+    expected = sum(-q * math.log(q) for row in less.tolist() for q in softmax(row) if q)
+    assert terms.entropy.item() == pytest.approx(expected)
 
 
 @pytest.mark.parametrize("count", [0, 1, 2, 3, 7])

@@ -46,6 +46,9 @@ class _Options(NamedTuple):
     lm_weight: float
     shared_vocab_size: int | None
     targets_for_unaligned: bool
+    items: int | Tensor
+    rows_per_chunk: int
+    with_gradient: bool
 
 
 def chunked_mimic_loss(
@@ -119,14 +122,11 @@ def chunked_mimic_loss(
         lm_weight,
         shared_vocab_size,
         targets_for_unaligned,
+        at_least_one(len(targets) if num_items is None else num_items),
+        rows_per_chunk,
+        torch.is_grad_enabled(),
     )
-    items = at_least_one(len(targets) if num_items is None else num_items)
-    return MimicTerms(
-        *_ChunkedMimicLoss.apply(
-            hidden, head.weight, head.bias, head, targets, teachers, options, items, rows_per_chunk,
-            torch.is_grad_enabled(),
-        )
-    )  # fmt: skip
+    return MimicTerms(*_ChunkedMimicLoss.apply(hidden, head.weight, head.bias, head, targets, teachers, options))
 
 
 def _check_rows(hidden, head, targets, teachers, weights, shared_vocab_size):
@@ -163,10 +163,10 @@ class _ChunkedMimicLoss(torch.autograd.Function):
     """`head` is passed as a whole, and its tensors again where autograd sees them."""
 
     @staticmethod
-    def forward(ctx, hidden, weight, bias, head, targets, teachers, options, items, rows_per_chunk, with_gradient):
+    def forward(ctx, hidden, weight, bias, head, targets, teachers, options):
         dtype = _compute_dtype(hidden)
         teachers = [_Teacher(rows, options, len(targets)) for rows in teachers]
-        needs = [with_gradient and needed for needed in ctx.needs_input_grad[:3]]
+        needs = [options.with_gradient and needed for needed in ctx.needs_input_grad[:3]]
         with torch.autocast(hidden.device.type, enabled=False):
             sums, ctx.gradients = _sums_and_gradients(
                 hidden.to(dtype),
@@ -174,13 +174,13 @@ class _ChunkedMimicLoss(torch.autograd.Function):
                 targets,
                 teachers,
                 options,
-                rows_per_chunk,
                 needs,
             )
         loss, *others = sums
-        ctx.items, ctx.dtypes = items, [None if tensor is None else tensor.dtype for tensor in (hidden, weight, bias)]
+        ctx.items = options.items
+        ctx.dtypes = [None if tensor is None else tensor.dtype for tensor in (hidden, weight, bias)]
         ctx.mark_non_differentiable(*others)
-        return loss / items, *others
+        return loss / options.items, *others
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -193,7 +193,7 @@ class _ChunkedMimicLoss(torch.autograd.Function):
             None if gradient is None else _scaled(gradient, factor, dtype)
             for gradient, dtype in zip(gradients, ctx.dtypes, strict=True)
         ]
-        return (*scaled, *[None] * 7)
+        return (*scaled, *[None] * 4)
 
 
 def _scaled(gradient, factor, dtype):
@@ -253,7 +253,7 @@ class _Teacher:
         return others.masked_scatter(aligned, found)
 
 
-def _sums_and_gradients(hidden, head, targets, teachers, options, rows_per_chunk, needs):
+def _sums_and_gradients(hidden, head, targets, teachers, options, needs):
     """
     The sums of [`MimicTerms`], and the first one's gradients of hidden states, weight and bias where needed.
 
@@ -268,14 +268,14 @@ def _sums_and_gradients(hidden, head, targets, teachers, options, rows_per_chunk
     grad_hidden = torch.zeros_like(hidden, dtype=dtype) if needs_hidden else None
     grad_weight = None
     grad_bias = torch.zeros_like(head.bias, dtype=zero.dtype) if needs_bias else None
-    for start in range(0, len(hidden), rows_per_chunk):
-        stop = min(start + rows_per_chunk, len(hidden))
+    for start in range(0, len(hidden), options.rows_per_chunk):
+        stop = min(start + options.rows_per_chunk, len(hidden))
         rows = hidden[start:stop]
         projected = F.linear(rows, head.weight, head.bias).to(zero.dtype)  # (rows of the chunk, vocabulary)
-        chunks = [teacher.chunk(start, stop, hidden.device) for teacher in teachers]
+        asked = [(teacher, teacher.chunk(start, stop, hidden.device)) for teacher in teachers]
         for block in _blocks(projected):
             bounds = start + block.start, start + block.stop
-            terms = _block_terms(projected[block], head, targets, teachers, chunks, start, bounds, options, needs)
+            terms = _block_terms(projected[block], head, targets, asked, start, bounds, options, needs)
             for total, term in zip(sums, terms, strict=True):
                 total += term
         gradient = projected.to(dtype)  # the blocks have put it in the projection's place
@@ -297,25 +297,24 @@ def _blocks(projected):
     return [slice(start, min(start + size, rows)) for start in range(0, rows, size)]
 
 
-def _block_terms(projected, head, targets, teachers, chunks, chunk_start, bounds, options, needs):
+def _block_terms(projected, head, targets, asked, chunk_start, bounds, options, needs):
     """Terms of one block of rows; replaces `projected` by the gradient of the loss where one is needed."""
     with torch.set_grad_enabled(any(needs)):
         leaf = projected.detach().requires_grad_(any(needs))
         logits = head.finish(leaf)
-        cross_entropy = F.cross_entropy(logits, targets[slice(*bounds)], reduction="none")
-        kl = [
-            teacher.divergence(logits, cross_entropy, chunk, chunk_start, *bounds).sum()
-            for teacher, chunk in zip(teachers, chunks, strict=True)
-        ]
+        log_p = F.log_softmax(logits, -1)
+        cross_entropy = F.nll_loss(log_p, targets[slice(*bounds)], reduction="none")
+        kl = [teacher.divergence(logits, cross_entropy, chunk, chunk_start, *bounds).sum() for teacher, chunk in asked]
         lm = cross_entropy.sum()
         weighted = [weight * term for weight, term in zip(options.kl_weights, kl, strict=True)]
-        if options.lm_weight or not teachers:  # else its gradient is not worth a pass
+        if options.lm_weight or not asked:  # else its gradient is not worth a pass
             weighted.append(options.lm_weight * lm)
         loss = torch.stack(weighted).sum()
     with torch.no_grad():
         chosen = logits.gather(-1, targets[slice(*bounds), None]).squeeze(-1)
         correct = (chosen == logits.amax(-1)).sum()
-        entropy = torch.special.entr(logits.softmax(-1)).sum()
+        # a token that is excluded has 0 · −inf, which is NaN
+        entropy = -log_p.exp().mul_(log_p.clamp(min=torch.finfo(log_p.dtype).min)).sum()
         if any(needs):
             projected.copy_(torch.autograd.grad(loss, leaf)[0])
         return loss, torch.stack(kl) if kl else projected.new_zeros(0), lm, correct, entropy
