@@ -5,6 +5,7 @@ import logging
 import re
 from pathlib import Path
 
+import torch
 from safetensors import SafetensorError
 from transformers import AutoModelForImageTextToText, AutoProcessor, BitsAndBytesConfig, ProcessorMixin
 from transformers.quantizers.auto import AutoQuantizationConfig
@@ -61,7 +62,7 @@ def load_whole(auto_class, path, **kwargs):
         `PreTrainedModel`.
 
     Raises:
-        ValueError: if a file cannot be read, or weights are missing or of another shape; it names them.
+        ValueError: if a file cannot be read, or weights are missing, of another shape or not finite; it names them.
     """
     report, logger = _Report(), logging.getLogger("transformers.modeling_utils")
     logger.addHandler(report)
@@ -74,6 +75,7 @@ def load_whole(auto_class, path, **kwargs):
     finally:
         logger.removeHandler(report)
     _refuse_missing(path, {*info["missing_keys"], *(name for name, *_ in info["mismatched_keys"])})
+    _refuse_not_finite(path, model)
     return model
 
 
@@ -83,6 +85,20 @@ def _refuse_missing(path, names):
         raise ValueError(
             f"`{path}` has {len(names)} of the model's weights not at all, in part or in another shape: {shown}. It is "
             "cut off or of another model."
+        )
+
+
+FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)  # those of 8 bits have no such check
+
+
+def _refuse_not_finite(path, model):
+    """Such weights are those of a run that diverged: every answer is then the same, and every score looks possible."""
+    tensors = {name: p for name, p in model.named_parameters() if p.dtype in FLOATS and not p.is_meta}
+    broken = [name for name, tensor in tensors.items() if not tensor.isfinite().all()]
+    if broken:
+        raise ValueError(
+            f"`{path}` has {len(broken)} of {len(tensors)} weights with values that are not finite, `{broken[0]}` "
+            "among them: the run that wrote it diverged; take one of its checkpoints from before."
         )
 
 

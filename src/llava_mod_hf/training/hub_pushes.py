@@ -20,9 +20,6 @@ MODEL_FILES = (".safetensors", ".json", ".jinja", ".model", ".py", ".txt")
 
 NOT_THE_MODELS = {"trainer_state.json"}  # which tells folders of this machine
 
-# `HubStrategy` has two more, which push the optimiser's state: pickles, that nobody should load from the Hub
-STRATEGIES = ("end", "every_save")
-
 ADAPTER_FILE = "adapter_config.json"
 
 UNFINISHED = ".unfinished"  # folders of this name's beginning are what a run had not written to the end
@@ -52,19 +49,6 @@ def push_model(folder, repo_id, *, message, args, token=None, revision=None, blo
     api = HfApi(token=token or args.hub_token)
     upload = functools.partial(_upload, api, copy, repo_id, message, revision or args.hub_revision)
     return upload() if blocking else api.run_as_future(_warn_of_failure, upload)
-
-
-def check_hub_strategy(strategy):
-    """
-    Raises:
-        ValueError: if what it pushes would be more than a model.
-    """
-    name = str(getattr(strategy, "value", strategy))
-    if name not in STRATEGIES:
-        raise ValueError(
-            f"`hub_strategy` is {name!r}, which pushes the optimiser's state, as pickles: give one of "
-            f"{', '.join(STRATEGIES)}; checkpoints stay in `output_dir`."
-        )
 
 
 def _copy_of_model(folder, output_dir):

@@ -15,8 +15,6 @@ import torch
 from peft import PeftModel
 from transformers import TrainingArguments
 
-from llava_mod_hf.training.hub_pushes import check_hub_strategy
-
 # Read by transformers' `Trainer` or TRL's trainer, in code that ours leave as it is.
 READ_BY_PARENT = {
     "length": "num_train_epochs max_steps ignore_data_skip restore_callback_states_from_checkpoint",
@@ -65,6 +63,9 @@ READ_HERE_OF = {
     "prefer": "router_aux_loss_coef loss_type loss_weights beta label_smoothing ld_alpha sync_ref_model reference "
     "kto_reference_compat",
 }
+
+# `HubStrategy` has two more, which push the optimiser's state: pickles, that nobody should load from the Hub
+HUB_STRATEGIES = ("end", "every_save")
 
 LAUNCHERS = "local_rank"  # some write it on the command line, and the environment says it again: not read, not refused
 
@@ -185,7 +186,16 @@ def check_dependent_options(args, stage):
             raise ValueError(
                 f"`{changed[0]}` is {value!r}, which does nothing without {needed}: give that too, or neither."
             )
-    check_hub_strategy(args.hub_strategy)
+    _check_hub_strategy(args.hub_strategy)
+
+
+def _check_hub_strategy(strategy):
+    name = str(getattr(strategy, "value", strategy))
+    if name not in HUB_STRATEGIES:
+        raise ValueError(
+            f"`hub_strategy` is {name!r}, which pushes the optimiser's state, as pickles: give one of "
+            f"{', '.join(HUB_STRATEGIES)}; checkpoints stay in `output_dir`."
+        )
 
 
 def _default(item):
