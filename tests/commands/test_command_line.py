@@ -312,6 +312,13 @@ def test_evaluate_a_local_file_into_another_file(save, tmp_path, capsys):
     assert not (student / "results.json").exists()
 
 
+def test_evaluate_measures_all_rows(capsys, tmp_path):
+    message = refused(
+        capsys, "evaluate", "--model", tmp_path, "--dataset_name", easy_vqa.DATASET, "--streaming", "true"
+    )
+    assert "`streaming` is true, and measures are of all rows" in message
+
+
 def test_evaluate_needs_a_folder_to_write_to(capsys, tmp_path):
     message = refused(capsys, "evaluate", "--model", tmp_path / "no", "--dataset_name", easy_vqa.DATASET)
     assert f"`{tmp_path}/no` is no folder to write the results to: give `output_file`" in message

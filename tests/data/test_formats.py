@@ -3,9 +3,11 @@
 import json
 
 import pytest
+from datasets import Dataset
 
 from llava_mod_hf.data import formats
-from llava_mod_hf.data.formats import json_rows, read_row, recognise
+from llava_mod_hf.data.formats import FORMATS, json_rows, read_row, recognise, register_format
+from llava_mod_hf.data.load import DataArguments, load_rows
 
 
 def human(text):
@@ -176,3 +178,54 @@ def test_broken_json_is_named_with_its_row(tmp_path, text, message):
     path.write_text(text)
     with pytest.raises(ValueError, match=message):
         list(json_rows(path))
+
+
+@pytest.fixture
+def own_formats():
+    before = dict(FORMATS)
+    yield FORMATS
+    FORMATS.clear()
+    FORMATS.update(before)
+
+
+def captions(row, images, where):
+    if not row["caption"]:
+        raise ValueError(f"{where} has no caption.")
+    turns = (("user", "What is it?"), ("assistant", row["caption"]))
+    return {"messages": [{"role": role, "content": text} for role, text in turns]}
+
+
+def test_a_format_of_somebody_else(tmp_path, own_formats, monkeypatch):
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+    register_format("captions", ["caption"], captions)
+    path = tmp_path / "rows.json"
+    path.write_text(json.dumps([{"caption": "a dog"}, {"caption": ""}, {"caption": "a cat"}]))
+    arguments = DataArguments(str(path), bad_rows="drop")
+    rows = load_rows(arguments, columns=("prompt", "completion"))
+    assert [row[0]["content"] for row in rows["completion"]] == ["a dog", "a cat"]
+    assert list(rows["source_row"]) == [0, 2]
+    Dataset.from_list([{"caption": "a dog"}]).to_parquet(tmp_path / "rows.parquet")
+    rows = load_rows(DataArguments(str(tmp_path / "rows.parquet")), columns=("prompt", "completion"))
+    assert rows[0]["completion"][0]["content"] == "a dog"
+
+    # another reader of the same name reads the file anew
+    own_formats.pop("captions")
+    register_format("captions", ["caption"], lambda *args: captions(*args))
+    monkeypatch.setitem(own_formats, "captions", own_formats["captions"]._replace(read=upper))
+    rows = load_rows(arguments, columns=("prompt", "completion"))
+    assert rows[0]["completion"][0]["content"] == "A DOG"
+
+
+def upper(row, images, where):
+    return captions({"caption": row["caption"].upper()}, images, where)
+
+
+def test_a_format_that_does_not_fit_is_refused(own_formats):
+    with pytest.raises(ValueError, match="There is a format `LLaVA` already"):
+        register_format("LLaVA", ["x"], captions)
+    with pytest.raises(ValueError, match="`before` is 'x': give one of preference"):
+        register_format("captions", ["caption"], captions, before="x")
+    with pytest.raises(ValueError, match="`gives` is "):
+        register_format("captions", ["caption"], captions, gives=("text",))
+    register_format("first", ["prompt"], captions, before="preference")
+    assert recognise(["prompt", "chosen", "rejected"], "rows") == "first"

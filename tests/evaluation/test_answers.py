@@ -251,3 +251,15 @@ def test_no_question_text_gives_the_answer_away():
     """On the balanced test rows the blind baseline gains nothing on yes/no questions: the image decides."""
     scores = evaluate_blind(easy_vqa.questions("train"), easy_vqa.load("questions", "test"))
     assert math.isclose(scores["balanced_accuracy"], 0.5)
+
+
+@pytest.mark.parametrize("name", ["question", "answer", "kind"])
+def test_a_missing_text_is_named_before_any_answer(student, processor, dataset, monkeypatch, name):
+    monkeypatch.setattr(answers_module, "generate_answers", lambda *args, **kwargs: pytest.fail("answered first"))
+    texts = list(dataset[name])
+    texts[3] = None
+    rows = dataset.remove_columns(name).add_column(name, texts)
+    with pytest.raises(ValueError, match=f"Row 3 has the `{name}` None: give a text"):
+        evaluate_model(student, processor, rows)
+    with pytest.raises(ValueError, match=f"Row 3 has the `{name}` None"):
+        evaluate_blind(dataset, rows)

@@ -60,6 +60,8 @@ def run(data_args: DataArguments, args: EvaluateCommand):
             f"`{training_name}` is one file, without splits: the blind baseline would learn the answers that it is "
             "measured by. Give the file of the training questions as `train_dataset_name`."
         )
+    if data_args.streaming:
+        raise ValueError("`streaming` is true, and measures are of all rows: leave it out.")
     rows = load_rows(data_args, columns=QUESTION_COLUMNS, split=data_args.dataset_test_split, seed=args.seed)
     all_rows = dataclasses.replace(data_args, dataset_name=training_name, max_samples=None)
     training = load_rows(all_rows, columns=QUESTION_COLUMNS, seed=args.seed).remove_columns("images")

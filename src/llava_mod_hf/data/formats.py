@@ -1,23 +1,64 @@
 """The published layouts of image-and-text data → TRL's rows, one row at a time."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 IMAGE_PLACEHOLDER = "<image>"
 
 CHUNK = 1 << 20  # characters of a JSON file that are read at a time
 
-# name → columns that it is recognised by, the most particular first
-FORMATS = {
-    "preference": ("prompt", "chosen", "rejected"),
-    "prompt-completion": ("prompt", "completion"),
-    "LLaVA": ("conversations",),
-    "RLAIF-V": ("question", "chosen", "rejected"),
-    "messages": ("messages",),
-    "prompt": ("prompt",),
-}
-
 LLAVA_ROLES = {"system": "system", "human": "user", "gpt": "assistant"}
+
+
+class Format(NamedTuple):
+    """
+    A layout of image-and-text data, and how a row of it becomes rows of TRL.
+
+    Args:
+        columns (`tuple[str, ...]`): a data set that has all of these is in it.
+        read (`Callable[[dict, list, str], dict]`):
+            A row that has `columns`, its images (undecoded) and where it is, for messages → what it says, in TRL's
+            words: `messages` (a conversation), `prompt` with `completion`, `prompt` with `chosen` and `rejected`, or
+            `prompt` alone. It raises a `ValueError` that begins with where, if the row is malformed.
+        gives (`tuple[str, ...]`): the names that `read` returns.
+        is_trl (`bool`): whether rows are in TRL's format already, so that a data set need not be read row by row.
+    """
+
+    columns: tuple
+    read: Callable
+    gives: tuple
+    is_trl: bool = False
+
+
+FORMATS: dict[str, Format] = {}  # the first whose columns are all there is taken
+
+
+def register_format(name, columns, read, *, gives=("messages",), before=None):
+    """
+    Adds a format of data: all stages then know files and data sets that have its columns.
+
+    Args:
+        name (`str`): of the format, for messages.
+        columns, read, gives: as in [`Format`].
+        before (`str`, *optional*): the format that would take such rows for its own; by default it is the last.
+
+    Raises:
+        ValueError: if there is one of that name, none of the name `before`, or `gives` is nothing that a stage takes.
+    """
+    if name in FORMATS:
+        raise ValueError(f"There is a format `{name}` already: give another name.")
+    if before is not None and before not in FORMATS:
+        raise ValueError(f"`before` is {before!r}: give one of {', '.join(FORMATS)}.")
+    known = {entry.gives for entry in FORMATS.values()}
+    if tuple(gives) not in known:
+        raise ValueError(f"`gives` is {gives!r}: give one of {', '.join(map(str, sorted(known)))}.")
+    entries = list(FORMATS.items())
+    place = len(entries) if before is None else list(FORMATS).index(before)
+    entries.insert(place, (name, Format(tuple(columns), read, tuple(gives))))
+    FORMATS.clear()
+    FORMATS.update(entries)
 
 
 def recognise(columns, name):
@@ -35,10 +76,10 @@ def recognise(columns, name):
         ValueError: if it is in none of them.
     """
     columns = list(columns)
-    for layout, needed in FORMATS.items():
-        if set(needed) <= set(columns):
+    for layout, entry in FORMATS.items():
+        if set(entry.columns) <= set(columns):
             return layout
-    known = "; ".join(f"{layout} ({', '.join(needed)})" for layout, needed in FORMATS.items())
+    known = "; ".join(f"{layout} ({', '.join(entry.columns)})" for layout, entry in FORMATS.items())
     raise ValueError(f"`{name}` has the columns {columns}, which is no known format: rename them to one of {known}.")
 
 
@@ -244,30 +285,51 @@ def read_row(row, layout, where, *, multi_turn="expand"):
     """
     if not isinstance(row, dict):
         raise ValueError(f"{where} is a {type(row).__name__}: rows are `{{key: value}}`.")
-    lacking = [name for name in FORMATS[layout] if name not in row]
+    entry = FORMATS[layout]
+    lacking = [name for name in entry.columns if name not in row]
     if lacking:
         raise ValueError(f"{where} has no {', '.join(f'`{name}`' for name in lacking)}: give it, or leave out the row.")
     images = image_references(row, where)
-    if layout in ("preference", "RLAIF-V"):
-        question = row.get("prompt" if layout == "preference" else "question")
-        if not question:
-            raise ValueError(f"{where} has no question: give it one, or leave out the row.")
-        if layout == "RLAIF-V" and not isinstance(question, str):
-            raise ValueError(f"{where}: the question is {question!r:.80}: give a text.")
-        check_pair(row, where)
-        prompt = question
-        if layout == "RLAIF-V":
-            prompt = [{"role": "user", "content": question.replace(IMAGE_PLACEHOLDER, "").strip()}]
-        answers = {name: _as_messages(row[name]) for name in ("chosen", "rejected")}
-        return [{"images": images, "prompt": prompt, **answers}]
-    if layout in ("prompt-completion", "prompt"):
-        return [{"images": images, **{name: row[name] for name in FORMATS[layout]}}]
-    messages = row["messages"] if layout == "messages" else llava_messages(row["conversations"], len(images), where)
-    check_answer(messages, where)
+    read = {"images": images, **entry.read(row, images, where)}
+    if "messages" not in read:
+        return [read]
+    check_answer(read["messages"], where)
     if multi_turn == "messages":
-        return [{"images": images, "messages": messages}]
+        return [read]
+    messages = read["messages"]
     return [
         {"images": images, "prompt": messages[:i], "completion": [message]}
         for i, message in enumerate(messages)
         if message["role"] == "assistant" and i > 0
     ]
+
+
+def _pair(row, prompt, where):
+    if not prompt:
+        raise ValueError(f"{where} has no question: give it one, or leave out the row.")
+    check_pair(row, where)
+    return {"prompt": prompt, **{name: _as_messages(row[name]) for name in ("chosen", "rejected")}}
+
+
+def _read_rlaif_v(row, images, where):
+    question = row["question"]
+    if not isinstance(question, str | None):
+        raise ValueError(f"{where}: the question is {question!r:.80}: give a text.")
+    text = (question or "").replace(IMAGE_PLACEHOLDER, "").strip()
+    return _pair(row, text and [{"role": "user", "content": text}], where)
+
+
+def _read_llava(row, images, where):
+    return {"messages": llava_messages(row["conversations"], len(images), where)}
+
+
+PAIR, ANSWER = ("prompt", "chosen", "rejected"), ("prompt", "completion")
+
+FORMATS |= {
+    "preference": Format(PAIR, lambda row, images, where: _pair(row, row["prompt"], where), PAIR, is_trl=True),
+    "prompt-completion": Format(ANSWER, lambda row, *_: {name: row[name] for name in ANSWER}, ANSWER, is_trl=True),
+    "LLaVA": Format(("conversations",), _read_llava, ("messages",)),
+    "RLAIF-V": Format(("question", "chosen", "rejected"), _read_rlaif_v, PAIR),
+    "messages": Format(("messages",), lambda row, *_: {"messages": row["messages"]}, ("messages",), is_trl=True),
+    "prompt": Format(("prompt",), lambda row, *_: {"prompt": row["prompt"]}, ("prompt",), is_trl=True),
+}

@@ -64,7 +64,8 @@ def load_rows(args: DataArguments, *, columns, split=None, seed=0, num_proc=None
     missing = [name for name in ("images", *columns) if name not in found]
     if missing:
         raise ValueError(
-            f"`{args.dataset_name}` has the columns {names}, and this stage needs {', '.join(missing)} as well."
+            f"`{args.dataset_name}` has the columns {names}, and this stage needs {', '.join(missing)} as well: "
+            "docs/data.md says what for."
         )
     dataset = _first(dataset, args.max_samples)
     if not args.streaming and len(dataset) == 0:
@@ -91,7 +92,7 @@ def _published(args, split, num_proc):
         if first is None:
             raise ValueError(f"`{path}` has no rows of `{{key: value}}`: nothing to train on.")
         layout = recognise(first, path)
-    if layout in ("LLaVA", "RLAIF-V"):
+    if layout is not None and not FORMATS[layout].is_trl:
         dataset = _read_json(args, path, layout)
     else:
         if path.suffix in READERS:
@@ -153,12 +154,9 @@ def _standard_rows(row, index, layout, args):
 
 
 def _standard_features(layout, multi_turn, messages=MESSAGES):
-    if layout in ("RLAIF-V", "preference"):
-        names = FORMATS["preference"]
-    elif multi_turn == "messages":
-        names = FORMATS["messages"]
-    else:
-        names = FORMATS["prompt-completion"]
+    names = FORMATS[layout].gives
+    if names == ("messages",) and multi_turn == "expand":
+        names = ("prompt", "completion")
     return {
         "images": List(Image()),
         **dict.fromkeys(names, messages),
@@ -171,14 +169,14 @@ def _read_json(args, path, layout):
     """LLaVA's and RLAIF-V's JSON files, read here: `datasets` refuses columns of mixed type, as their `id` is."""
     features = Features(_standard_features(layout, args.multi_turn))
 
-    def generate(path, layout, args, changed):
+    def generate(path, layout, args, changed, read):
         rows = (_standard_rows(row, index, layout, args) for index, row in enumerate(json_rows(path)))
         for row in itertools.islice(itertools.chain.from_iterable(rows), args.max_samples):
             yield dict.fromkeys(features) | row
 
-    # by the file's time and size the cache tells a changed file from the one that it has read
+    # by the file's time and size, and the format's reader, the cache tells a changed file from the one that it has read
     changed = (path.stat().st_mtime_ns, path.stat().st_size)
-    options = {"path": str(path), "layout": layout, "args": args, "changed": changed}
+    options = {"path": str(path), "layout": layout, "args": args, "changed": changed, "read": FORMATS[layout].read}
     kind = IterableDataset if args.streaming else Dataset
     return kind.from_generator(generate, features=features, gen_kwargs=options)
 
@@ -190,13 +188,15 @@ def _to_trl(dataset, args, num_proc):
     names = dataset.column_names
     layout = recognise(names, args.dataset_name)
     single_image = "image" in names and "images" not in names
-    if not single_image and layout != "RLAIF-V" and not (layout == "messages" and args.multi_turn == "expand"):
+    entry = FORMATS[layout]
+    expanded = entry.gives == ("messages",) and args.multi_turn == "expand"
+    if entry.is_trl and not single_image and not expanded:
         return dataset
 
     features = _standard_features(layout, args.multi_turn, dataset.features.get("messages", MESSAGES))
-    if layout in ("preference", "prompt-completion", "prompt"):  # only the image is in the wrong place
+    if entry.is_trl and entry.gives != ("messages",):  # only the image is in the wrong place
         features = {name: feature for name, feature in features.items() if feature is not MESSAGES}
-    consumed = {"image", "images", "image_path", *(FORMATS[layout] if layout in ("RLAIF-V", "messages") else ())}
+    consumed = {"image", "images", "image_path", *(entry.columns if not entry.is_trl or expanded else ())}
     extras = {name: feature for name, feature in dataset.features.items() if name not in consumed}
     features = Features({**features, **extras})
 

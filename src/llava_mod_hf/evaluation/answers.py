@@ -172,8 +172,18 @@ def kl_to_teacher(model, teacher, processor, dataset, *, batch_size=128, tempera
     return total.item() / count / temperature**2
 
 
+def _texts(dataset, name):
+    texts = list(dataset[name])
+    for index, text in enumerate(texts):
+        if not isinstance(text, str):
+            raise ValueError(
+                f"Row {index} has the `{name}` {text!r}: give a text (docs/data.md says what is measured)."
+            )
+    return texts
+
+
 def _score(answers, dataset):
-    questions, references, kinds = (list(dataset[name]) for name in ("question", "answer", "kind"))
+    questions, references, kinds = (_texts(dataset, name) for name in ("question", "answer", "kind"))
     scores = VqaExactMatch(keep_in_memory=True).compute(predictions=answers, references=references, kinds=kinds)
     asked = {_presence(question, reference) for question, reference in zip(questions, references, strict=True)}
     if asked >= {True, False}:
@@ -198,6 +208,8 @@ def evaluate_model(model, processor, dataset, *, teacher=None, batch_size=128):
         three `None` unless the dataset asks for present and for absent things), `kl_to_teacher` in nats (`None` without
         a teacher), `params_total` and `params_active`.
     """
+    for name in ("question", "answer", "kind"):  # before hours of answers
+        _texts(dataset, name)
     scores = _score(generate_answers(model, processor, dataset, batch_size=batch_size), dataset)
     divergence = None
     if teacher is not None:
