@@ -18,9 +18,11 @@ from transformers.models.switch_transformers.modeling_switch_transformers import
 import llava_mod_hf
 from llava_mod_hf import LlavaModForConditionalGeneration
 from llava_mod_hf.model import modeling_llava_mod
+from llava_mod_hf.model.configuration_llava_mod import LOWEST_TRANSFORMERS
 from llava_mod_hf.model.modeling_llava_mod import CACHE, rows_to_project
 from llava_mod_hf.model.moe_llava_mod import router_losses
 
+ROOT = Path(__file__).parents[2]
 MODEL = Path(llava_mod_hf.__file__).parent / "model"
 # Names that transformers has had since 5.0; `make test-versions` shows that the files load there.
 SINCE_5_0 = """
@@ -133,3 +135,12 @@ def test_an_older_release_is_refused_in_a_sentence(monkeypatch, version):
     monkeypatch.setattr(transformers, "__version__", version)
     with pytest.raises(ImportError, match=rf"for transformers 5\.0 and newer, and {re.escape(version)} is installed"):
         runpy.run_path(str(MODEL / "configuration_llava_mod.py"))
+
+
+def test_the_pages_name_the_ranges():
+    page, readme = (ROOT / "docs" / "versions.md").read_text(), (ROOT / "README.md").read_text()
+    for text in (page, readme):
+        assert f"transformers {LOWEST_TRANSFORMERS} and newer" in text
+    for library in ("transformers", "trl"):
+        allowed = re.search(rf'"{library}([><=!~][^"]*)"', (ROOT / "pyproject.toml").read_text())[1]
+        assert f"| {library} | `{allowed}` |" in page
