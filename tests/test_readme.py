@@ -1,17 +1,19 @@
-"""The README's Python runs as it stands, what it saves loads as it says, and its picture is what its script draws."""
+"""The README runs as it stands, its picture is what its script draws, and pages link what is there."""
 
 import re
 import runpy
 import xml.etree.ElementTree as ET
 from pathlib import Path
 
+import pytest
 import torch
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
-from llava_mod_hf import load_model_and_processor
+from llava_mod_hf import __version__, load_model_and_processor
 
 ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
+PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("recipes/**/*.md")])
 
 
 def test_the_python_example_trains_and_saves_a_sparse_student(tmp_path, monkeypatch):
@@ -36,3 +38,24 @@ def test_the_picture_is_what_its_script_draws():
     svg = "{http://www.w3.org/2000/svg}"
     texts = {element.text for element in ET.fromstring(drawn).iter(svg + "text")}
     assert {"image", "vision encoder", "adaptor", "router", "small language model"} <= texts
+
+
+def test_the_readme_is_one_page():
+    assert len(README.read_text().splitlines()) <= 120
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_what_a_page_links_is_there(page):
+    text = re.sub(r"```.*?```", "", page.read_text(), flags=re.DOTALL)
+    links = [link for link in re.findall(r"\]\(([^)#\s]+)[^)]*\)", text) if "://" not in link]
+    assert [link for link in links if not (page.parent / link).exists()] == []
+
+
+def test_every_page_is_linked_from_the_readme():
+    linked = set(re.findall(r"\]\(([^)#\s]+)\)", README.read_text()))
+    assert {f"docs/{page.name}" for page in (ROOT / "docs").glob("*.md")} - linked == set()
+
+
+def test_the_version_is_one():
+    (version,) = re.findall(r'^version = "(.*)"$', (ROOT / "pyproject.toml").read_text(), re.MULTILINE)
+    assert version == __version__
