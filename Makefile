@@ -49,6 +49,21 @@ test-lowest test-newest: setup
 test-versions: setup
 	PYTHONPATH=tests $(BIN)/python tests/versions/check.py $(VERSIONS)
 
+# Wheel and sdist, and the wheel's own run of the quickstart: in a clean environment, out of the repository, without `make`.
+WHEEL ?= $(or $(TMPDIR),/tmp)/llava-mod-wheel
+MINUTES ?= 10
+
+.PHONY: wheel-check
+wheel-check:
+	rm -rf $(WHEEL)
+	$(PYTHON) -m venv $(WHEEL)/build
+	$(WHEEL)/build/bin/pip install --quiet --disable-pip-version-check build
+	$(WHEEL)/build/bin/python -m build --outdir $(WHEEL)/dist .
+	$(PYTHON) -m venv $(WHEEL)/clean
+	$(WHEEL)/clean/bin/pip install --quiet --disable-pip-version-check -c constraints.txt $(WHEEL)/dist/*.whl
+	cd $(WHEEL) && clean/bin/llava-mod --help && \
+	  clean/bin/llava-mod quickstart --output-dir $(WHEEL)/quickstart --max-minutes $(MINUTES)
+
 lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
