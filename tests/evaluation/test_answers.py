@@ -17,7 +17,13 @@ from llava_mod_hf.evaluation.answers import (
     kl_to_teacher,
     student_parameters,
 )
-from llava_mod_hf.evaluation.measures import ObjectHallucination, VqaExactMatch
+from llava_mod_hf.evaluation.measures import (
+    MEASURES,
+    Measure,
+    ObjectHallucination,
+    VqaExactMatch,
+    register_measure,
+)
 
 ROWS = 24
 
@@ -263,3 +269,20 @@ def test_a_missing_text_is_named_before_any_answer(student, processor, dataset, 
         evaluate_model(student, processor, rows)
     with pytest.raises(ValueError, match=f"Row 3 has the `{name}` None"):
         evaluate_blind(dataset, rows)
+
+
+class Brevity(VqaExactMatch):
+    """Share of answers of one word."""
+
+    def _compute(self, predictions, references, kinds):
+        return {"brevity": sum(" " not in answer for answer in predictions) / len(predictions)}
+
+
+def test_a_measure_of_somebody_else(monkeypatch):
+    monkeypatch.setattr("llava_mod_hf.evaluation.measures.MEASURES", dict(MEASURES))
+    register_measure("brevity", Measure(Brevity, ("predictions", "references", "kinds"), ("brevity",)))
+    rows = [{"question": f"q{i}", "answer": answer, "kind": "any"} for i, answer in enumerate(("red", "a dog"))]
+    scores = evaluate_blind(rows, Dataset.from_list(rows))
+    assert (scores["brevity"], scores["exact_match"], scores["hallucination_rate"]) == (0.5, 1.0, None)
+    with pytest.raises(ValueError, match="There is a measure `other`, or one of brevity, already"):
+        register_measure("other", Measure(Brevity, ("predictions",), ("brevity",)))

@@ -10,7 +10,7 @@ from trl import prepare_multimodal_messages
 from trl.trainer.sft_trainer import DataCollatorForVisionLanguageModeling
 
 from llava_mod_hf.data.easy_vqa import most_frequent_answers
-from llava_mod_hf.evaluation.measures import ObjectHallucination, VqaExactMatch, _presence
+from llava_mod_hf.evaluation.measures import score
 from llava_mod_hf.losses.divergences import divergence_rows
 from llava_mod_hf.losses.rows import shift_for_next_token
 from llava_mod_hf.students.parameter_counts import count_parameters, student_parameters  # noqa: F401 (they are measures as well)
@@ -184,12 +184,7 @@ def _texts(dataset, name):
 
 def _score(answers, dataset):
     questions, references, kinds = (_texts(dataset, name) for name in ("question", "answer", "kind"))
-    scores = VqaExactMatch(keep_in_memory=True).compute(predictions=answers, references=references, kinds=kinds)
-    asked = {_presence(question, reference) for question, reference in zip(questions, references, strict=True)}
-    if asked >= {True, False}:
-        hallucination = ObjectHallucination(keep_in_memory=True)
-        return scores | hallucination.compute(predictions=answers, questions=questions, references=references)
-    return scores | dict.fromkeys(("hallucination_rate", "miss_rate", "balanced_accuracy"))
+    return score(predictions=answers, questions=questions, references=references, kinds=kinds)
 
 
 def evaluate_model(model, processor, dataset, *, teacher=None, batch_size=128):

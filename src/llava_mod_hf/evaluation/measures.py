@@ -1,5 +1,8 @@
 """The measures, as metrics of `evaluate` that need no network."""
 
+from collections.abc import Callable
+from typing import NamedTuple
+
 import datasets
 import evaluate
 
@@ -93,3 +96,74 @@ class ObjectHallucination(evaluate.Metric):
 
 def _presence(question, answer):
     return presence(question.lower(), normalize_answer(answer))
+
+
+def asks_for_presence(questions, references, **columns):
+    """Whether some questions are about a thing that is there, and some about one that is not."""
+    return {_presence(*pair) for pair in zip(questions, references, strict=True)} >= {True, False}
+
+
+class Measure(NamedTuple):
+    """
+    A measure of answers.
+
+    Args:
+        metric (`type[evaluate.Metric]`): whose `compute` takes lists of strings and returns a `dict`.
+        inputs (`tuple[str, ...]`): what it takes, of `predictions`, `references`, `questions` and `kinds`.
+        gives (`tuple[str, ...]`): the keys that it returns; each is `None` where it cannot be measured.
+        applies (`Callable[..., bool]`): whether it can, by all four lists as keywords.
+    """
+
+    metric: type
+    inputs: tuple
+    gives: tuple
+    applies: Callable = lambda **columns: True
+
+
+MEASURES = {
+    "exact match": Measure(
+        VqaExactMatch, ("predictions", "references", "kinds"), ("exact_match", "exact_match_by_kind")
+    ),
+    "hallucination": Measure(
+        ObjectHallucination,
+        ("predictions", "questions", "references"),
+        ("hallucination_rate", "miss_rate", "balanced_accuracy"),
+        asks_for_presence,
+    ),
+}
+
+
+def register_measure(name, measure):
+    """
+    Adds a measure: `evaluate` then writes its figures for student, teacher and blind baseline.
+
+    Args:
+        name (`str`): of the measure.
+        measure ([`Measure`]).
+
+    Raises:
+        ValueError: if there is one of that name, or one that gives the same figure.
+    """
+    given = {figure for entry in MEASURES.values() for figure in entry.gives}
+    if name in MEASURES or given & set(measure.gives):
+        raise ValueError(f"There is a measure `{name}`, or one of {', '.join(measure.gives)}, already: name it anew.")
+    MEASURES[name] = measure
+
+
+def score(**columns):
+    """
+    All of [`MEASURES`] of some answers.
+
+    Args:
+        columns (`list[str]`): `predictions`, `references`, `questions` and `kinds`.
+
+    Returns:
+        `dict`: the figures of every measure.
+    """
+    scores = {}
+    for measure in MEASURES.values():
+        scores |= dict.fromkeys(measure.gives)
+        if measure.applies(**columns):
+            metric = measure.metric(keep_in_memory=True)
+            scores |= metric.compute(**{name: columns[name] for name in measure.inputs})
+    return scores
