@@ -1,5 +1,6 @@
 """docs/extending.md: its files are there, and its code does what it says from outside the package."""
 
+import json
 import re
 from pathlib import Path
 
@@ -9,6 +10,7 @@ from PIL import Image
 import llava_mod_cli
 import llava_mod_hf
 from llava_mod_hf.data.arguments import DataArguments
+from llava_mod_hf.data.formats import FORMATS
 from llava_mod_hf.data.load import load_rows
 
 PAGE = (Path(__file__).parents[1] / "docs" / "extending.md").read_text()
@@ -35,12 +37,24 @@ def test_the_tables_that_it_names_are_in_their_files(name):
 
 
 def test_a_format_of_ones_own(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    Image.new("RGB", (8, 8), "red").save("cat.png")
-    exec(code_of("A format of data"), {})
-    (row,) = load_rows(DataArguments("captions.parquet"), columns=("prompt", "completion"))
+    known = dict(FORMATS)
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+    try:
+        exec(code_of("A format of data"), {})
+        (row,) = read_captions(tmp_path)
+    finally:
+        FORMATS.clear()
+        FORMATS.update(known)
     assert row["completion"] == [{"role": "assistant", "content": "A cat on a mat."}]
     assert row["images"][0].getpixel((0, 0)) == (255, 0, 0)
+
+
+def read_captions(tmp_path):
+    Image.new("RGB", (8, 8), "red").save(tmp_path / "cat.png")
+    rows = [{"image": "cat.png", "caption": caption} for caption in ("A cat on a mat.", "")]
+    (tmp_path / "captions.json").write_text(json.dumps(rows))
+    arguments = DataArguments(str(tmp_path / "captions.json"), bad_rows="drop")
+    return load_rows(arguments, columns=("prompt", "completion"))
 
 
 def test_a_command(tmp_path, monkeypatch, capsys):
