@@ -234,3 +234,14 @@ def test_a_student_is_not_its_own_teacher(make_student, processor, tmp_path, kin
     with pytest.raises(ValueError, match="teacher is the student itself"):
         make(student, teacher, processor, tmp_path)
     assert [parameter.requires_grad for parameter in student.parameters()] == trainable
+
+
+@pytest.mark.parametrize("trainer", [AdaptTrainer, MimicTrainer, PreferenceTrainer])
+def test_rows_longer_than_the_students_positions_are_refused(make_student, processor, tmp_path, trainer):
+    student = make_student()
+    student.config.text_config.max_position_embeddings = 512
+    config_class = {AdaptTrainer: AdaptConfig, MimicTrainer: MimicConfig, PreferenceTrainer: PreferenceConfig}[trainer]
+    models = [student] if trainer is AdaptTrainer else [student, make_student(seed=1)]
+    args = config_class(output_dir=str(tmp_path), max_length=700, use_cpu=True, bf16=False, report_to="none")
+    with pytest.raises(ValueError, match="`max_length` is 700, and the student has 512 positions"):
+        trainer(*models, args, train_dataset=None, processing_class=processor)

@@ -261,6 +261,11 @@ def check_trainer(args, config_class, model, *, teachers=(), peft_config=None, t
         ):
             if value is not None:
                 raise ValueError(f"`{name}` is for a model given by its name, and this one is loaded: leave it out.")
+        positions = getattr(student.config.get_text_config(), "max_position_embeddings", None)
+        if positions is not None and args.max_length is not None and args.max_length > positions:
+            raise ValueError(
+                f"`max_length` is {args.max_length}, and the student has {positions} positions: give at most that."
+            )
     field = getattr(args, "dataset_text_field", "text")
     columns = getattr(train_dataset, "column_names", None)
     if field != "text" and columns and field not in columns:
