@@ -146,6 +146,71 @@ def test_the_memory_in_the_readme_is_what_its_command_prints(recipe, tmp_path, c
     assert f"```bash\npython recipes/memory.py recipes/{recipe}\n```\n\n{capsys.readouterr().out}" in readme
 
 
+# What recipes may not say
+
+
+@pytest.fixture
+def refusal(tmp_path):
+    """What is said of a recipe's text, or of the command line of `mimic`."""
+
+    def parsed(*argv, text="output_dir: a\n"):
+        (tmp_path / "recipe.yaml").write_text(text)
+        argv = [str(tmp_path / "recipe.yaml") if word == "RECIPE" else word for word in argv]
+        with pytest.raises(ValueError) as error:
+            parse("mimic", argv or ["--config", str(tmp_path / "recipe.yaml")])
+        return str(error.value)
+
+    return parsed
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "max_steps: 2.7",
+        "max_steps: true",
+        "dataset_name: [a, b]",
+        "dataset_name: 5",
+        "dataset_name: null",
+        "learning_rate: [0.1]",
+        "bf16: 2",
+        "save_strategy: no",
+        "moe_layers: {a: 1}",
+        "num_experts: null",
+    ],
+)
+def test_a_value_of_another_kind_is_refused_by_name(refusal, line):
+    name = line.partition(":")[0]
+    said = refusal(text=f"{line}\n")
+    assert f"has `{name}: " in said and "which is of another kind than" in said
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("seed: 1\nlearning_rate: 0.1\nseed: 2\n", "has the key `seed` twice"),
+        ("", "must hold `key: value` lines, and is empty"),
+        ("- a\n", "and holds a list"),
+    ],
+)
+def test_a_recipe_that_is_none_is_refused(refusal, text, told):
+    assert told in refusal(text=text)
+
+
+@pytest.mark.parametrize(
+    ("argv", "told"),
+    [
+        (["--config"], "`--config` stands without a file"),
+        (["--config", "--max_steps", "1"], "The recipe `--max_steps` does not exist"),
+        (["--config", "RECIPE", "--dataset_name", "a", "--dataset_name", "b"], "`--dataset_name` stands twice"),
+        (["--config", "RECIPE", "--output-dir", "a", "--output_dir=b"], "`--output_dir` stands twice"),
+        (["--config", "RECIPE", "--moe_layers", "0", "--moe_layers", "2"], "`--moe_layers` stands twice"),
+        (["--config", "RECIPE", "--config=RECIPE"], "`--config` stands twice"),
+    ],
+)
+def test_what_stands_twice_or_for_nothing_on_the_command_line_is_refused(refusal, argv, told):
+    assert told in refusal(*argv)
+
+
 # Two steps of every stage
 
 
@@ -274,7 +339,7 @@ def test_accelerate_launches_the_readmes_commands_in_two_processes(small_models,
         launcher, argv = commands("qwen2-0.5b")[stage]
         options = overrides(argv[2], small_models, data, tmp_path / stage, student)
         if student:  # the recipe's own teacher needs torchvision; this one reads what the student reads
-            options += ["--teacher", str(student)]
+            options[options.index("--teacher") + 1] = str(student)
         two = ["--num_processes", "2", "--mixed_precision", "no"]
         module = ["-m", "accelerate.commands.accelerate_cli"]
         process = subprocess.run(

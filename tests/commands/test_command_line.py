@@ -110,7 +110,7 @@ def test_a_key_of_another_command_is_unknown(capsys, recipe):
     [
         ("student: [unclosed\n", "is not valid YAML: "),
         ("- student\n- teacher\n", "must hold `key: value` lines, and holds a list"),
-        ("", "must hold `key: value` lines, and holds a NoneType"),
+        ("", "must hold `key: value` lines, and is empty"),
     ],
 )
 def test_recipe_that_is_none(capsys, tmp_path, text, message):

@@ -200,7 +200,7 @@ def test_recipe_of_a_later_stage(capsys, target):
         (["embedded:tiny-teacher", "--language_model", "embedded:tiny-student-lm"], "Give either a model or a recipe"),
         (["embedded:tiny-student-lm"], "is of type `llama`, not a LLaVA"),
         (["nobody/none"], "The model `nobody/none` could not be loaded: "),
-        (["none.yaml"], "The recipe `none.yaml` is not there"),
+        (["none.yaml"], "The recipe `none.yaml` does not exist"),
         (["embedded:tiny-teacher", "--moe_layers", "99"], "but the language model has 3 layers"),
         (["recipes/tiny/3_mimic_sparse.yaml", "--moe_layers", "first"], "`layers` is 'first': give one of alternate"),
     ],
@@ -224,3 +224,31 @@ def test_nothing_is_allocated(published):
     config = load_config(vision_tower=argv[1], language_model=argv[3])
     assert config.image_seq_length == 576
     assert (config.vision_feature_layer, config.vision_feature_select_strategy) == (-2, "default")
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("", "`key: value` lines, and is empty"),
+        ("- a\n", "holds a list"),
+        ("student: [a, b]\n", r"has `student: \['a', 'b'\]`: give a name"),
+        ("a: [", "is not valid YAML"),
+    ],
+)
+def test_a_recipe_that_is_none_is_refused(tmp_path, text, told):
+    (tmp_path / "recipe.yaml").write_text(text)
+    with pytest.raises(ValueError, match=told):
+        info.run(UpcycleArguments(), info.InfoCommand(model=str(tmp_path / "recipe.yaml")))
+
+
+def test_a_broken_recipe_beside_it_does_not_matter(capsys, tmp_path):
+    (tmp_path / "a.yaml").write_text("")
+    (tmp_path / "b.yaml").write_text("student: embedded:tiny-teacher\n")
+    assert run_json(capsys, str(tmp_path / "b.yaml"))["moe_layers"] == []
+
+
+def test_recipes_in_a_circle_end(tmp_path):
+    (tmp_path / "a.yaml").write_text("student: b\noutput_dir: a\n")
+    (tmp_path / "b.yaml").write_text("student: a\noutput_dir: b\n")
+    with pytest.raises((ValueError, OSError)):
+        info.run(UpcycleArguments(), info.InfoCommand(model=str(tmp_path / "a.yaml")))

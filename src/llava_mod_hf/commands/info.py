@@ -1,5 +1,6 @@
 """`llava-mod info`: the size of a student, from its configuration alone."""
 
+import contextlib
 import dataclasses
 import json
 import sys
@@ -7,7 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-import yaml
 from rich.console import Console
 from rich.table import Table
 from transformers import AutoConfig, AutoModelForImageTextToText
@@ -15,6 +15,7 @@ from transformers import AutoConfig, AutoModelForImageTextToText
 from llava_mod_hf.commands.arguments import UpcycleArguments
 from llava_mod_hf.commands.parts import chosen_layers
 from llava_mod_hf.loading import resolve
+from llava_mod_hf.recipes import read_recipe
 from llava_mod_hf.students.build import student_config
 from llava_mod_hf.students.parameter_counts import count_parameters, parameter_parts
 from llava_mod_hf.students.upcycling import moe_layer_indices, sparse_config
@@ -43,32 +44,39 @@ class InfoCommand:
     trust_remote_code: bool = False
 
 
-def _read_recipe(path):
-    values = yaml.safe_load(Path(path).read_text()) if Path(path).is_file() else None
-    if not isinstance(values, dict):
-        raise ValueError(f"The recipe `{path}` is not there or holds no `key: value` lines.")
-    return values
+def _recipes_of(folder):
+    """The recipes of a folder; one that cannot be read is not that of an earlier stage."""
+    found = []
+    for path in sorted(folder.glob("*.yaml")):
+        with contextlib.suppress(ValueError):
+            found.append(read_recipe(path))
+    return found
 
 
 def _from_recipe(path, upcycle_args):
     """The parts that the student of a recipe is made of, found through the recipes of its earlier stages."""
-    recipes = {recipe: _read_recipe(recipe) for recipe in sorted(Path(path).parent.glob("*.yaml"))}
-    values = _read_recipe(path)
-    while True:
+    recipes, values, seen = _recipes_of(Path(path).parent), read_recipe(path), []
+    while values not in seen:
+        seen.append(values)
         if upcycle_args.moe_layers is None and values.get("moe_layers"):
             known = {item.name for item in dataclasses.fields(UpcycleArguments)}
             upcycle_args = UpcycleArguments(**{key: value for key, value in values.items() if key in known})
-        student = values.get("student")
+        student = _name_in(values, "student", path)
         if student is None or (Path(resolve(student)) / "config.json").is_file():
             break
-        earlier = [recipe for recipe in recipes.values() if recipe.get("output_dir") == student]
-        if not earlier:
-            break  # a name of the Hub
-        (values, *_) = earlier
-    names = {name: values.get(name) for name in ("student", "vision_tower", "language_model")}
+        # else a name of the Hub
+        values = next((recipe for recipe in recipes if recipe.get("output_dir") == student), values)
+    names = {name: _name_in(values, name, path) for name in ("student", "vision_tower", "language_model")}
     if not (names["student"] or (names["vision_tower"] and names["language_model"])):
         raise ValueError(f"The recipe `{path}` names no `student`, nor a `vision_tower` and a `language_model`.")
     return names, upcycle_args
+
+
+def _name_in(values, option, path):
+    name = values.get(option)
+    if not isinstance(name, str | None):
+        raise ValueError(f"The recipe `{path}`, or that of an earlier stage, has `{option}: {name}`: give a name.")
+    return name
 
 
 def load_config(model=None, *, vision_tower=None, language_model=None, trust_remote_code=False):
