@@ -3,9 +3,11 @@
 import json
 
 import pytest
+import torch
 from safetensors.torch import load_file, save_file
 
 from llava_mod_cli import main
+from llava_mod_hf.loading import load_model_and_processor
 
 COMMANDS = {
     "evaluate": ["--dataset_name", "embedded:easy-vqa", "--dataset_config", "questions", "--max_samples", "4"],
@@ -35,3 +37,16 @@ def test_weights_that_are_not_finite_are_refused_by_name(
     assert main([command, MODEL[command], str(folder), *COMMANDS[command]]) == 2
     assert f"weights with values that are not finite, `{broken}` among them" in capsys.readouterr().err
     assert not (tmp_path / "published").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        ({"attn_implementation": "flash_attention_2"}, r"`attn_implementation` is `flash_attention_2`, which needs a"),
+        ({"device": "cuda:7"}, r"`embedded:tiny-teacher` cannot be put on the device `cuda:7`"),
+    ],
+)
+@pytest.mark.skipif(torch.cuda.is_available(), reason="has an accelerator")
+def test_what_this_machine_lacks_is_said_by_the_option_that_asks_for_it(options, told):
+    with pytest.raises(ValueError, match=told):
+        load_model_and_processor("embedded:tiny-teacher", **options)

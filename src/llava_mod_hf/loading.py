@@ -135,9 +135,13 @@ def load_model_and_processor(
             trust_remote_code=trust_remote_code,
         )
     except ImportError as error:
-        if quantization is None:
+        raise _missing_library(error, name, attn_implementation, quantization) from error
+    except AssertionError as error:  # PyTorch asserts that it was built for a device
+        if device is None:
             raise
-        raise ValueError(f"Quantising `{name}` by `{quantization}` needs a library ({error}): install it.") from error
+        raise ValueError(
+            f"`{name}` cannot be put on the device `{device}` ({error}): give one that is here."
+        ) from error
     try:
         processor = AutoProcessor.from_pretrained(path, trust_remote_code=trust_remote_code)
     except ImportError as error:  # of a processor with a part for videos
@@ -148,6 +152,19 @@ def load_model_and_processor(
             "processor beside the model with `processor.save_pretrained`."
         )
     return model, processor
+
+
+def _missing_library(error, name, attn_implementation, quantization):
+    """The error that says which option asked for a library that is not installed."""
+    reason = " ".join(str(error).split())
+    if quantization is not None:
+        return ValueError(f"Quantising `{name}` by `{quantization}` needs a library ({reason}): install it.")
+    if attn_implementation is not None:
+        return ValueError(
+            f"`attn_implementation` is `{attn_implementation}`, which needs a library ({reason}): install it, or leave "
+            "the option out."
+        )
+    return ValueError(f"`{name}` needs a library ({reason}): install it.")
 
 
 def quantization_config(quantization):

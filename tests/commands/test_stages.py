@@ -172,3 +172,24 @@ def test_the_first_step_does_not_count_towards_the_time_of_a_step(monkeypatch):
     timer.on_step_end(None, None, None)
     timer.on_step_end(None, None, None)
     assert timer.seconds_per_step() == 1.5
+
+
+NOWHERE = dict.fromkeys(("student", "teacher", "language_model"), "nothing")  # refused before a model is looked for
+
+
+@pytest.mark.parametrize("stage", [adapt, mimic, prefer])
+def test_a_logger_that_is_not_installed_is_refused_first(tmp_path, stage):
+    with pytest.raises(ValueError, match="`report_to` is 'wandb', and its library is not installed"):
+        stage(NOWHERE, tmp_path, report_to="wandb")
+
+
+def test_experts_without_a_place_are_refused_first(tmp_path):
+    args = (MimicConfig(output_dir=str(tmp_path), **ARGUMENTS), UpcycleArguments(num_experts=8))
+    with pytest.raises(ValueError, match="`num_experts` is 8, which does nothing without `moe_layers`"):
+        mimic_module.run(None, None, args[1], args[0])
+
+
+@pytest.mark.parametrize("stage", [adapt, mimic, prefer])
+def test_a_folder_with_another_model_is_refused_first(folders, stage):
+    with pytest.raises(ValueError, match=r"student` holds a model that would be overwritten"):
+        stage(NOWHERE, folders["student"])

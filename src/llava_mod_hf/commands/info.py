@@ -13,7 +13,7 @@ from rich.table import Table
 from transformers import AutoConfig, AutoModelForImageTextToText
 
 from llava_mod_hf.commands.arguments import UpcycleArguments
-from llava_mod_hf.commands.parts import chosen_layers
+from llava_mod_hf.commands.parts import check_experts, chosen_layers
 from llava_mod_hf.loading import resolve
 from llava_mod_hf.recipes import read_recipe
 from llava_mod_hf.students.build import student_config
@@ -174,6 +174,7 @@ def run(upcycle_args: UpcycleArguments, args: InfoCommand):
     name = args.model or f"{args.vision_tower} + {args.language_model}"
     if args.model and args.model.endswith((".yaml", ".yml")):
         names, upcycle_args = _from_recipe(args.model, upcycle_args)
+    check_experts(upcycle_args)
     config = load_config(names.pop("student"), **names, trust_remote_code=args.trust_remote_code)
     info = {"name": name, **student_info(config, upcycle_args)}
     if args.json:

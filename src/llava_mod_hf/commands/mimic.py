@@ -1,6 +1,13 @@
 """`llava-mod mimic`: distil the teacher, dense-to-dense or dense-to-sparse."""
 
-from llava_mod_hf.commands.parts import fit_to_recipe, load_student, load_teacher, settings_of_teacher, upcycle_student
+from llava_mod_hf.commands.parts import (
+    check_experts,
+    fit_to_recipe,
+    load_student,
+    load_teacher,
+    settings_of_teacher,
+    upcycle_student,
+)
 from llava_mod_hf.data.load import load_rows
 from llava_mod_hf.teachers.cached_teacher import CachedTeacher
 from llava_mod_hf.training.mimic_trainer import MimicTrainer
@@ -16,6 +23,7 @@ OPTIONS = (
 
 def run(data_args, distill_args, upcycle_args, args):
     """Mimic distillation, dense-to-dense or, with `moe_layers`, dense-to-sparse (paper, stage 2)."""
+    check_experts(upcycle_args)
     begun = start_run(data_args, distill_args, upcycle_args, args)
     rows = load_rows(data_args, columns=("prompt", "completion"), seed=args.seed, num_proc=args.dataset_num_proc)
     student, processor = load_student(distill_args, args.trust_remote_code)

@@ -1,5 +1,7 @@
 """What several commands do with their options: they load models, make experts, fit rows."""
 
+import dataclasses
+
 from llava_mod_hf.data.fitting import fit_rows
 from llava_mod_hf.loading import load_model_and_processor
 from llava_mod_hf.students.upcycling import PLACEMENTS, upcycle
@@ -33,6 +35,19 @@ def settings_of_teacher(args, trust_remote_code):
         quantization=args.teacher_quantization,
         trust_remote_code=trust_remote_code,
     )
+
+
+def check_experts(args):
+    """
+    Raises:
+        ValueError: if [`~llava_mod_hf.commands.arguments.UpcycleArguments`] say what experts are like, and not where.
+    """
+    for item in dataclasses.fields(args):
+        value = getattr(args, item.name)
+        if args.moe_layers is None and value != item.default:
+            raise ValueError(
+                f"`{item.name}` is {value}, which does nothing without `moe_layers`: give that too, or neither."
+            )
 
 
 def chosen_layers(moe_layers):

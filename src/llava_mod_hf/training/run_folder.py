@@ -15,6 +15,7 @@ from llava_mod_hf.training.hub_pushes import UNFINISHED
 from llava_mod_hf.training.progress import LossOnBar, StepTimer
 from llava_mod_hf.training.run_recipe import Recipe, check_same_recipe, recipe_of, write_recipe
 from llava_mod_hf.training.safe_run import clear_unfinished, told_when_not_written, unfinished_folder
+from llava_mod_hf.training.trainer_options import check_loggers
 
 
 @dataclass
@@ -36,10 +37,11 @@ def start_run(*groups):
         [`BegunRun`].
 
     Raises:
-        ValueError: if `output_dir` holds a finished run or another model, or the run that is taken up had other options
-            or left no whole checkpoint.
+        ValueError: if a logger is not installed, `output_dir` holds a finished run or another model, or the run that is
+            taken up had other options or left no whole checkpoint.
     """
     args = groups[-1]
+    check_loggers(args)
     check_output_dir(args.output_dir)
     recipe = recipe_of(*groups)
     checkpoint = chosen_checkpoint(args.resume_from_checkpoint, args.output_dir)

@@ -14,6 +14,8 @@ import typing
 import torch
 from peft import PeftModel
 from transformers import TrainingArguments
+from transformers.integrations import get_available_reporting_integrations
+from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 
 # Read by transformers' `Trainer` or TRL's trainer, in code that ours leave as it is.
 READ_BY_PARENT = {
@@ -202,6 +204,22 @@ def _default(item):
     return item.default if item.default_factory is dataclasses.MISSING else item.default_factory()
 
 
+def check_loggers(args):
+    """
+    Refuses a logger that is not installed; the parent finds out when the models are loaded.
+
+    Raises:
+        ValueError: naming it.
+    """
+    known = get_available_reporting_integrations()
+    missing = [name for name in args.report_to if name in INTEGRATION_TO_CALLBACK and name not in (*known, "flyte")]
+    if missing:
+        raise ValueError(
+            f"`report_to` is {missing[0]!r}, and its library is not installed: install it, or give one of "
+            f"{', '.join(known) or 'none'}."
+        )
+
+
 def check_weights(name, weights, *, count=None):
     """
     Args:
@@ -238,6 +256,7 @@ def check_trainer(args, config_class, model, *, teachers=(), peft_config=None, t
     """
     if not isinstance(args, config_class):
         raise ValueError(f"`args` is a {type(args).__name__}: give a {config_class.__name__}.")
+    check_loggers(args)
     student = model.get_base_model() if isinstance(model, PeftModel) else model
     if any(getattr(teacher, "model", teacher) is student or teacher is student for teacher in teachers):
         raise ValueError("The teacher is the student itself, which would be frozen: give another model, or a copy.")
