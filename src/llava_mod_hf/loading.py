@@ -38,14 +38,31 @@ BITS = {
 
 
 class _Report(logging.Handler):
-    """Keeps what transformers reports of a loading: of experts of which some are missing, its error names none."""
+    """
+    Keeps what transformers reports of a loading: of experts of which some are missing, its error names none.
+
+    Within the context the report is written whatever the verbosity is, and where that is low, for this alone.
+    """
 
     def __init__(self):
         super().__init__()
-        self.text = ""
+        self.text, self.logger = "", logging.getLogger("transformers.modeling_utils")
 
     def emit(self, record):
         self.text += record.getMessage()
+
+    def __enter__(self):
+        self.before = self.logger.level, self.logger.propagate
+        if not self.logger.isEnabledFor(logging.WARNING):
+            self.logger.setLevel(logging.WARNING)
+            self.logger.propagate = False
+        self.logger.addHandler(self)
+        return self
+
+    def __exit__(self, *error):
+        self.logger.removeHandler(self)
+        self.logger.setLevel(self.before[0])
+        self.logger.propagate = self.before[1]
 
 
 def load_whole(auto_class, path, **kwargs):
@@ -64,16 +81,15 @@ def load_whole(auto_class, path, **kwargs):
     Raises:
         ValueError: if a file cannot be read, or weights are missing, of another shape or not finite; it names them.
     """
-    report, logger = _Report(), logging.getLogger("transformers.modeling_utils")
-    logger.addHandler(report)
+    report = _Report()
     try:
-        # or another shape would be an error that names none
-        model, info = auto_class.from_pretrained(path, output_loading_info=True, ignore_mismatched_sizes=True, **kwargs)
+        with report:  # mismatched sizes ignored, or another shape would be an error that names none
+            model, info = auto_class.from_pretrained(
+                path, output_loading_info=True, ignore_mismatched_sizes=True, **kwargs
+            )
     except (RuntimeError, SafetensorError) as error:
         _refuse_missing(path, re.findall(r"^(\S+) +\| CONVERSION", report.text, flags=re.M))
         raise ValueError(f"The weights of `{path}` are cut off or of another model: {error}") from error
-    finally:
-        logger.removeHandler(report)
     _refuse_missing(path, {*info["missing_keys"], *(name for name, *_ in info["mismatched_keys"])})
     _refuse_not_finite(path, model)
     return model

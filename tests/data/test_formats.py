@@ -210,8 +210,8 @@ def test_a_format_of_somebody_else(tmp_path, own_formats, monkeypatch):
 
     # another reader of the same name reads the file anew
     own_formats.pop("captions")
-    register_format("captions", ["caption"], lambda *args: captions(*args))
-    monkeypatch.setitem(own_formats, "captions", own_formats["captions"]._replace(read=upper))
+    register_format("captions", ["caption"], captions)
+    own_formats["captions"] = own_formats["captions"]._replace(read=upper)
     rows = load_rows(arguments, columns=("prompt", "completion"))
     assert rows[0]["completion"][0]["content"] == "A DOG"
 

@@ -1,3 +1,4 @@
+# lines: one server, whose routes read each other's state
 """
 A Hub of one process's own, in memory, for tests with the real client: create, push, pull, branch, tag, delete.
 

@@ -361,7 +361,11 @@ def test_resized_embeddings(tied, inputs, tmp_path):
     assert_same_logits(loaded(**inputs).logits[..., :96], before)
 
 
-def test_a_cut_off_file_is_refused(folder, student, tmp_path):
+@pytest.mark.parametrize("verbosity", [logging.WARNING, logging.ERROR])
+def test_a_cut_off_file_is_refused(folder, student, tmp_path, monkeypatch, verbosity):
+    logger = logging.getLogger("transformers")
+    monkeypatch.setattr(logger, "level", verbosity)
+    logger.manager._clear_cache()
     for path in folder.iterdir():
         (tmp_path / path.name).write_bytes(path.read_bytes())
     stored = load_file(folder / "model.safetensors")

@@ -4,6 +4,8 @@ import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
     CLIPImageProcessorPil,
     CLIPVisionConfig,
     CLIPVisionModel,
@@ -19,6 +21,12 @@ from helpers.authors_layout import (
     vision_shapes,
     write_checkpoint,
 )
+from helpers.build_cases import (
+    ENCODERS,
+    LANGUAGE_MODEL,
+    save,
+)
+from llava_mod_hf.loading import resolve
 
 
 @pytest.fixture(scope="module")
@@ -58,3 +66,24 @@ def make_checkpoint(tmp_path, tower_folder, plain_tokenizer):
         return folder, values, state
 
     return make
+
+
+@pytest.fixture(scope="module")
+def encoders(tmp_path_factory):
+    """`{name: (model, folder)}`."""
+    folder, made = tmp_path_factory.mktemp("encoders"), {}
+    with torch.random.fork_rng():
+        for name, (make, image_processor, _) in ENCODERS.items():
+            model = make().eval()
+            made[name] = model, save(folder / name, model, image_processor)
+    return made
+
+
+@pytest.fixture(scope="module")
+def language_model():
+    return AutoModelForCausalLM.from_pretrained(resolve(LANGUAGE_MODEL)).eval()
+
+
+@pytest.fixture(scope="module")
+def lm_tokenizer():
+    return AutoTokenizer.from_pretrained(resolve(LANGUAGE_MODEL))

@@ -202,5 +202,6 @@ def test_the_command(student, processor, batch, tmp_path, capsys):
         assert (tmp_path / form / "processor_config.json").is_file()
         with torch.no_grad():
             assert_same_logits(loaded(**batch).logits, model(**batch).logits)
+    argv[argv.index("--output_dir") + 1] = str(tmp_path / "other")
     assert main([*argv[:-2]]) == 2
     assert "`--results`" in capsys.readouterr().err

@@ -8,37 +8,16 @@ import math
 import pytest
 import torch
 from PIL import Image
-from transformers import (
-    CohereConfig,
-    CohereForCausalLM,
-    Gemma2Config,
-    Gemma2ForCausalLM,
-    GraniteConfig,
-    GraniteForCausalLM,
-    PhiConfig,
-    PhiForCausalLM,
-)
 from trl.trainer.sft_trainer import DataCollatorForVisionLanguageModeling
 
-from helpers.ddp_gradients import rows, sharpened
+from helpers.ddp_gradients import sharpened
+from helpers.live_teacher_cases import examples, logits_of
 from llava_mod_hf.loading import load_model_and_processor, quantization_config
 from llava_mod_hf.losses.rows import shift_for_next_token
 from llava_mod_hf.teachers.cached_teacher import CachedTeacher
 from llava_mod_hf.teachers.live_teacher import LiveTeacher
-from llava_mod_hf.teachers.output_head import head_of
 from llava_mod_hf.teachers.response_alignment import align_labels, align_response
-from llava_mod_hf.teachers.vision_sharing import SharedVisionTower, share_vision_tower
 from llava_mod_hf.teachers.vocabulary import check_teacher, shared_vocab_size
-
-
-@pytest.fixture(scope="module")
-def student(make_student):
-    return sharpened(make_student(moe_layers=[]))
-
-
-@pytest.fixture(scope="module")
-def collator(processor):
-    return DataCollatorForVisionLanguageModeling(processor, completion_only_loss=True)
 
 
 @pytest.fixture(scope="module")
@@ -53,10 +32,6 @@ def live(student, processor, collator):
     return make
 
 
-def examples(count=4):
-    return [dict(row) for row in rows(count=count)]
-
-
 def conversation(processor):
     """Rows of two turns, and a collator that supervises both answers."""
     image = Image.new("RGB", (64, 64), "red")
@@ -68,9 +43,6 @@ def conversation(processor):
     ]
     collator = DataCollatorForVisionLanguageModeling(processor, assistant_only_loss=True)
     return [{"images": [image], "messages": messages}, {"images": [image], "messages": messages[:2]}], collator
-
-
-# --- alignment ---
 
 
 @pytest.mark.parametrize(
@@ -191,17 +163,6 @@ def test_an_own_processor_needs_rows_with_images(live, make_teacher):
         live(*make_teacher(), collator=lambda batch: batch)
 
 
-# --- what it answers ---
-
-
-def logits_of(hidden, head):
-    """From hidden states to logits, written out in float64."""
-    weight, bias, softcap, scale = head
-    logits = hidden.double() @ weight.double().T
-    logits = (logits if bias is None else logits + bias.double()) * scale
-    return logits if softcap is None else softcap * torch.tanh(logits / softcap)
-
-
 def test_rows_of_the_same_tensors_are_the_models_logits(live, make_student, processor, collator):
     model = sharpened(make_student(moe_layers=[], seed=1))
     batch = collator(examples())
@@ -268,70 +229,6 @@ def test_a_teacher_that_gives_nan_is_refused(live, make_student, processor, coll
         live(model).rows(dict(batch), {}, labels)
 
 
-# --- heads of the families ---
-
-SMALL = {
-    "vocab_size": 64,
-    "hidden_size": 32,
-    "intermediate_size": 32,
-    "num_hidden_layers": 1,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 2,
-    "pad_token_id": 0,
-    "bos_token_id": None,
-    "eos_token_id": None,
-}
-FAMILIES = {
-    "gemma2": (Gemma2ForCausalLM, Gemma2Config(**SMALL, head_dim=16, final_logit_softcapping=5.0)),
-    "phi": (PhiForCausalLM, PhiConfig(**SMALL)),
-    "cohere": (CohereForCausalLM, CohereConfig(**SMALL, logit_scale=0.25)),
-    "granite": (GraniteForCausalLM, GraniteConfig(**SMALL, logits_scaling=8.0)),
-}
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_the_head_is_the_familys(family, dtype):
-    model_class, config = FAMILIES[family]
-    torch.manual_seed(0)
-    model = model_class(config).eval()
-    layer = model.get_output_embeddings()
-    layer.weight.data.mul_(20)
-    if layer.bias is not None:
-        layer.bias.data.normal_()
-    model.to(dtype)
-    head = head_of(model)
-    ids = torch.arange(8)[None]
-    hidden = model.base_model(input_ids=ids).last_hidden_state[0]
-    expected = model(input_ids=ids).logits[0].double()
-    found = logits_of(hidden, head)
-    tolerance = 1e-4 if dtype == torch.float32 else 0.02
-    torch.testing.assert_close(found, expected, rtol=tolerance, atol=tolerance * expected.abs().max().item())
-    plain = hidden.double() @ head.weight.double().T
-    assert not torch.allclose(plain, expected, rtol=0.05), "the family's own step must matter here"
-    assert not layer._forward_hooks
-
-
-def test_an_option_that_the_class_does_not_use_is_not_the_heads(make_teacher, tokenizer):
-    model, _ = make_teacher()
-    model.config.text_config.final_logit_softcapping = 5.0  # as stock LLaVA over Gemma2 has it
-    assert head_of(model).softcap is None
-
-
-def test_a_head_that_is_not_understood_is_refused(make_teacher):
-    model, _ = make_teacher()
-
-    def square(module, args, output):
-        output.logits = output.logits**2
-
-    model.register_forward_hook(square)
-    with pytest.raises(ValueError, match="no scale and no softcap"):
-        head_of(model)
-
-
-# --- vocabularies ---
-
-
 def with_tokens(processor, *tokens):
     other = copy.deepcopy(processor)
     other.tokenizer.add_tokens(list(tokens))
@@ -394,9 +291,6 @@ def test_a_processor_of_another_model_is_refused(student, make_teacher, processo
         shared_vocab_size(student, teacher, processor, teacher_processor)
 
 
-# --- loading ---
-
-
 def test_quantisations_of_a_recipe():
     assert quantization_config(None) is None
     assert quantization_config("8bit").load_in_8bit
@@ -426,135 +320,6 @@ def test_dtype_and_device_are_the_options(make_teacher, tmp_path):
     processor.save_pretrained(tmp_path)
     loaded, _ = load_model_and_processor(str(tmp_path), dtype="bfloat16", device="meta")
     assert (loaded.dtype, loaded.device.type) == (torch.bfloat16, "meta")
-
-
-# --- vision features once ---
-
-
-@pytest.fixture
-def pair(make_student, processor):
-    """A student with a frozen tower, and a teacher with the same one; how often towers ran."""
-
-    def make(trained=False):
-        student, teacher = sharpened(make_student(seed=0)), sharpened(make_student(moe_layers=[], seed=1))
-        teacher.model.vision_tower.load_state_dict(student.model.vision_tower.state_dict())
-        student.model.vision_tower.requires_grad_(trained)
-        runs = []
-        for name, model in (("student", student), ("teacher", teacher)):
-            model.model.vision_tower.register_forward_hook(lambda *_, name=name: runs.append(name))
-        return student, teacher, runs
-
-    return make
-
-
-def batches(collator, count=2):
-    data = examples(8)
-    found = [collator(data[4 * i : 4 * i + 4]) for i in range(count)]
-    for batch in found:
-        batch.pop("labels")
-    return found
-
-
-def test_the_tower_runs_once_per_step_with_identical_results(pair, processor, collator):
-    student, teacher, runs = pair()
-    expected = [teacher(**batch).logits for batch in batches(collator)]
-    own = sum(p.numel() for p in teacher.model.vision_tower.parameters())
-    total = teacher.num_parameters()
-    runs.clear()
-    teacher = share_vision_tower(student, teacher, processor, copy.deepcopy(processor))
-    assert teacher.num_parameters() == total - own
-    assert isinstance(teacher.model.vision_tower, SharedVisionTower)
-    student.train()
-    student.gradient_checkpointing_enable({"use_reentrant": False})
-    for batch, logits in zip(batches(collator), expected, strict=True):  # accumulation: two micro-batches
-        student(**batch).logits.sum().backward()
-        assert teacher.model.vision_tower._seen[-1].pooler_output is None  # no hold on the student's graph
-        with torch.inference_mode():
-            found = teacher(**batch).logits
-        assert torch.equal(found, logits)
-    assert runs == ["student", "student"]
-    student.eval()
-    with torch.no_grad():  # evaluation
-        student(**batch)
-        assert torch.equal(teacher(**batch).logits, logits)
-    assert runs == ["student"] * 3
-    assert student.state_dict().keys() == pair()[0].state_dict().keys()
-
-
-def test_the_callers_teacher_stays_whole(pair, collator, tmp_path):
-    student, teacher, runs = pair()
-    before = {name: value.clone() for name, value in teacher.state_dict().items()}
-    batch = batches(collator, 1)[0]
-    expected = teacher(**batch).logits
-    sharing = share_vision_tower(student, teacher)
-    assert sharing.lm_head is teacher.lm_head
-    assert sharing.model.language_model is teacher.model.language_model
-    found = teacher.state_dict()
-    assert found.keys() == before.keys()
-    assert all(torch.equal(found[name], value) for name, value in before.items())
-    runs.clear()
-    assert torch.equal(teacher(**batch).logits, expected)
-    assert runs == ["teacher"]
-    teacher.save_pretrained(tmp_path)
-    again = type(teacher).from_pretrained(tmp_path)
-    assert torch.equal(again(**batch).logits, expected)
-
-
-def test_shared_features_are_never_stale(pair, collator):
-    student, teacher, runs = pair()
-    first, second = batches(collator)
-    expected = [teacher(**batch).logits for batch in (first, second)]
-    teacher = share_vision_tower(student, teacher)
-    runs.clear()
-    student(**first)
-    assert torch.equal(teacher(**second).logits, expected[1])  # other pixels
-    assert torch.equal(teacher(**second).logits, expected[1])  # nothing remembered
-    student(**first)
-    changed = dict(first)
-    changed["pixel_values"] = first["pixel_values"].copy_(second["pixel_values"])  # the same tensor, written over
-    found = teacher(**changed).logits
-    assert not torch.allclose(found, expected[0])
-    assert runs == ["student"] * 5
-    student(**second)
-    again = {**second, "pixel_values": second["pixel_values"].clone()}  # equal pixels in another tensor
-    assert torch.equal(teacher(**again).logits, expected[1])
-    assert runs == ["student"] * 6
-
-
-def test_a_teacher_of_lower_precision_takes_the_students_features(pair, collator):
-    student, teacher, _ = pair()
-    teacher = teacher.to(torch.bfloat16)
-    batch = batches(collator, 1)[0]
-    expected = teacher(**batch).logits
-    teacher = share_vision_tower(student, teacher)
-    student(**batch)
-    found = teacher(**batch).logits
-    assert found.dtype == torch.bfloat16
-    torch.testing.assert_close(found, expected, rtol=0, atol=0.05 * expected.abs().max().item())
-
-
-@pytest.mark.parametrize("why", ["trained", "weights", "layer", "images", "config"])
-def test_towers_that_differ_or_are_trained_are_not_shared(pair, processor, why):
-    student, teacher, _ = pair(trained=why == "trained")
-    other = copy.deepcopy(processor)
-    if why == "weights":
-        next(teacher.model.vision_tower.parameters()).data.view(-1)[0] += 1e-6
-    elif why == "layer":
-        teacher.config.vision_feature_layer = -2
-    elif why == "images":
-        other.image_processor.image_mean = [0.0, 0.0, 0.0]
-    elif why == "config":
-        teacher.model.vision_tower.config.layer_norm_eps = 1e-3
-    assert share_vision_tower(student, teacher, processor, other) is teacher
-    assert not isinstance(teacher.model.vision_tower, SharedVisionTower)
-
-
-def test_a_shared_tower_that_is_trained_later_is_refused(pair, collator):
-    student, teacher, _ = pair()
-    teacher = share_vision_tower(student, teacher)
-    student.model.vision_tower.requires_grad_(True)
-    with pytest.raises(ValueError, match="freeze it"):
-        teacher(**batches(collator, 1)[0])
 
 
 @pytest.mark.parametrize("teacher", [LiveTeacher, CachedTeacher])

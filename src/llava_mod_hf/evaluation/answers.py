@@ -74,6 +74,7 @@ def generate_answers(model, processor, dataset, *, batch_size=128, max_new_token
     return [text for ((text, _),) in answers]
 
 
+# parameters: those of sampling, by the names that transformers' `generate` gives them
 def sample_answers(
     model, processor, dataset, *, batch_size, max_new_tokens, num_answers=1, temperature=0.0, top_p=1.0, seed=0
 ):

@@ -51,6 +51,7 @@ class _Options(NamedTuple):
     with_gradient: bool
 
 
+# parameters: the tensors of both sides, and every term's weight, as the formula has them
 def chunked_mimic_loss(
     hidden,
     head,

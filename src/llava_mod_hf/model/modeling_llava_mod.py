@@ -1,3 +1,4 @@
+# lines: the files that ship are three, flat, and named in every checkpoint; a fourth would be one more to lose
 """The LLaVA-MoD student: a LLaVA with a sparse mixture of experts. Ships to the Hub with every checkpoint."""
 
 import functools
@@ -401,6 +402,7 @@ class LlavaModForConditionalGeneration(LlavaModPreTrainedModel, GenerationMixin)
             inputs["pixel_values"] = None if seen else inputs.get("pixel_values")
         return inputs
 
+    # parameters: the names by which transformers' `generate` and trainers give them
     @can_return_tuple
     def forward(
         self,

@@ -72,6 +72,8 @@ def _check_block(block, mlp, name):
         )
 
 
+# parameters: one for each field of the config that it sets
+# lines: a third of them are the parameters' descriptions
 @torch.no_grad()
 def upcycle(
     model,
