@@ -1,5 +1,6 @@
 """The stages through their argument dataclasses: what they write, what they refuse, and how they resume."""
 
+import errno
 import functools
 import json
 import shutil
@@ -10,6 +11,7 @@ import yaml
 from safetensors.torch import load_file
 from transformers import AutoModelForImageTextToText, AutoProcessor, HfArgumentParser, LlamaForCausalLM
 
+from helpers.leaks import find_leaks, private_words
 from helpers.stages import ARGUMENTS, TOKEN, StopsAt, adapt, mimic, prefer
 from llava_mod_hf import MimicConfig, MimicTrainer, PreferenceConfig
 from llava_mod_hf.commands import mimic as mimic_module
@@ -193,3 +195,34 @@ def test_experts_without_a_place_are_refused_first(tmp_path):
 def test_a_folder_with_another_model_is_refused_first(folders, stage):
     with pytest.raises(ValueError, match=r"student` holds a model that would be overwritten"):
         stage(NOWHERE, folders["student"])
+
+
+@pytest.mark.parametrize("stage", [adapt, mimic, prefer])
+def test_a_stage_that_pushes_tells_the_hub_nothing_of_this_machine(folders, hub, tmp_path, monkeypatch, stage):
+    words = private_words(monkeypatch, tmp_path, hub.token)
+    output_dir = tmp_path / "run"
+    options = {"save_strategy": "steps", "save_steps": 1, "hub_model_id": "me/student"}
+    stage(folders, output_dir, push_to_hub=True, hub_token=hub.token, **options)
+    assert (output_dir / "run.json").is_file()
+    assert find_leaks(output_dir, [hub.token]) == []
+    assert not [path for path in output_dir.iterdir() if path.name.startswith((".", "tmp"))]
+    assert {"model.safetensors", "config.json"} <= set(hub.repos["me/student"].commits()[0].files)
+    assert find_leaks(hub.received(), words) == []
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(errno.ENOSPC, "No space left on device"),
+        RuntimeError("[enforce fail at inline_container.cc:664] . PytorchStreamWriter failed writing file data/1"),
+    ],
+    ids=["file", "pickle"],
+)
+def test_a_full_disk_is_one_sentence(folders, tmp_path, monkeypatch, error):
+    def fail(*args, **kwargs):
+        raise error
+
+    monkeypatch.setattr(torch, "save", fail)
+    with pytest.raises(OSError, match=r"checkpoint-1` could not be written \(.*\): make room, and start again"):
+        mimic(folders, tmp_path, save_strategy="steps", save_steps=1)
+    assert last_complete_checkpoint(tmp_path) is None
