@@ -146,7 +146,7 @@ def test_what_a_killed_run_had_not_written_to_the_end_goes(interrupted, tmp_path
 SCRIPT = """
 import os, signal, sys
 from transformers import ProcessorMixin
-from llava_mod_hf.cli import main
+from llava_mod_cli import main
 write = ProcessorMixin.save_pretrained
 def killed(self, folder, *args, **kwargs):
     write(self, folder, *args, **kwargs)
