@@ -2,7 +2,7 @@
 
 from llava_mod_hf.losses.chunked_mimic import chunked_mimic_loss
 from llava_mod_hf.losses.divergences import divergence_rows, mimic_loss, top_k_forward_kl
-from llava_mod_hf.losses.preference_losses import kto_pair_loss, margin_loss
+from llava_mod_hf.losses.preference_losses import kto_pair_loss, margin_loss, register_preference_loss
 from llava_mod_hf.losses.rows import Head, ProjectedRows, TopKRows, shift_for_next_token
 
 __all__ = [
@@ -14,6 +14,7 @@ __all__ = [
     "kto_pair_loss",
     "margin_loss",
     "mimic_loss",
+    "register_preference_loss",
     "shift_for_next_token",
     "top_k_forward_kl",
 ]

@@ -1,6 +1,76 @@
 """Losses on pairs of a chosen and a rejected response."""
 
+from collections.abc import Callable
+from typing import NamedTuple
+
 import torch
+
+
+class Pairs(NamedTuple):
+    """
+    What a preference loss is computed from: log-probabilities of responses, summed or, of a loss named `…_norm`,
+    averaged over their tokens.
+
+    Args:
+        student_chosen, student_rejected, reference_chosen, reference_rejected
+            (`torch.FloatTensor` of shape `(pairs,)`): in nats; those of the reference carry no gradient.
+        gather (`Callable[[torch.Tensor], torch.Tensor]`): the same numbers of all processes, without a gradient.
+        log (`Callable[[str, float], None]`): notes a figure, whose mean is logged.
+        as_authors (`bool`): the option `kto_reference_compat`.
+    """
+
+    student_chosen: torch.Tensor
+    student_rejected: torch.Tensor
+    reference_chosen: torch.Tensor
+    reference_rejected: torch.Tensor
+    gather: Callable = lambda numbers: numbers
+    log: Callable = lambda name, value: None
+    as_authors: bool = False
+
+
+def _kto_pair(pairs, beta):
+    chosen = pairs.student_chosen - pairs.reference_chosen
+    rejected = pairs.student_rejected - pairs.reference_rejected
+    seen = (chosen.detach(), rejected.detach())
+    seen = seen if pairs.as_authors else tuple(pairs.gather(ratios) for ratios in seen)
+    for side, ratios in zip(("chosen", "rejected"), seen, strict=True):
+        estimate = ratios.mean()
+        pairs.log(f"kto/kl_{side}", estimate.clamp(min=0).item())
+        pairs.log(f"kto/clamped_{side}", float(estimate <= 0))
+    return kto_pair_loss(chosen, rejected, beta=beta, all_logratios=seen, reference_compat=pairs.as_authors)
+
+
+def _margin(pairs, beta):
+    student = pairs.student_chosen - pairs.student_rejected
+    return margin_loss(student, pairs.reference_chosen - pairs.reference_rejected, beta=beta)
+
+
+# `loss_type` → (pairs, beta) → a scalar; each is known as `NAME_norm` too, of log-probabilities per token
+PREFERENCE_LOSSES: dict[str, Callable] = {"kto_pair": _kto_pair, "margin": _margin}
+
+
+def register_preference_loss(name, function):
+    """
+    Adds a loss, which `loss_type` then takes as `name` and as `name_norm`.
+
+    Args:
+        name (`str`): of the loss; none of TRL's.
+        function (`Callable[[Pairs, float], torch.Tensor]`): pairs and β → a scalar, a mean over the pairs.
+
+    Raises:
+        ValueError: if there is one of that name already, or it ends with `_norm`.
+    """
+    if name in PREFERENCE_LOSSES or name.endswith("_norm"):
+        raise ValueError(
+            f"A preference loss `{name}` cannot be added: {', '.join(PREFERENCE_LOSSES)} are there, and `_norm` at the "
+            "end stands for log-probabilities per token. Give another name."
+        )
+    PREFERENCE_LOSSES[name] = function
+
+
+def own_loss_names():
+    """`tuple[str]`: what `loss_type` takes beside TRL's losses."""
+    return tuple(f"{name}{ending}" for name in PREFERENCE_LOSSES for ending in ("", "_norm"))
 
 
 def kto_pair_loss(chosen_logratios, rejected_logratios, *, beta, all_logratios=None, reference_compat=False):

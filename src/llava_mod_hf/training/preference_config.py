@@ -5,11 +5,9 @@ from dataclasses import dataclass, field
 
 from trl import DPOConfig
 
+from llava_mod_hf.losses.preference_losses import own_loss_names
 from llava_mod_hf.training.trainable import check_train_modules
 from llava_mod_hf.training.trainer_options import check_dependent_options, check_options, check_weights
-
-# `_norm`: log-probabilities per response token instead of summed, as in the parent's `sigmoid_norm`
-OWN_LOSSES = ("kto_pair", "kto_pair_norm", "margin", "margin_norm")
 
 PARENT_LOSSES = (
     "sigmoid", "hinge", "ipo", "exo_pair", "nca_pair", "robust", "bco_pair", "sppo_hard", "aot", "aot_unpaired",
@@ -29,9 +27,9 @@ class PreferenceConfig(DPOConfig):
 
     Args:
         loss_type (`list[str]`, *optional*, defaults to `["sigmoid"]`):
-            The parent's losses, such as `sigmoid`, `ipo`, `hinge` and `sft`, and `kto_pair` and `margin` of
-            [`~llava_mod_hf.losses`]; several of them with `loss_weights`. Log-probabilities are summed over the
-            response; `sigmoid_norm`, `ipo`, `kto_pair_norm` and `margin_norm` average them.
+            The parent's losses, such as `sigmoid`, `ipo`, `hinge` and `sft`, and `kto_pair`, `margin` and what
+            [`~llava_mod_hf.losses.register_preference_loss`] adds; several of them with `loss_weights`.
+            Log-probabilities are summed over the response; `ipo` and names that end with `_norm` average them.
         reference (`str`, *optional*, defaults to `"teacher"`):
             `"teacher"`, or `"self"`: the student as it was, a frozen copy or, with peft, the one without the adapter.
         kto_reference_compat (`bool`, *optional*, defaults to `False`):
@@ -52,7 +50,7 @@ class PreferenceConfig(DPOConfig):
         self._check_choices()
         check_dependent_options(self, "prefer")
         check_weights("`loss_weights`", self.loss_weights, count=len(self.loss_type))
-        own = [name for name in self.loss_type if name in OWN_LOSSES]
+        own = [name for name in self.loss_type if name in own_loss_names()]
         if own and (self.ld_alpha is not None or self.use_weighting or self.f_divergence_type != "reverse_kl"):
             raise ValueError(
                 f"`{own[0]}` takes plain log-ratios: leave out `ld_alpha` ({self.ld_alpha}), `use_weighting` "
@@ -81,8 +79,10 @@ class PreferenceConfig(DPOConfig):
             raise ValueError(f"`reference` is `{self.reference}`: give one of {', '.join(REFERENCES)}.")
         if not self.loss_type:
             raise ValueError(f"`loss_type` is {self.loss_type}: give one loss or more, or leave it out for `sigmoid`.")
-        unknown = [name for name in self.loss_type if name not in (*OWN_LOSSES, *PARENT_LOSSES)]
+        known = (*own_loss_names(), *PARENT_LOSSES)
+        unknown = [name for name in self.loss_type if name not in known]
         if unknown:
-            raise ValueError(
-                f"There is no `loss_type` `{unknown[0]}`: give one of {', '.join((*OWN_LOSSES, *PARENT_LOSSES))}."
-            )
+            raise ValueError(f"There is no `loss_type` `{unknown[0]}`: give one of {', '.join(known)}.")
+        twice = [name for name in self.loss_type if known.count(name) > 1]
+        if twice:
+            raise ValueError(f"`loss_type` `{twice[0]}` is TRL's and one that was added: give that another name.")

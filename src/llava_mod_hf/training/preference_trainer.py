@@ -9,7 +9,13 @@ from accelerate.utils import is_peft_model
 from trl import DPOTrainer
 
 from llava_mod_hf.data.grouping import GroupedBatches
-from llava_mod_hf.losses.preference_losses import kto_pair_loss, margin_loss, response_sums, without_tail
+from llava_mod_hf.losses.preference_losses import (
+    PREFERENCE_LOSSES,
+    Pairs,
+    own_loss_names,
+    response_sums,
+    without_tail,
+)
 from llava_mod_hf.students.generation import prepare_generation
 from llava_mod_hf.teachers.protocol import row_sets
 from llava_mod_hf.teachers.reference_model import (
@@ -24,7 +30,7 @@ from llava_mod_hf.teachers.reference_model import (
 )
 from llava_mod_hf.training.logs import KeepsMetrics
 from llava_mod_hf.training.noted_model import NotedModel
-from llava_mod_hf.training.preference_config import OWN_LOSSES, PreferenceConfig
+from llava_mod_hf.training.preference_config import PreferenceConfig
 from llava_mod_hf.training.safe_run import SafeRun
 from llava_mod_hf.training.trainable import train_only, trained_as_before
 from llava_mod_hf.training.trainer_options import check_trainer
@@ -105,9 +111,9 @@ class PreferenceTrainer(KeepsMetrics, GroupedBatches, SafeRun, DPOTrainer):
         self._take(reference, sets)
 
         weighted = list(zip(self.loss_types, self.loss_weights, strict=True))
-        self.own_losses = [(name, weight) for name, weight in weighted if name in OWN_LOSSES]
-        self.loss_types = [name for name, _ in weighted if name not in OWN_LOSSES]
-        self.loss_weights = [weight for name, weight in weighted if name not in OWN_LOSSES]
+        self.own_losses = [(name, weight) for name, weight in weighted if name in own_loss_names()]
+        self.loss_types = [name for name, _ in weighted if name not in own_loss_names()]
+        self.loss_weights = [weight for name, weight in weighted if name not in own_loss_names()]
         self._warn_of_weak_signals()
 
     def _take(self, reference, sets):
@@ -182,8 +188,14 @@ class PreferenceTrainer(KeepsMetrics, GroupedBatches, SafeRun, DPOTrainer):
         loss = student.new_zeros(())
         for name, weight in self.own_losses:
             lengths = mask.sum(1).clamp(min=1) if name.endswith("_norm") else 1
-            own_loss = self._kto_pair if name.startswith("kto_pair") else self._margin
-            loss = loss + weight * own_loss(metrics, student / lengths, reference / lengths)
+            pairs = Pairs(
+                *(student / lengths).chunk(2),
+                *(reference / lengths).chunk(2),
+                gather=self.accelerator.gather,
+                log=lambda key, value: metrics[key].append(value),
+                as_authors=self.args.kto_reference_compat,
+            )
+            loss = loss + weight * PREFERENCE_LOSSES[name.removesuffix("_norm")](pairs, self.beta)
         if noted.z_loss is not None:
             metrics["router_z_loss"].append(self.accelerator.gather(noted.z_loss.detach()).mean().item())
             loss = loss + self.model.config.get_text_config().router_z_loss_coef * noted.z_loss
@@ -194,20 +206,6 @@ class PreferenceTrainer(KeepsMetrics, GroupedBatches, SafeRun, DPOTrainer):
         metrics["margins/student"].append(student.mean().item())
         metrics["margins/teacher"].append(teacher.mean().item())
         metrics["margins/below"].append((student < teacher).float().mean().item())
-
-    def _kto_pair(self, metrics, student, reference):
-        chosen, rejected = (student - reference).chunk(2)
-        compat = self.args.kto_reference_compat
-        seen = (chosen.detach(), rejected.detach())
-        seen = seen if compat else tuple(self.accelerator.gather(ratios) for ratios in seen)
-        for side, ratios in zip(("chosen", "rejected"), seen, strict=True):
-            estimate = ratios.mean()
-            metrics[f"kto/kl_{side}"].append(estimate.clamp(min=0).item())
-            metrics[f"kto/clamped_{side}"].append(float(estimate <= 0))
-        return kto_pair_loss(chosen, rejected, beta=self.beta, all_logratios=seen, reference_compat=compat)
-
-    def _margin(self, metrics, student, reference):
-        return margin_loss(_margins(student), _margins(reference), beta=self.beta)
 
 
 def _margins(log_probs):
