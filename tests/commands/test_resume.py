@@ -77,7 +77,9 @@ def test_a_recipe_is_compared_with_that_of_the_checkpoint_alone(interrupted, tmp
         interrupted.run(tmp_path, StopsAt())
 
 
-@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize(
+    "stage", ["mimic", *(pytest.param(name, marks=pytest.mark.slow) for name in ("adapt", "prefer"))]
+)
 def test_where_a_run_begins_can_be_chosen_in_every_stage(monkeypatch, folders, tmp_path, stage):
     interrupted = Interrupted(monkeypatch, folders, stage)
     interrupted.stop(tmp_path / "first", step=3)

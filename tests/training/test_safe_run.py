@@ -18,6 +18,7 @@ from llava_mod_hf.training.finite_steps import SKIPPED_IN_A_ROW, FiniteSteps
 
 KINDS = ("adapt", "mimic", "prefer")
 SAVING = {"max_steps": 2, "save_strategy": "steps", "save_steps": 1}
+ONE_FAST = ["mimic", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("adapt", "prefer"))]
 TRAINERS = {"mimic": mimic_trainer, "prefer": preference_trainer}
 SHARED = {"safetensors", "json", "jinja", "py", "gitattributes"}
 LORA = {"r": 2, "target_modules": r".*language_model.*\.(q_proj|v_proj)"}
@@ -101,7 +102,7 @@ def test_a_step_that_was_taken_has_to_be_finite(options, losses):
         steps(FiniteSteps(stub(**options)), losses)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ONE_FAST)
 def test_training_is_taken_up_in_python(trainer_of, tmp_path, kind):
     with pytest.raises(InterruptedError):
         trainer_of(kind, **SAVING, callbacks=[StopsAt(2)]).train()
@@ -131,7 +132,7 @@ def test_no_token_is_written(trainer_of, tmp_path, kind):
 
 
 @pytest.mark.parametrize("lora", [False, True], ids=["whole", "lora"])
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ONE_FAST)
 def test_what_is_pushed_is_the_model_alone(trainer_of, hub, tmp_path, monkeypatch, kind, lora):
     words = private_words(monkeypatch, tmp_path, hub.token)
     peft = {"peft_config": LoraConfig(**LORA)} if lora else {}
