@@ -303,6 +303,8 @@ def test_evaluate_a_local_file_into_another_file(save, tmp_path, capsys):
     argv = ["--model", student, "--dataset_name", tmp_path / "rows.jsonl", "--output_file", output_file]
     message = refused(capsys, "evaluate", *argv)  # one file: the blind baseline would learn what it is measured by
     assert "is one file, without splits" in message and "`train_dataset_name`" in message
+    again = tmp_path / ".." / tmp_path.name / "rows.jsonl"
+    assert "is one file" in refused(capsys, "evaluate", *argv, "--train_dataset_name", again)
     argv += ["--train_dataset_name", tmp_path / "training.jsonl"]
     assert main(["evaluate", *map(str, argv)]) == 0
     results = json.loads(output_file.read_text())

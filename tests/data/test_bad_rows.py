@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from llava_mod_hf.data.fitting import fit_rows
+from llava_mod_hf.data.fitting import _measure_batch, fit_rows
 from llava_mod_hf.data.images import resolve_image
 from llava_mod_hf.data.load import DataArguments, load_rows
 
@@ -152,3 +152,46 @@ def test_marks_of_a_turn_in_a_text_are_refused(processor, tmp_path, part):
         fit_rows(dataset, processor, max_length=None)
     fitted, report = fit_rows(dataset, processor, max_length=None, bad_rows="drop")
     assert (len(fitted), report["bad"]) == (1, 1)
+
+
+TRL = {
+    "images": [],
+    "prompt": [{"role": "user", "content": "what?"}],
+    "completion": [{"role": "assistant", "content": "a dog"}],
+}
+
+
+@pytest.mark.parametrize("place", [0, 2])
+@pytest.mark.parametrize("bad_rows", ["error", "drop"])
+def test_a_row_of_null_in_trls_formats_is_refused(tmp_path, place, bad_rows):
+    rows = [TRL, TRL]
+    rows.insert(place, None)
+    (tmp_path / "rows.json").write_text(json.dumps(rows))
+    with pytest.raises(ValueError, match=rf"Row {place} of `.*rows\.json` is no `.key: value.`: take it out"):
+        load(tmp_path / "rows.json", bad_rows=bad_rows)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"prompt": None}, "Row 1 has no `prompt`"),
+        ({"prompt": []}, "Row 1 has no `prompt`"),
+        ({"completion": [{"role": "assistant", "content": ["a", "b"]}]}, "Row 1: an answer is .*: give a text"),
+    ],
+)
+def test_malformed_parts_of_trls_rows_are_named_or_counted(processor, change, message):
+    def measure(bad_rows):
+        batch = {name: [row[name] for row in (TRL, TRL | change)] for name in TRL}
+        return _measure_batch(
+            batch, [0, 1], processor=processor, image_tokens=None, max_length=None, bad_rows=bad_rows, seen={}
+        )
+
+    with pytest.raises(ValueError, match=message):
+        measure("error")
+    assert measure("drop")["reason"] == [None, "bad"]
+
+
+def test_a_link_to_itself_is_named(tmp_path):
+    (tmp_path / "a.png").symlink_to(tmp_path / "a.png")
+    with pytest.raises(ValueError, match=r"Row 3: image `a\.png`"):
+        resolve_image({"bytes": None, "path": "a.png"}, tmp_path, "Row 3")

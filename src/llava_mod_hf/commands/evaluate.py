@@ -55,7 +55,7 @@ def run(data_args: DataArguments, args: EvaluateCommand):
     if not output_file.parent.is_dir():
         raise ValueError(f"`{output_file.parent}` is no folder to write the results to: give `output_file`.")
     training_name = args.train_dataset_name or data_args.dataset_name
-    if Path(training_name).is_file() and training_name == data_args.dataset_name:
+    if Path(training_name).is_file() and Path(training_name).resolve() == Path(data_args.dataset_name).resolve():
         raise ValueError(
             f"`{training_name}` is one file, without splits: the blind baseline would learn the answers that it is "
             "measured by. Give the file of the training questions as `train_dataset_name`."

@@ -197,6 +197,8 @@ def _count_tokens(rendered, processor):
 
 def _render(row, num_images, processor, where):
     """The texts that the collator tokenises, an image as one token; of `messages` the numbers of tokens."""
+    if "prompt" in row and not row["prompt"]:
+        raise ValueError(f"{where} has no `prompt`: give it one, or leave out the row.")
     if "chosen" in row:
         check_pair(row, where)
     else:

@@ -212,6 +212,7 @@ def _is_message(message):
         isinstance(message, dict)
         and {"role", "content"} <= message.keys()
         and isinstance(message["content"], str | list | None)
+        and all(isinstance(part, dict) for part in message["content"] or () if isinstance(message["content"], list))
     )
 
 

@@ -80,7 +80,10 @@ def resolve_image(image, root, where, *, whole=True):
     if image["bytes"] is not None:
         check_image(io.BytesIO(image["bytes"]), f"{where}: image `{image['path'] or 'in the file'}`", whole=whole)
         return image
-    path = (root / image["path"]).resolve()
+    try:
+        path = (root / image["path"]).resolve()
+    except (RuntimeError, OSError) as error:
+        raise ValueError(f"{where}: image `{image['path']}` is a link to itself ({error}): mend it.") from error
     if not path.is_relative_to(root):
         raise ValueError(f"{where}: image `{path}` lies outside the image folder `{root}`.")
     if not path.is_file():

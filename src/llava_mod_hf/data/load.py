@@ -92,6 +92,9 @@ def _published(args, split, num_proc):
         if first is None:
             raise ValueError(f"`{path}` has no rows of `{{key: value}}`: nothing to train on.")
         layout = recognise(first, path)
+        odd = (index for index, row in enumerate(json_rows(path)) if not isinstance(row, dict))
+        if FORMATS[layout].is_trl and (number := next(odd, None)) is not None:  # `datasets` dies of it
+            raise ValueError(f"Row {number} of `{path}` is no `{{key: value}}`: take it out of the file.")
     if layout is not None and not FORMATS[layout].is_trl:
         dataset = _read_json(args, path, layout)
     else:
