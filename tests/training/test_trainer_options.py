@@ -17,7 +17,7 @@ from helpers.preference_trainers import preference_trainer
 from llava_mod_hf import MimicConfig, MimicTrainer, PreferenceConfig, PreferenceTrainer, recipes
 from llava_mod_hf.training.adapt_config import AdaptConfig
 from llava_mod_hf.training.adapt_trainer import AdaptTrainer
-from llava_mod_hf.training.trainer_options import DEPENDENT, REFUSED, verdicts
+from llava_mod_hf.training.trainer_options import DEPENDENT, REFUSED, limit_max_length, verdicts
 
 CONFIGS = {"adapt": AdaptConfig, "mimic": MimicConfig, "prefer": PreferenceConfig}
 TRAINERS = {"adapt": AdaptTrainer, "mimic": MimicTrainer, "prefer": PreferenceTrainer}
@@ -245,3 +245,16 @@ def test_rows_longer_than_the_students_positions_are_refused(make_student, proce
     args = config_class(output_dir=str(tmp_path), max_length=700, use_cpu=True, bf16=False, report_to="none")
     with pytest.raises(ValueError, match="`max_length` is 700, and the student has 512 positions"):
         trainer(*models, args, train_dataset=None, processing_class=processor)
+
+
+@pytest.mark.parametrize("max_length", [None, 1024])  # nobody chose it
+def test_what_nobody_chose_is_limited_to_the_students_positions(make_student, tmp_path, caplog, max_length):
+    student = make_student()
+    student.config.text_config.max_position_embeddings = 512
+    args = MimicConfig(output_dir=str(tmp_path), max_length=max_length, use_cpu=True, bf16=False)
+    limit_max_length(args, student)
+    assert args.max_length == 512
+    assert "`max_length` is 512, as many as the student has positions" in caplog.text
+    args.max_length = 300
+    limit_max_length(args, student)
+    assert args.max_length == 300

@@ -25,6 +25,6 @@ def run(data_args, student_args, args):
         trust_remote_code=args.trust_remote_code,
         seed=args.seed,
     )
-    rows = fit_to_recipe(rows, processor, data_args, args)
+    rows = fit_to_recipe(rows, model, processor, data_args, args)
     trainer = AdaptTrainer(model, args, train_dataset=rows, processing_class=processor)
     return train_and_save(trainer, "adapt", begun)

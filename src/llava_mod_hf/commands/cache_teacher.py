@@ -174,7 +174,7 @@ def run(
     rows = load_rows(data_args, columns=("prompt", "completion"), seed=args.seed)
     if not hasattr(rows, "__len__"):
         raise ValueError("A cache has a row for each of a known number: leave out `streaming`.")
-    rows = fit_to_recipe(rows, processor, data_args, args)
+    rows = fit_to_recipe(rows, student, processor, data_args, args)
     model, teacher_processor = load_teacher(distill_args, trust)
     if distill_args.teacher_quantization is None and distill_args.teacher_device is None:
         model.to(args.device)

@@ -27,7 +27,7 @@ def run(data_args, distill_args, upcycle_args, args):
     begun = start_run(data_args, distill_args, upcycle_args, args)
     rows = load_rows(data_args, columns=("prompt", "completion"), seed=args.seed, num_proc=args.dataset_num_proc)
     student, processor = load_student(distill_args, args.trust_remote_code)
-    rows = fit_to_recipe(rows, processor, data_args, args)
+    rows = fit_to_recipe(rows, student, processor, data_args, args)
     student = upcycle_student(student, upcycle_args, router_aux_loss_coef=args.router_aux_loss_coef, seed=args.seed)
     teacher, teacher_processor = None, None
     if args.kl_weight and distill_args.teacher_cache:

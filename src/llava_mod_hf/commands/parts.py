@@ -6,6 +6,7 @@ from llava_mod_hf.data.fitting import fit_rows
 from llava_mod_hf.loading import load_model_and_processor
 from llava_mod_hf.students.upcycling import PLACEMENTS, upcycle
 from llava_mod_hf.teachers.answer_cache import teacher_settings
+from llava_mod_hf.training.trainer_options import limit_max_length
 
 
 def load_student(args, trust_remote_code):
@@ -77,13 +78,14 @@ def upcycle_student(student, args, *, router_aux_loss_coef=None, seed=0):
     )
 
 
-def fit_to_recipe(rows, processor, data_args, args):
+def fit_to_recipe(rows, student, processor, data_args, args):
     """
-    [`~llava_mod_hf.data.fitting.fit_rows`] with the options of a recipe.
+    [`~llava_mod_hf.data.fitting.fit_rows`] with the options of a recipe, within the student's positions.
 
     Raises:
-        ValueError: if rows are streamed without `max_steps`.
+        ValueError: if rows are streamed without `max_steps`, or `max_length` is more than the student has positions.
     """
+    limit_max_length(args, student)
     if data_args.streaming and args.max_steps <= 0:
         raise ValueError("`streaming` is true, so nobody knows how many rows come: give `max_steps`.")
     rows, _ = fit_rows(

@@ -19,7 +19,7 @@ def run(data_args, distill_args, args):
     columns = ("prompt", "chosen", "rejected")
     rows = load_rows(data_args, columns=columns, seed=args.seed, num_proc=args.dataset_num_proc)
     student, processor = load_student(distill_args, args.trust_remote_code)
-    rows = fit_to_recipe(rows, processor, data_args, args)
+    rows = fit_to_recipe(rows, student, processor, data_args, args)
     teacher, teacher_processor = None, None
     if args.reference == "teacher" and distill_args.teacher_cache:
         expected = settings_of_teacher(distill_args, args.trust_remote_code)

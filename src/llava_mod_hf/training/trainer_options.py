@@ -5,6 +5,7 @@ A test holds the tables against the installed transformers and TRL, so that an o
 """
 
 import dataclasses
+import logging
 import math
 import numbers
 import os
@@ -16,6 +17,8 @@ from peft import PeftModel
 from transformers import TrainingArguments
 from transformers.integrations import get_available_reporting_integrations
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
+
+logger = logging.getLogger(__name__)
 
 # Read by transformers' `Trainer` or TRL's trainer, in code that ours leave as it is.
 READ_BY_PARENT = {
@@ -280,12 +283,31 @@ def check_trainer(args, config_class, model, *, teachers=(), peft_config=None, t
         ):
             if value is not None:
                 raise ValueError(f"`{name}` is for a model given by its name, and this one is loaded: leave it out.")
-        positions = getattr(student.config.get_text_config(), "max_position_embeddings", None)
-        if positions is not None and args.max_length is not None and args.max_length > positions:
-            raise ValueError(
-                f"`max_length` is {args.max_length}, and the student has {positions} positions: give at most that."
-            )
+        limit_max_length(args, student)
     field = getattr(args, "dataset_text_field", "text")
     columns = getattr(train_dataset, "column_names", None)
     if field != "text" and columns and field not in columns:
         raise ValueError(f"`dataset_text_field` is `{field}`, and the rows have {', '.join(columns)}: leave it out.")
+
+
+def limit_max_length(args, student):
+    """
+    Keeps `max_length` within the student's positions, beyond which it has never been.
+
+    Args:
+        args (`TrainingArguments`): whose `max_length` is lowered if nobody chose it.
+        student (`PreTrainedModel`).
+
+    Raises:
+        ValueError: if somebody chose more than the student has.
+    """
+    positions = getattr(student.config.get_text_config(), "max_position_embeddings", None)
+    if positions is None or (args.max_length is not None and args.max_length <= positions):
+        return
+    (default,) = (item.default for item in dataclasses.fields(args) if item.name == "max_length")
+    if args.max_length not in (None, default):
+        raise ValueError(
+            f"`max_length` is {args.max_length}, and the student has {positions} positions: give at most that."
+        )
+    logger.warning("`max_length` is %d, as many as the student has positions.", positions)
+    args.max_length = positions
