@@ -2,110 +2,42 @@
 
 import copy
 import dataclasses
-import functools
 import json
-import os
 import shutil
-import socket
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-import yaml
 from datasets import Dataset, load_dataset
 from safetensors.torch import load_file, save_file
 from transformers import AutoProcessor
 from trl.trainer.sft_trainer import DataCollatorForVisionLanguageModeling
 
-import llava_mod_cli
-from helpers.ddp_gradients import RUN, assert_gradients_close, raw_gradients, sharpened
-from helpers.hub_server import HubServer
-from llava_mod_hf import MimicConfig, MimicTrainer
-from llava_mod_hf.commands import cache_teacher, mimic
-from llava_mod_hf.commands.arguments import DistillArguments, UpcycleArguments
-from llava_mod_hf.commands.cache_teacher import CacheCommand
-from llava_mod_hf.commands.cache_teacher import run as run_cache_teacher
+from helpers.cached_teacher_cases import (
+    NUM_ROWS,
+    SEED,
+    TEMPERATURE,
+    check_rows,
+    mimic_config,
+    read,
+    recipe,
+    train_rows,
+    write,
+)
+from helpers.ddp_gradients import assert_gradients_close, raw_gradients
+from llava_mod_hf import MimicTrainer
+from llava_mod_hf.commands import mimic
 from llava_mod_hf.commands.parts import settings_of_teacher
 from llava_mod_hf.data import easy_vqa
-from llava_mod_hf.data.arguments import DataArguments
 from llava_mod_hf.fingerprints import row_key, weights_hash
 from llava_mod_hf.loading import load_model_and_processor
 from llava_mod_hf.losses.rows import shift_for_next_token
-from llava_mod_hf.publishing.manifest import MANIFEST_FILE
 from llava_mod_hf.teachers import answer_cache
 from llava_mod_hf.teachers.answer_cache import check_settings
 from llava_mod_hf.teachers.cached_teacher import CachedTeacher
 
-TEMPERATURE = 2.0
-NUM_ROWS = 20
-SEED = 0
-ALL = 10**6  # more than any vocabulary
-
-
-@pytest.fixture(scope="module", autouse=True)
-def rows_read_once():
-    """The embedded questions are balanced anew by every command: a second each time."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(easy_vqa, "load", functools.cache(easy_vqa.load))
-        yield
-
-
-@pytest.fixture(scope="module")
-def models(make_student, make_teacher, processor, tmp_path_factory):
-    """Folders of a student, of a teacher that reads the same tensors, and of one with its own images and template."""
-    root = tmp_path_factory.mktemp("models")
-    for name, seed in (("student", 0), ("teacher", 1), ("other", 2)):
-        sharpened(make_student(moe_layers=[], seed=seed)).save_pretrained(root / name)
-        processor.save_pretrained(root / name)
-    model, teacher_processor = make_teacher()
-    model.save_pretrained(root / "foreign")
-    teacher_processor.save_pretrained(root / "foreign")
-    return {path.name: str(path) for path in root.iterdir()}
-
-
-def mimic_config(folder, **options):
-    arguments = {
-        **RUN,
-        "seed": SEED,
-        "temperature": TEMPERATURE,
-        "per_device_train_batch_size": 4,
-        "learning_rate": 1e-2,
-    }
-    return MimicConfig(output_dir=str(folder), **{**arguments, **options})
-
-
-def recipe(models, folder, teacher="teacher", **options):
-    """Argument groups of the mimic stage with a cache in `folder`."""
-    return (
-        DataArguments(dataset_name="embedded:easy-vqa", dataset_config="mixture", max_samples=NUM_ROWS),
-        DistillArguments(student=models["student"], teacher=models[teacher], teacher_cache=str(folder)),
-        UpcycleArguments(),
-        mimic_config(folder.parent / "run", **options),
-    )
-
-
-def write(models, folder, teacher="teacher", *, options=None, **command):
-    command = {"top_k": ALL, "log_probs_dtype": "float32", "shard_size": 8, **command}
-    return run_cache_teacher(*recipe(models, folder, teacher, **(options or {})), CacheCommand(**command))
-
-
-@pytest.fixture(scope="module")
-def caches(models, tmp_path_factory):
-    """Whole caches with the whole vocabulary, of either teacher."""
-    root = tmp_path_factory.mktemp("caches")
-    return {name: write(models, root / name, name) for name in ("teacher", "foreign")}
-
-
-def read(folder):
-    """By its files: `datasets` keeps what it once read of a folder by the folder's last name alone."""
-    return load_dataset("parquet", data_files=str(folder / "*.parquet"), split="train")
-
-
-def train_rows():
-    return easy_vqa.load("mixture", "train", SEED).select(range(NUM_ROWS))
+pytestmark = pytest.mark.usefixtures("rows_read_once")
 
 
 def live_trainer(models, name, tmp_path, **options):
@@ -202,9 +134,6 @@ def test_a_cache_is_a_data_set_with_a_card(models, caches):
     assert all(flags[-1] is False for flags in rows_of["aligned"][:])
 
 
-# --- lookup ---
-
-
 def test_rows_are_found_by_content(caches, processor):
     teacher = CachedTeacher(str(caches["teacher"]))
     collator = DataCollatorForVisionLanguageModeling(processor, completion_only_loss=True)
@@ -221,10 +150,6 @@ def test_rows_are_found_by_content(caches, processor):
         assert answer.aligned.all()
         assert len(answer.aligned) == len(expected) == (labels[:, 1:] != -100).sum()
         assert (answer.index.dtype, answer.log_probs.dtype) == (torch.int64, torch.float32)
-
-
-def check_rows(teacher, rows):
-    teacher._cache.check({}, rows)
 
 
 def test_rows_that_the_cache_lacks_are_refused_with_their_number(caches, processor, tmp_path):
@@ -261,9 +186,6 @@ def test_a_key_says_words_and_images_and_nothing_else():
     assert key == row_key({**row, "images": [image]})
     assert key.split("-")[0] == row_key({**row, "images": [changed]}).split("-")[0]
     assert len({key, row_key({**row, "images": [changed]}), row_key({**row, "images": []})}) == 3
-
-
-# --- of another making ---
 
 
 def trained_from(models, folder, **changes):
@@ -396,134 +318,3 @@ def test_a_teacher_that_is_not_on_this_machine_is_not_compared(models, caches):
 def test_no_cache_is_refused(models, tmp_path):
     with pytest.raises(ValueError, match="cache-teacher"):
         check_settings(tmp_path, {})
-
-
-# --- writing ---
-
-
-def contents(folder):
-    return {path.name: path.read_bytes() for path in folder.iterdir() if path.suffix in (".parquet", ".yaml")}
-
-
-def test_a_run_that_was_killed_goes_on_and_equals_an_uninterrupted_one(models, caches, tmp_path, monkeypatch):
-    folder, batches = tmp_path / "cache", []
-
-    class Killed(BaseException):
-        pass
-
-    original = cache_teacher.TeacherWriter._collate
-
-    def collate(self, numbers):
-        batches.append(numbers)
-        if len(batches) == 4:  # in the middle of the second shard of 8 rows
-            raise Killed
-        return original(self, numbers)
-
-    monkeypatch.setattr(cache_teacher.TeacherWriter, "_collate", collate)
-    with pytest.raises(Killed):
-        write(models, folder)
-    assert sorted(contents(folder)) == ["shards.yaml", "train-00000-of-00003.parquet"]
-    assert not (folder / "README.md").exists()
-    with pytest.raises(ValueError, match="lacks 2 of 3 shards"):
-        CachedTeacher(str(folder))
-    with pytest.raises(ValueError, match="another|begun with"):  # not with other options
-        write(models, folder, top_k=3)
-    batches[:] = [None] * 4
-    write(models, folder)
-    assert len(batches) == 4 + 3  # rows 8 to 19 alone
-    assert contents(folder) == contents(caches["teacher"])
-    assert (folder / "README.md").is_file()
-
-
-def test_parts_written_by_several_processes_are_the_whole(models, caches, tmp_path):
-    folder = tmp_path / "cache"
-    write(models, folder, shard=1, num_shards=2)
-    assert sorted(contents(folder)) == ["shards.yaml", "train-00001-of-00003.parquet"]
-    write(models, folder, shard=0, num_shards=2)
-    assert contents(folder) == contents(caches["teacher"])
-
-
-@pytest.mark.slow
-def test_launched_processes_share_the_work(models, caches, tmp_path):
-    folder = tmp_path / "cache"
-    groups = recipe(models, folder)
-    values = {
-        "dataset_name": "embedded:easy-vqa",
-        "dataset_config": "mixture",
-        "max_samples": NUM_ROWS,
-        "student": models["student"],
-        "teacher": models["teacher"],
-        "teacher_cache": str(folder),
-        "output_dir": groups[-1].output_dir,
-        "ddp_backend": "gloo",
-        **{**RUN, "seed": SEED, "temperature": TEMPERATURE, "per_device_train_batch_size": 4},
-    }
-    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(values))
-    command = [sys.executable, "-m", "llava_mod_cli", "cache-teacher", "--config", str(tmp_path / "recipe.yaml")]
-    command += ["--top_k", str(ALL), "--log_probs_dtype", "float32", "--shard_size", "8"]
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    launched = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
-    processes = [
-        subprocess.Popen(
-            command,
-            env={**os.environ, **launched, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(2)
-    ]
-    try:
-        said = [process.communicate(timeout=120)[1] for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    assert [process.returncode for process in processes] == [0, 0], said
-    assert ["Wrote 2 shards" in said[0], "Wrote 1 shards" in said[1]] == [True, True]
-    found, expected = read(folder), read(caches["teacher"])
-    assert found["key"][:] == expected["key"][:]
-    # another number of threads rounds otherwise, and may swap tokens that are as likely
-    for row, other in zip(found["log_probs"], expected["log_probs"], strict=True):
-        np.testing.assert_allclose(row, other, atol=1e-4)
-
-
-def test_pushed_to_the_hub_and_trained_from_there(models, caches, hub: HubServer, tmp_path):
-    folder = tmp_path / "cache"
-    shutil.copytree(caches["teacher"], folder)
-    (folder / ".shards.yaml.0.part").touch()  # left by a run that was killed
-    write(models, folder, push_to="me/answers", private=True)
-    files = hub.repos["me/answers"].branches["main"].files
-    assert sorted(files) == [".gitattributes", MANIFEST_FILE, "README.md", "shards.yaml"] + [
-        f"train-0000{index}-of-00003.parquet" for index in range(3)
-    ]
-    assert hub.repos["me/answers"].private
-    teacher = CachedTeacher("me/answers")
-    check_rows(teacher, train_rows())
-    assert teacher.settings == yaml.safe_load((folder / "shards.yaml").read_text())
-    (folder / "weights.bin").touch()
-    with pytest.raises(ValueError, match="weights.bin"):
-        write(models, folder, push_to="me/answers")
-
-
-def test_rows_longer_than_the_context_are_left_out_as_the_stage_does(models, tmp_path):
-    processor = AutoProcessor.from_pretrained(models["student"])
-    collator = DataCollatorForVisionLanguageModeling(processor, completion_only_loss=True)
-    lengths = [int(collator([dict(row)])["attention_mask"].sum()) for row in train_rows()]
-    longest = sorted(lengths)[NUM_ROWS // 2]
-    folder = write(models, tmp_path / "cache", top_k=2, options={"max_length": longest})
-    assert len(read(folder)) == sum(length <= longest for length in lengths) < NUM_ROWS
-
-
-@pytest.mark.parametrize(
-    "wrong", [{"top_k": 0}, {"shard_size": 0}, {"log_probs_dtype": "int8"}, {"shard": 1}, {"shard": 2, "num_shards": 2}]
-)
-def test_options_that_cannot_be_are_refused(wrong):
-    with pytest.raises(ValueError, match=next(iter(wrong))):
-        CacheCommand(**wrong)
-
-
-def test_a_recipe_without_a_cache_is_refused(models, tmp_path, capsys):
-    arguments = ["--dataset_name", "embedded:easy-vqa", "--student", "s", "--teacher", "t", "--use_cpu", "true"]
-    assert llava_mod_cli.main(["cache-teacher", *arguments, "--output_dir", str(tmp_path), "--bf16", "false"]) == 2
-    assert "teacher_cache" in capsys.readouterr().err

@@ -1,12 +1,17 @@
 """Fixtures of this room's tests."""
 
+import copy
+
 import pytest
+from transformers import LlavaProcessor
 
 from helpers.ddp_gradients import (
     mimic_trainer,
     sharpened,
 )
 from helpers.mimic_trainer_cases import TERMS
+from helpers.preference_trainers import preference_trainer
+from llava_mod_hf.commands.pretrain import image_processor
 
 
 @pytest.fixture
@@ -23,3 +28,41 @@ def models(make_student):
 def trainer_of(processor, tmp_path):
     """`trainer_of(student, teacher, **arguments)`: `mimic_trainer` in a temporary folder."""
     return lambda student, teacher, **args: mimic_trainer(student, teacher, processor, tmp_path, **{**TERMS, **args})
+
+
+@pytest.fixture
+def pair_models(make_student):
+    """`pair_models(moe_layers)`: a new student and a dense teacher of other weights."""
+
+    def make(moe_layers=(0, 2)):
+        return sharpened(make_student(moe_layers=moe_layers, seed=0)), sharpened(make_student(moe_layers=[], seed=1))
+
+    return make
+
+
+@pytest.fixture
+def pair_trainer_of(processor, tmp_path):
+    def make(student, teacher, *, processor=processor, **args):
+        return preference_trainer(student, teacher, processor, tmp_path, **args)
+
+    return make
+
+
+@pytest.fixture
+def other_processor(tokenizer):
+    """Fewer image tokens, another image size and another template, over the same tokenizer."""
+    template = (
+        "{% for message in messages %}{{ message['role'] | upper }}: {% for part in message['content'] %}"
+        "{% if part['type'] == 'image' %}<image>{% else %}{{ part['text'] }}{% endif %}{% endfor %}"
+        "{{ eos_token if message['role'] == 'assistant' else ' ' }}{% endfor %}"
+        "{% if add_generation_prompt %}ASSISTANT: {% endif %}"
+    )
+    return LlavaProcessor(
+        image_processor=image_processor(32),
+        tokenizer=copy.deepcopy(tokenizer),
+        patch_size=16,
+        vision_feature_select_strategy="full",
+        num_additional_image_tokens=0,
+        chat_template=template,
+        image_token="<image>",
+    )

@@ -2,44 +2,21 @@
 
 import copy
 import inspect
-import math
 import re
 
 import pytest
 import torch
 from peft import LoraConfig
-from transformers import LlavaProcessor
 from trl import DPOTrainer
 from trl.trainer import dpo_trainer
 
 from helpers import ddp_preference
-from helpers.ddp_gradients import assert_gradients_close, gradients_of_two_processes, raw_gradients, rows, sharpened
-from helpers.preference_trainers import BETA, explicit_loss, log_probabilities, preference_trainer, uneven
-from llava_mod_hf import PreferenceConfig
-from llava_mod_hf.commands.pretrain import image_processor
+from helpers.ddp_gradients import assert_gradients_close, gradients_of_two_processes, raw_gradients, rows
+from helpers.preference_trainer_cases import PAIRS, small_image_teacher
+from helpers.preference_trainers import BETA, explicit_loss, log_probabilities, uneven
 from llava_mod_hf.losses import preference_losses
 from llava_mod_hf.teachers.reference_model import REFERENCE_COLUMNS, TAIL_COLUMNS
 from llava_mod_hf.training.preference_config import PARENT_LOSSES, SMOOTHED_LOSSES
-
-PAIRS = 4
-
-
-@pytest.fixture
-def models(make_student):
-    """`models(moe_layers)`: a new student and a dense teacher of other weights."""
-
-    def make(moe_layers=(0, 2)):
-        return sharpened(make_student(moe_layers=moe_layers, seed=0)), sharpened(make_student(moe_layers=[], seed=1))
-
-    return make
-
-
-@pytest.fixture
-def trainer_of(processor, tmp_path):
-    def make(student, teacher, *, processor=processor, **args):
-        return preference_trainer(student, teacher, processor, tmp_path, **args)
-
-    return make
 
 
 def batch_of(trainer, indices=range(PAIRS)):
@@ -64,16 +41,13 @@ def with_reference(dataset, teacher, trainer):
     return dataset
 
 
-# ---- the losses
-
-
 @pytest.mark.parametrize("name", ["sigmoid", "margin"])
 @pytest.mark.parametrize("moe_layers", [(), (0, 2)], ids=["dense", "sparse"])
-def test_loss_and_gradients_are_the_formulas_for_every_split(models, trainer_of, moe_layers, name):
+def test_loss_and_gradients_are_the_formulas_for_every_split(pair_models, pair_trainer_of, moe_layers, name):
     expected = None
     for batch, accumulation in ((4, 1), (1, 4)):
-        student, teacher = models(moe_layers)
-        trainer = trainer_of(student, teacher, batch=batch, accumulation=accumulation, loss_type=[name])
+        student, teacher = pair_models(moe_layers)
+        trainer = pair_trainer_of(student, teacher, batch=batch, accumulation=accumulation, loss_type=[name])
         if expected is None:
             loss = explicit_loss(name, student, teacher, batch_of(trainer))
             assert loss.item() > 0.01 and abs(loss.item() - 0.6931) > 0.01, "as much as without any preference"
@@ -84,19 +58,19 @@ def test_loss_and_gradients_are_the_formulas_for_every_split(models, trainer_of,
 
 
 @pytest.mark.parametrize("name", ["kto_pair", "kto_pair_norm", "margin_norm", "sigmoid_norm"])
-def test_other_losses_are_their_formulas(models, trainer_of, name):
-    student, teacher = models(())
-    trainer = trainer_of(student, teacher, loss_type=[name])
+def test_other_losses_are_their_formulas(pair_models, pair_trainer_of, name):
+    student, teacher = pair_models(())
+    trainer = pair_trainer_of(student, teacher, loss_type=[name])
     loss = explicit_loss(name, student, teacher, batch_of(trainer))
     expected = gradients(loss, student)
     assert_gradients_close(raw_gradients(trainer), expected)
     assert trainer.state.log_history[0]["loss"] == pytest.approx(loss.item(), rel=1e-5)
 
 
-def test_margins_are_of_what_the_loss_weighs(models, trainer_of):
+def test_margins_are_of_what_the_loss_weighs(pair_models, pair_trainer_of):
     """With `ld_alpha` the tokens past the shorter response of a pair count less, for the student and the reference."""
-    student, teacher = models(())
-    trainer = trainer_of(student, teacher, ld_alpha=0.25, dataset=uneven(rows("preferences")))
+    student, teacher = pair_models(())
+    trainer = pair_trainer_of(student, teacher, ld_alpha=0.25, dataset=uneven(rows("preferences")))
     trainer.train()
     log = trainer.state.log_history[0]
     assert log["margins/student"] == pytest.approx(log["logps/chosen"] - log["logps/rejected"], rel=1e-5)
@@ -105,25 +79,25 @@ def test_margins_are_of_what_the_loss_weighs(models, trainer_of):
     assert abs(log["margins/student"] - (plain[:PAIRS] - plain[PAIRS:]).mean().item()) > 0.01
 
 
-def test_computed_references_without_tails_are_refused_with_ld_alpha(models, trainer_of):
-    student, teacher = models(())
-    dataset = with_reference(rows("preferences"), teacher, trainer_of(student, teacher))
+def test_computed_references_without_tails_are_refused_with_ld_alpha(pair_models, pair_trainer_of):
+    student, teacher = pair_models(())
+    dataset = with_reference(rows("preferences"), teacher, pair_trainer_of(student, teacher))
     with pytest.raises(ValueError, match=f"`ld_alpha` is 0.5, .* need the columns {', '.join(TAIL_COLUMNS)}"):
-        trainer_of(student, None, dataset=dataset, ld_alpha=0.5)
+        pair_trainer_of(student, None, dataset=dataset, ld_alpha=0.5)
     for name in TAIL_COLUMNS:
         dataset = dataset.add_column(name, [-1.0] * PAIRS)
-    trainer = trainer_of(student, None, dataset=dataset, ld_alpha=0.5)
+    trainer = pair_trainer_of(student, None, dataset=dataset, ld_alpha=0.5)
     trainer.train()
-    plain = trainer_of(student, None, dataset=dataset)
+    plain = pair_trainer_of(student, None, dataset=dataset)
     plain.train()
     found, expected = (each.state.log_history[0]["margins/teacher"] for each in (trainer, plain))
     assert found == pytest.approx(expected, abs=1e-5), "the tails of both responses are alike"
 
 
-def test_a_mixture_is_the_weighted_sum_of_ours_and_the_parents(models, trainer_of):
-    student, teacher = models(())
+def test_a_mixture_is_the_weighted_sum_of_ours_and_the_parents(pair_models, pair_trainer_of):
+    student, teacher = pair_models(())
     weights = {"sigmoid": 0.5, "kto_pair": 2.0, "hinge": 0.25, "margin": 1.5}
-    trainer = trainer_of(student, teacher, loss_type=[*weights], loss_weights=[*weights.values()])
+    trainer = pair_trainer_of(student, teacher, loss_type=[*weights], loss_weights=[*weights.values()])
     batch = batch_of(trainer)
     loss = sum(weight * explicit_loss(name, student, teacher, batch) for name, weight in weights.items())
     expected = gradients(loss, student)
@@ -131,12 +105,12 @@ def test_a_mixture_is_the_weighted_sum_of_ours_and_the_parents(models, trainer_o
     assert trainer.state.log_history[0]["loss"] == pytest.approx(loss.item(), rel=1e-5)
 
 
-def test_accumulation_changes_the_estimate_of_kto_pair(models, trainer_of):
+def test_accumulation_changes_the_estimate_of_kto_pair(pair_models, pair_trainer_of):
     """Each micro-batch has its own: the step's gradient is the mean of theirs, which is another than the whole's."""
     found = {}
     for batch, accumulation in ((4, 1), (2, 2)):
-        student, teacher = models(())
-        trainer = trainer_of(student, teacher, batch=batch, accumulation=accumulation, loss_type=["kto_pair"])
+        student, teacher = pair_models(())
+        trainer = pair_trainer_of(student, teacher, batch=batch, accumulation=accumulation, loss_type=["kto_pair"])
         if batch == 2:
             parts = [batch_of(trainer, indices) for indices in ([0, 1], [2, 3])]
             loss = sum(explicit_loss("kto_pair", student, teacher, part) for part in parts) / 2
@@ -147,16 +121,16 @@ def test_accumulation_changes_the_estimate_of_kto_pair(models, trainer_of):
     assert (whole - split).norm() > 0.01 * whole.norm()
 
 
-def test_the_authors_kto_pair_is_another_gradient(models, trainer_of):
+def test_the_authors_kto_pair_is_another_gradient(pair_models, pair_trainer_of):
     found = {}
     for compat in (False, True):
-        student, teacher = models(())
+        student, teacher = pair_models(())
         # as its own reference shifted: positive log-ratios, so that the estimates are not clamped away
-        trainer = trainer_of(student, teacher, loss_type=["kto_pair"], kto_reference_compat=compat, beta=0.01)
+        trainer = pair_trainer_of(student, teacher, loss_type=["kto_pair"], kto_reference_compat=compat, beta=0.01)
         policy, _ = log_probabilities(student, batch_of(trainer))
         shifted = rows("preferences").add_column(REFERENCE_COLUMNS[0], (policy[:4] - 1).tolist())
         shifted = shifted.add_column(REFERENCE_COLUMNS[1], (policy[4:] - torch.arange(4)).tolist())
-        trainer = trainer_of(
+        trainer = pair_trainer_of(
             student, None, dataset=shifted, loss_type=["kto_pair"], kto_reference_compat=compat, beta=0.5
         )
         found[compat] = raw_gradients(trainer)
@@ -171,16 +145,16 @@ def test_the_authors_kto_pair_is_another_gradient(models, trainer_of):
     assert (ours - theirs).norm() > 0.1 * ours.norm()
 
 
-def test_clamped_estimates_are_counted(models, trainer_of):
-    student, teacher = models(())
-    trainer = trainer_of(student, teacher, loss_type=["kto_pair"])
+def test_clamped_estimates_are_counted(pair_models, pair_trainer_of):
+    student, teacher = pair_models(())
+    trainer = pair_trainer_of(student, teacher, loss_type=["kto_pair"])
     policy, _ = log_probabilities(student, batch_of(trainer))
     # chosen: one of two micro-batches has a mean below 0; rejected: both
     shifts = torch.tensor([-1.0, -1, 1, 1]), torch.tensor([-1.0, -1, -1, 0.5])
     dataset = rows("preferences")
     for name, side, shift in zip(REFERENCE_COLUMNS, policy.chunk(2), shifts, strict=True):
         dataset = dataset.add_column(name, (side - shift).tolist())
-    trainer = trainer_of(student, None, dataset=dataset, loss_type=["kto_pair"], batch=2, accumulation=2)
+    trainer = pair_trainer_of(student, None, dataset=dataset, loss_type=["kto_pair"], batch=2, accumulation=2)
     trainer.train()
     log = trainer.state.log_history[0]
     assert (log["kto/clamped_chosen"], log["kto/clamped_rejected"]) == (0.5, 1.0)
@@ -188,9 +162,9 @@ def test_clamped_estimates_are_counted(models, trainer_of):
 
 
 @pytest.mark.parametrize("loss_type", [["sigmoid"], ["kto_pair"]])
-def test_margins_are_logged_for_every_loss(models, trainer_of, loss_type):
-    student, teacher = models(())
-    trainer = trainer_of(student, teacher, loss_type=loss_type, batch=2, accumulation=2)
+def test_margins_are_logged_for_every_loss(pair_models, pair_trainer_of, loss_type):
+    student, teacher = pair_models(())
+    trainer = pair_trainer_of(student, teacher, loss_type=loss_type, batch=2, accumulation=2)
     margins = {}
     for name, model in (("student", student), ("teacher", teacher)):
         chosen, rejected = log_probabilities(model, batch_of(trainer))[0].chunk(2)
@@ -204,9 +178,6 @@ def test_margins_are_logged_for_every_loss(models, trainer_of, loss_type):
         assert log[f"margins/{name}"] == pytest.approx(values.mean().item(), rel=1e-4)
 
 
-# ---- against TRL's own trainer
-
-
 @pytest.mark.parametrize(
     ("moe_layers", "args"),
     [
@@ -218,17 +189,17 @@ def test_margins_are_logged_for_every_loss(models, trainer_of, loss_type):
     ],
     ids=["sigmoid", "mixture with pooled router aux"],
 )
-def test_live_and_precomputed_are_trls_own(models, trainer_of, moe_layers, args):
+def test_live_and_precomputed_are_trls_own(pair_models, pair_trainer_of, moe_layers, args):
     def run(kind):
-        student, teacher = models(moe_layers)
+        student, teacher = pair_models(moe_layers)
         student.config.router_aux_loss_type = "pooled"  # the only form that TRL has
         if kind == "trl":
-            trainer = trainer_of(student, teacher, trainer=DPOTrainer, **args)
+            trainer = pair_trainer_of(student, teacher, trainer=DPOTrainer, **args)
         else:
-            trainer = trainer_of(student, teacher, **args)
+            trainer = pair_trainer_of(student, teacher, **args)
         if kind == "precomputed":
             rows_with = with_reference(trainer.train_dataset, teacher, trainer)
-            trainer = trainer_of(student, None, dataset=rows_with, **args)
+            trainer = pair_trainer_of(student, None, dataset=rows_with, **args)
             assert trainer.ref_model is None
         return raw_gradients(trainer), trainer.state.log_history[0]
 
@@ -270,13 +241,10 @@ def test_what_is_relied_on_in_trl():
     assert "create_model_from_path(ref_model_path" in inspect.getsource(DPOTrainer.__init__)
 
 
-# ---- the reference
-
-
-def test_the_student_as_it_was_is_a_reference(models, trainer_of):
-    student, _ = models(())
+def test_the_student_as_it_was_is_a_reference(pair_models, pair_trainer_of):
+    student, _ = pair_models(())
     start = copy.deepcopy(student)
-    trainer = trainer_of(student, None, reference="self", learning_rate=0.01, max_steps=2)
+    trainer = pair_trainer_of(student, None, reference="self", learning_rate=0.01, max_steps=2)
     found = raw_gradients(trainer)
     first, second, *_ = trainer.state.log_history
     assert first["loss"] == pytest.approx(0.6931, abs=1e-4)
@@ -287,51 +255,22 @@ def test_the_student_as_it_was_is_a_reference(models, trainer_of):
     assert abs(second["margins/student"] - first["margins/student"]) > 0.01
 
 
-def test_teacher_is_not_trained(models, trainer_of):
-    student, teacher = models()
+def test_teacher_is_not_trained(pair_models, pair_trainer_of):
+    student, teacher = pair_models()
     before, start = copy.deepcopy(teacher.state_dict()), copy.deepcopy(student.state_dict())
-    trainer_of(student, teacher, learning_rate=0.01).train()
+    pair_trainer_of(student, teacher, learning_rate=0.01).train()
     assert all(torch.equal(value, before[name]) for name, value in teacher.state_dict().items())
     assert all(p.grad is None for p in teacher.parameters())
     assert not all(torch.equal(value, start[name]) for name, value in student.state_dict().items())
 
 
-@pytest.fixture
-def other_processor(tokenizer):
-    """Fewer image tokens, another image size and another template, over the same tokenizer."""
-    template = (
-        "{% for message in messages %}{{ message['role'] | upper }}: {% for part in message['content'] %}"
-        "{% if part['type'] == 'image' %}<image>{% else %}{{ part['text'] }}{% endif %}{% endfor %}"
-        "{{ eos_token if message['role'] == 'assistant' else ' ' }}{% endfor %}"
-        "{% if add_generation_prompt %}ASSISTANT: {% endif %}"
-    )
-    return LlavaProcessor(
-        image_processor=image_processor(32),
-        tokenizer=copy.deepcopy(tokenizer),
-        patch_size=16,
-        vision_feature_select_strategy="full",
-        num_additional_image_tokens=0,
-        chat_template=template,
-        image_token="<image>",
-    )
-
-
-def small_image_teacher(teacher):
-    """The teacher, reading images of half the size: a quarter of the patches and of the image tokens."""
-    config = copy.deepcopy(teacher.config)
-    config.vision_config.image_size, config.image_seq_length = 32, 4
-    other = type(teacher)(config).eval()
-    state = teacher.state_dict()
-    for name, value in other.state_dict().items():
-        value.copy_(state[name][: len(value)] if "position_embedding" in name else state[name])
-    return other
-
-
 @pytest.mark.parametrize("name", ["sigmoid", "margin_norm"])
-def test_a_teacher_reads_the_pairs_through_its_own_processor(models, trainer_of, other_processor, name):
-    student, teacher = models(())
+def test_a_teacher_reads_the_pairs_through_its_own_processor(pair_models, pair_trainer_of, other_processor, name):
+    student, teacher = pair_models(())
     teacher = small_image_teacher(teacher)
-    trainer = trainer_of(student, teacher, teacher_processor=other_processor, loss_type=[name], batch=2, accumulation=2)
+    trainer = pair_trainer_of(
+        student, teacher, teacher_processor=other_processor, loss_type=[name], batch=2, accumulation=2
+    )
     batch = batch_of(trainer)
     theirs = batch["reference_inputs"]
     assert batch["pixel_values"].shape[-1] == 64 and theirs["pixel_values"].shape[-1] == 32
@@ -342,20 +281,20 @@ def test_a_teacher_reads_the_pairs_through_its_own_processor(models, trainer_of,
     assert trainer.state.log_history[0]["loss"] == pytest.approx(loss.item(), rel=1e-5)
 
 
-def test_a_teacher_may_be_in_bfloat16(models, trainer_of):
-    student, teacher = models(())
+def test_a_teacher_may_be_in_bfloat16(pair_models, pair_trainer_of):
+    student, teacher = pair_models(())
     log = {}
     for dtype in (torch.float32, torch.bfloat16):
-        trainer = trainer_of(copy.deepcopy(student), copy.deepcopy(teacher).to(dtype))
+        trainer = pair_trainer_of(copy.deepcopy(student), copy.deepcopy(teacher).to(dtype))
         trainer.train()
         log[dtype] = trainer.state.log_history[0]["margins/teacher"]
     assert log[torch.float32] != log[torch.bfloat16]
     assert log[torch.float32] == pytest.approx(log[torch.bfloat16], rel=0.1, abs=1)
 
 
-def test_evaluation_has_the_same_figures(models, trainer_of):
-    student, teacher = models(())
-    trainer = trainer_of(student, teacher, loss_type=["margin"], eval_dataset=rows("preferences"))
+def test_evaluation_has_the_same_figures(pair_models, pair_trainer_of):
+    student, teacher = pair_models(())
+    trainer = pair_trainer_of(student, teacher, loss_type=["margin"], eval_dataset=rows("preferences"))
     loss = explicit_loss("margin", student, teacher, batch_of(trainer))
     found = trainer.evaluate()
     assert found["eval_loss"] == pytest.approx(loss.item(), rel=1e-5)
@@ -363,16 +302,13 @@ def test_evaluation_has_the_same_figures(models, trainer_of):
     assert not trainer.precompute_ref_logps, "the next evaluation of text rows would compute them anew"
 
 
-# ---- around the loss
-
-
 @pytest.mark.parametrize("kind", ["switch", "pooled"])
-def test_router_aux_of_both_halves_is_added_once_in_the_form_that_the_config_names(models, trainer_of, kind):
+def test_router_aux_of_both_halves_is_added_once_in_the_form_that_the_config_names(pair_models, pair_trainer_of, kind):
     logs = {}
     for coef in (0.0, 1.0):
-        student, teacher = models()
+        student, teacher = pair_models()
         student.config.router_aux_loss_type = kind
-        trainer = trainer_of(student, teacher, router_aux_loss_coef=coef)
+        trainer = pair_trainer_of(student, teacher, router_aux_loss_coef=coef)
         inputs = {name: x for name, x in batch_of(trainer).items() if name != "completion_mask"}
         with torch.no_grad():
             router_logits = student(**inputs, output_router_logits=True).router_logits
@@ -392,34 +328,34 @@ def test_router_aux_of_both_halves_is_added_once_in_the_form_that_the_config_nam
     assert logs[1.0]["aux_loss"] == pytest.approx(expected.item(), rel=1e-5)
 
 
-def test_router_z_loss_is_added(models, trainer_of):
+def test_router_z_loss_is_added(pair_models, pair_trainer_of):
     logs = {}
     for coef in (0.0, 0.5):
-        student, teacher = models()
+        student, teacher = pair_models()
         student.config.router_z_loss_coef = coef
-        trainer = trainer_of(student, teacher)
+        trainer = pair_trainer_of(student, teacher)
         trainer.train()
         logs[coef] = trainer.state.log_history[0]
     assert logs[0.5]["router_z_loss"] > 0.1 and "router_z_loss" not in logs[0.0]
     assert logs[0.5]["loss"] - logs[0.0]["loss"] == pytest.approx(0.5 * logs[0.5]["router_z_loss"], rel=1e-3)
 
 
-def test_gradient_checkpointing_changes_nothing(models, trainer_of):
+def test_gradient_checkpointing_changes_nothing(pair_models, pair_trainer_of):
     found = []
     for checkpointing in (False, True):
-        trainer = trainer_of(
-            *models(), gradient_checkpointing=checkpointing, router_aux_loss_coef=0.1, loss_type=["kto_pair"]
+        trainer = pair_trainer_of(
+            *pair_models(), gradient_checkpointing=checkpointing, router_aux_loss_coef=0.1, loss_type=["kto_pair"]
         )
         found.append(raw_gradients(trainer))
     assert_gradients_close(found[1], found[0])
 
 
 @pytest.mark.parametrize("reference", ["teacher", "self"])
-def test_lora(models, trainer_of, reference):
-    student, teacher = models(())
+def test_lora(pair_models, pair_trainer_of, reference):
+    student, teacher = pair_models(())
     before = copy.deepcopy(student)
     lora = LoraConfig(r=4, target_modules=r".*language_model.*\.(q_proj|v_proj)", init_lora_weights=False)
-    trainer = trainer_of(
+    trainer = pair_trainer_of(
         student,
         teacher if reference == "teacher" else None,
         reference=reference,
@@ -435,15 +371,15 @@ def test_lora(models, trainer_of, reference):
     assert trainer.state.log_history[0]["loss"] == pytest.approx(loss.item(), rel=1e-4)
 
 
-def test_two_processes_have_the_gradients_of_one(models, trainer_of, processor, tmp_path):
-    student, teacher = models(())
+def test_two_processes_have_the_gradients_of_one(pair_models, pair_trainer_of, processor, tmp_path):
+    student, teacher = pair_models(())
     for name, model in (("student", student), ("teacher", teacher)):
         model.save_pretrained(tmp_path / name)
     processor.save_pretrained(tmp_path / "student")
     found = gradients_of_two_processes(tmp_path, ddp_preference.__file__)
     logs = {}
     for name in ("sigmoid", "margin", "kto_pair"):
-        trainer = trainer_of(copy.deepcopy(student), copy.deepcopy(teacher), loss_type=[name])
+        trainer = pair_trainer_of(copy.deepcopy(student), copy.deepcopy(teacher), loss_type=[name])
         assert_gradients_close(found[name], raw_gradients(trainer))
         logs[name] = trainer.state.log_history[0]
         for figure in ("loss", "margins/student", "margins/teacher", "margins/below"):
@@ -453,117 +389,3 @@ def test_two_processes_have_the_gradients_of_one(models, trainer_of, processor, 
     # the authors' estimates are each process's own
     ours, theirs = (torch.cat([g.flatten() for g in found[name].values()]) for name in ("kto_pair", "authors"))
     assert (ours - theirs).norm() > 0.01 * ours.norm()
-
-
-# ---- what is refused, or warned of
-
-
-def test_beta_of_the_paper_is_the_default(tmp_path):
-    args = PreferenceConfig(output_dir=str(tmp_path), use_cpu=True, bf16=False)
-    assert args.beta == 0.1
-    assert args.loss_type == ["sigmoid"]
-    assert args.reference == "teacher"
-
-
-@pytest.mark.parametrize(
-    ("args", "message"),
-    [
-        ({"loss_type": ["kto"]}, "no `loss_type` `kto`"),
-        ({"reference": "student"}, "`reference` is `student`: give one of teacher, self"),
-        ({"label_smoothing": 0.1}, "`label_smoothing` is 0.1, which .* does not read"),
-        ({"label_smoothing_factor": 0.1}, "`label_smoothing_factor` is 0.1"),
-        ({"loss_type": ["margin"], "ld_alpha": 0.5}, r"`margin` takes plain log-ratios: leave out `ld_alpha` \(0.5\)"),
-        ({"loss_type": ["kto_pair"], "use_weighting": True}, "leave out .*`use_weighting` .True."),
-        ({"kto_reference_compat": True}, "changes `kto_pair` alone"),
-        ({"sync_ref_model": True}, "sync_ref_model"),
-        ({"beta": 0.0}, "`beta` is 0.0: give a positive one"),
-    ],
-    ids=lambda value: "" if isinstance(value, str) else "-".join(value),
-)
-def test_options_that_do_not_fit_are_refused(tmp_path, args, message):
-    with pytest.raises(ValueError, match=message):
-        PreferenceConfig(output_dir=str(tmp_path), use_cpu=True, bf16=False, **args)
-
-
-def test_there_is_exactly_one_reference(models, trainer_of):
-    student, teacher = models()
-    columns = rows("preferences")
-    one = columns.add_column(REFERENCE_COLUMNS[0], [0.0] * PAIRS)
-    both = one.add_column(REFERENCE_COLUMNS[1], [0.0] * PAIRS)
-    for reference, args, message in (
-        (None, {}, "ref_model"),
-        (teacher, {"reference": "self"}, "leave one out"),
-        (teacher, {"dataset": both}, "there is another reference"),
-        (None, {"dataset": both, "reference": "self"}, "there is another reference"),
-        (None, {"dataset": one}, f"`{REFERENCE_COLUMNS[0]}` alone"),
-        (None, {"dataset": both, "eval_dataset": columns}, "Some rows have"),
-    ):
-        with pytest.raises(ValueError, match=message):
-            trainer_of(student, reference, **args)
-    trainer = trainer_of(student, None, dataset=both)
-    with pytest.raises(ValueError, match="no columns ref_chosen_logps"):
-        trainer.evaluate(columns)
-
-
-def test_a_teacher_of_another_vocabulary_is_refused(models, trainer_of):
-    student, teacher = models()
-    size = teacher.config.text_config.vocab_size
-    teacher.resize_token_embeddings(size + 8)
-    with pytest.raises(ValueError, match=rf"{size + 8} entries and the student's {size}"):
-        trainer_of(student, teacher)
-
-
-def test_a_teacher_whose_head_is_padded_is_taken(models, trainer_of, processor):
-    student, teacher = models(())
-    teacher.resize_token_embeddings(teacher.config.text_config.vocab_size + 8)
-    trainer = trainer_of(student, teacher, teacher_processor=processor)
-    trainer.train()
-    assert math.isfinite(trainer.state.log_history[-1]["train_loss"]) and trainer.state.global_step > 0
-
-
-def test_a_teacher_of_another_tokenizer_is_refused(models, trainer_of, processor):
-    other = copy.deepcopy(processor)
-    vocabulary = other.tokenizer.get_vocab()
-    first, second = sorted(vocabulary, key=vocabulary.get)[20:22]
-    text = other.tokenizer.backend_tokenizer.to_str()
-    text = text.replace(f'"{first}":20', f'"{first}":21').replace(f'"{second}":21', f'"{second}":20')
-    other.tokenizer._tokenizer = type(other.tokenizer.backend_tokenizer).from_str(text)
-    with pytest.raises(ValueError, match="tokenizers of teacher and student differ, first at token"):
-        trainer_of(*models(), teacher_processor=other)
-
-
-def test_a_teacher_of_another_image_token_is_refused(models, trainer_of, other_processor):
-    student, teacher = models(())
-    teacher = small_image_teacher(teacher)
-    teacher.config.image_token_id = 7
-    with pytest.raises(ValueError, match="writes images as token"):
-        trainer_of(student, teacher, teacher_processor=other_processor)
-    with pytest.raises(ValueError, match="`image_seq_length` 4|`image_token_id` 7"):
-        trainer_of(student, teacher)
-
-
-def test_a_template_that_writes_other_answers_is_refused(models, trainer_of, other_processor):
-    student, teacher = models(())
-    other_processor.chat_template = other_processor.chat_template.replace("part['text'] }}", "part['text'] | upper }}")
-    with pytest.raises(ValueError, match="words of the responses have no counterpart in the teacher's"):
-        trainer_of(student, small_image_teacher(teacher), teacher_processor=other_processor)
-
-
-def test_a_student_given_by_name_is_checked_too(models, trainer_of, processor, tmp_path):
-    student, teacher = models()
-    student.save_pretrained(tmp_path / "student")
-    processor.save_pretrained(tmp_path / "student")
-    teacher.resize_token_embeddings(teacher.config.text_config.vocab_size + 8)
-    with pytest.raises(ValueError, match="vocabulary"):
-        trainer_of(str(tmp_path / "student"), teacher, processor=None)
-
-
-def test_a_thin_kl_estimate_is_warned_of(models, trainer_of):
-    student, teacher = models(())
-    with pytest.warns(UserWarning, match="rest on 4 pairs: give batches of at least 8"):
-        trainer_of(student, teacher, loss_type=["kto_pair"])
-
-
-def test_a_margin_to_oneself_is_warned_of(models, trainer_of):
-    with pytest.warns(UserWarning, match="its gradient is 0"):
-        trainer_of(models(())[0], None, loss_type=["margin"], reference="self")
