@@ -6,7 +6,8 @@ import math
 import pytest
 
 from helpers.ddp_gradients import rows
-from helpers.preference_trainer_cases import PAIRS, small_image_teacher
+from helpers.preference_trainer_cases import PAIRS, batch_of, small_image_teacher, with_reference
+from helpers.preference_trainers import uneven
 from llava_mod_hf import PreferenceConfig
 from llava_mod_hf.teachers.reference_model import REFERENCE_COLUMNS
 
@@ -120,3 +121,19 @@ def test_a_thin_kl_estimate_is_warned_of(pair_models, pair_trainer_of):
 def test_a_margin_to_oneself_is_warned_of(pair_models, pair_trainer_of):
     with pytest.warns(UserWarning, match="its gradient is 0"):
         pair_trainer_of(pair_models(())[0], None, loss_type=["margin"], reference="self")
+
+
+@pytest.mark.parametrize("kind", ["own processor", "columns"])
+def test_a_pair_that_the_student_would_read_a_part_of_is_refused(pair_models, pair_trainer_of, other_processor, kind):
+    """The reference has the whole of it: rewards would be of other responses."""
+    student, teacher = pair_models(())
+    dataset = uneven(rows("preferences"))
+    whole = pair_trainer_of(student, teacher, dataset=dataset)
+    longest = batch_of(whole)["input_ids"].shape[1]
+    if kind == "columns":
+        options = {"teacher": None, "dataset": with_reference(dataset, teacher, whole)}
+    else:
+        options = {"teacher": small_image_teacher(teacher), "teacher_processor": other_processor, "dataset": dataset}
+    pair_trainer_of(student, **options, max_length=longest, batch=1).train()
+    with pytest.raises(ValueError, match=f"{longest} tokens, and `max_length` is {longest - 1}: .*fit_rows"):
+        pair_trainer_of(student, **options, max_length=longest - 1, batch=1).train()

@@ -12,15 +12,11 @@ from trl.trainer import dpo_trainer
 
 from helpers import ddp_preference
 from helpers.ddp_gradients import assert_gradients_close, gradients_of_two_processes, raw_gradients, rows
-from helpers.preference_trainer_cases import PAIRS, small_image_teacher
+from helpers.preference_trainer_cases import PAIRS, batch_of, small_image_teacher, with_reference
 from helpers.preference_trainers import BETA, explicit_loss, log_probabilities, uneven
 from llava_mod_hf.losses import preference_losses
 from llava_mod_hf.teachers.reference_model import REFERENCE_COLUMNS, TAIL_COLUMNS
 from llava_mod_hf.training.preference_config import PARENT_LOSSES, SMOOTHED_LOSSES
-
-
-def batch_of(trainer, indices=range(PAIRS)):
-    return trainer.data_collator([trainer.train_dataset[i] for i in indices])
 
 
 def gradients(loss, model):
@@ -28,17 +24,6 @@ def gradients(loss, model):
     found = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
     model.zero_grad()
     return found
-
-
-def with_reference(dataset, teacher, trainer):
-    """The rows with the teacher's log-probabilities as columns, each pair by itself."""
-    values = []
-    with torch.no_grad():
-        for index in range(len(dataset)):
-            values.append(log_probabilities(teacher, batch_of(trainer, [index]))[0].tolist())
-    for name, column in zip(REFERENCE_COLUMNS, zip(*values, strict=True), strict=True):
-        dataset = dataset.add_column(name, list(column))
-    return dataset
 
 
 @pytest.mark.parametrize("name", ["sigmoid", "margin"])

@@ -1,13 +1,14 @@
 """What stands as reference of a preference loss: a teacher that reads the same pairs, or two numbers per pair."""
 
+import json
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, is_dataclass, replace
 
 import torch
 from transformers import PreTrainedConfig
 from trl.trainer.dpo_trainer import DataCollatorForVisionPreference
 
-from llava_mod_hf.fingerprints import processor_parts
+from llava_mod_hf.fingerprints import TEXT_COLUMNS, processor_parts
 from llava_mod_hf.teachers.answer_cache import preference_settings
 from llava_mod_hf.teachers.cached_rows import CachedRows
 from llava_mod_hf.teachers.protocol import Reference
@@ -91,13 +92,46 @@ class OwnReading:
         return {"reference_inputs": dict(self.collator([dict(example) for example in examples]))}
 
 
+class WholePairs:
+    """
+    The student's batches, without a pair that its collator would cut: a reference apart has the whole of it.
+
+    Args:
+        collator (`Callable`): the parent's.
+    """
+
+    def __init__(self, collator):
+        self.max_length = getattr(collator, "max_length", None)
+        whole = self.max_length is not None and is_dataclass(collator)
+        self.collator = replace(collator, max_length=None) if whole else collator
+
+    def __call__(self, examples):
+        """
+        Raises:
+            ValueError: if a pair is longer than `max_length`.
+        """
+        # collators write into their examples
+        batch = dict(self.collator([dict(example) for example in examples]))
+        if self.max_length is not None:
+            lengths = batch["attention_mask"].sum(1).reshape(2, -1).amax(0)  # (pairs,)
+            if (lengths > self.max_length).any():
+                longest = lengths.argmax().item()
+                words = {name: examples[longest][name] for name in TEXT_COLUMNS if name in examples[longest]}
+                raise ValueError(
+                    f"A pair has {lengths[longest]} tokens, and `max_length` is {self.max_length}: the student would "
+                    "read a part of it, and its reference has the whole. Raise `max_length`, or leave such rows out "
+                    f"with `llava_mod_hf.data.fitting.fit_rows`: {json.dumps(words, default=str)[:200]}."
+                )
+        return batch
+
+
 @dataclass
 class PreferenceCollator:
     """
     The student's batches, with what the reference adds to them.
 
     Args:
-        student (`Callable`): the parent's collator.
+        student ([`WholePairs`]).
         reference ([`~llava_mod_hf.teachers.protocol.Reference`]).
     """
 
@@ -105,8 +139,7 @@ class PreferenceCollator:
     reference: Reference
 
     def __call__(self, examples):
-        # collators write into their examples
-        batch = dict(self.student([dict(example) for example in examples]))
+        batch = self.student(examples)
         return {**batch, **self.reference.collate(examples, batch)}
 
 
@@ -210,7 +243,7 @@ def own_reading(student, teacher, processor, teacher_processor=None, *, collate,
             "processor that belongs to it."
         )
     own = pair_collator(teacher_processor)
-    batches = [collator([dict(example) for example in examples]) for collator in (collate, own)]
+    batches = [collator([dict(example) for example in examples]) for collator in (WholePairs(collate), own)]
     labels, their_labels = (b["input_ids"].masked_fill(b["completion_mask"] == 0, -100) for b in batches)
     check_responses(labels, their_labels, processor.tokenizer)
     return OwnReading(own)

@@ -24,6 +24,7 @@ from llava_mod_hf.teachers.reference_model import (
     ColumnsReference,
     NoReference,
     PreferenceCollator,
+    WholePairs,
     check_reference,
     has_reference,
     own_reading,
@@ -122,7 +123,7 @@ class PreferenceTrainer(KeepsMetrics, GroupedBatches, SafeRun, DPOTrainer):
             return
         for rows in sets:
             reference.check_run(self.args, self.processing_class, rows)
-        self.data_collator = PreferenceCollator(self.data_collator, reference)
+        self.data_collator = PreferenceCollator(WholePairs(self.data_collator), reference)
         self._set_signature_columns_if_needed()
         # the parent has the former for text alone
         self._signature_columns += [*(REFERENCE_COLUMNS if self._is_vision_dataset else ()), *TAIL_COLUMNS]
