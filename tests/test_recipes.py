@@ -301,7 +301,9 @@ def run_chain(recipe, small_models, data, output):
     return folders
 
 
-@pytest.mark.parametrize("recipe", ["qwen2-0.5b", pytest.param("qwen2-1.5b", marks=pytest.mark.slow), "qwen3-0.6b"])
+@pytest.mark.parametrize(
+    "recipe", ["qwen2-0.5b", *(pytest.param(name, marks=pytest.mark.slow) for name in RECIPES[1:])]
+)
 def test_two_steps_of_each_stage_as_the_readme_launches_them(recipe, small_models, data, tmp_path, monkeypatch):
     monkeypatch.chdir(ROOT)
     without_video(monkeypatch)

@@ -109,7 +109,10 @@ FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)  # those 
 
 def _refuse_not_finite(path, model):
     """Such weights are those of a run that diverged: every answer is then the same, and every score looks possible."""
-    tensors = {name: p for name, p in model.named_parameters() if p.dtype in FLOATS and not p.is_meta}
+    # quantised ones are of other classes, which cannot be asked, and were made of weights that were finite
+    kinds = (torch.Tensor, torch.nn.Parameter)
+    plain = {name: p for name, p in model.named_parameters() if type(p) in kinds and type(p.data) is torch.Tensor}
+    tensors = {name: p for name, p in plain.items() if p.dtype in FLOATS and not p.is_meta}
     broken = [name for name, tensor in tensors.items() if not tensor.isfinite().all()]
     if broken:
         raise ValueError(

@@ -118,7 +118,9 @@ def test_without_placement_the_student_stays(make_student):
     assert parts.upcycle_student(student, UpcycleArguments()) is student
 
 
-@pytest.mark.parametrize("moe_layers", [None, ["alternate"]], ids=["dense", "sparse"])
+@pytest.mark.parametrize(
+    "moe_layers", [pytest.param(None, id="dense", marks=pytest.mark.slow), pytest.param(["alternate"], id="sparse")]
+)
 def test_an_interrupted_run_goes_on_from_its_last_whole_checkpoint(folders, tmp_path, monkeypatch, moe_layers):
     def run(folder, callback):
         monkeypatch.setattr(mimic_module, "MimicTrainer", functools.partial(MimicTrainer, callbacks=[callback]))
