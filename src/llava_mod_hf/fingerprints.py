@@ -68,7 +68,7 @@ def weights_hash(folder):
 
 # --- rows ---
 
-ROW_KEY_VERSION = 1  # to be raised with every change of what `row_key` returns
+ROW_KEY_VERSION = 2  # to be raised with every change of what `row_key` returns
 
 
 def row_text_key(row):
@@ -81,13 +81,15 @@ def row_key(row):
     What a row is found by, whatever its place: a hash of its words and one of its images.
 
     Args:
-        row (`dict`): as the data set yields it, with `images` (PIL) and columns of TRL's formats.
+        row (`dict`): as the data set yields it, with `images` or `image` (PIL) and columns of TRL's formats.
 
     Returns:
         `str`: 33 characters.
     """
     digest = hashlib.blake2b(digest_size=8)
-    for image in row.get("images") or []:
+    images = row.get("images") or ([row["image"]] if row.get("image") is not None else [])
+    for image in images:
         digest.update(f"{image.size}".encode())
-        digest.update(image.convert("RGB").tobytes())
+        # some processors lay a picture on white where it is transparent
+        digest.update(image.convert("RGBA" if image.has_transparency_data else "RGB").tobytes())
     return f"{row_text_key(row)}-{digest.hexdigest()}"

@@ -117,9 +117,12 @@ def test_pushed_to_the_hub_and_trained_from_there(models, caches, hub: HubServer
     (folder / ".shards.yaml.0.part").touch()  # left by a run that was killed
     write(models, folder, push_to="me/answers", private=True)
     files = hub.repos["me/answers"].branches["main"].files
-    assert sorted(files) == [".gitattributes", MANIFEST_FILE, "README.md", "shards.yaml"] + [
-        f"train-0000{index}-of-00003.parquet" for index in range(3)
-    ]
+    shards = [f"train-0000{index}-of-00003" for index in range(3)]
+    assert sorted(files) == sorted(
+        [".gitattributes", MANIFEST_FILE, "README.md", "shards.yaml"]
+        + [f"{shard}.parquet" for shard in shards]
+        + [f"checksum-{shard}.b2sum" for shard in shards]
+    )
     assert hub.repos["me/answers"].private
     teacher = CachedTeacher("me/answers")
     check_rows(teacher, train_rows())

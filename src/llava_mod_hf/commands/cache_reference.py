@@ -136,7 +136,14 @@ def run(data_args: DataArguments, distill_args: DistillArguments, args: Preferen
     settings = {**preference_settings(args, processor), **settings_of_teacher(distill_args, trust)}
     make = ReferenceWriter(teacher, collate if own is None else own.collator, rows, args)
     written = write_shards(
-        folder, len(rows), settings, make, shard_size=cache_args.shard_size, process=process, num_processes=processes
+        folder,
+        len(rows),
+        settings,
+        make,
+        shard_size=cache_args.shard_size,
+        process=process,
+        num_processes=processes,
+        option="teacher_cache",
     )
     logger.warning("Wrote %d shards.", written)
     state.wait_for_everyone()

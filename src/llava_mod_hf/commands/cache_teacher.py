@@ -197,7 +197,14 @@ def run(
     features = cache_features(top_k, vocabulary, cache_args.log_probs_dtype)
     make = TeacherWriter(teacher, collator, rows, args, features)
     written = write_shards(
-        folder, len(rows), settings, make, shard_size=cache_args.shard_size, process=process, num_processes=processes
+        folder,
+        len(rows),
+        settings,
+        make,
+        shard_size=cache_args.shard_size,
+        process=process,
+        num_processes=processes,
+        option="teacher_cache",
     )
     logger.warning("Wrote %d shards; nothing is said of %.1f %% of sampled tokens.", written, 100 * unaligned)
     state.wait_for_everyone()

@@ -74,7 +74,7 @@ def push_dataset(folder, repo_id, *, private=False, revision=None, mirror=False)
     """
     folder = Path(folder)
     files = [path for path in files_to_commit(folder) if not path.name.startswith(".")]
-    strange = [path for path in files if path.suffix not in (".parquet", ".yaml") and path.name != CARD_FILE]
+    strange = [path for path in files if path.suffix not in (".parquet", ".yaml", ".b2sum") and path.name != CARD_FILE]
     if strange or not {".parquet", ".md"} <= {path.suffix for path in files}:
         raise ValueError(
             f"`{folder}` is not a data set to publish: it needs Parquet files and a README.md, and "

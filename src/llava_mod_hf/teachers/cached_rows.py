@@ -7,7 +7,7 @@ import numpy as np
 from datasets import load_dataset
 from huggingface_hub import snapshot_download
 
-from llava_mod_hf.data.parquet_shards import check_shards
+from llava_mod_hf.data.parquet_shards import CHECKSUM, check_shards
 from llava_mod_hf.fingerprints import TEXT_COLUMNS, row_key, row_text_key
 from llava_mod_hf.teachers.answer_cache import check_settings, compare_settings
 
@@ -15,7 +15,7 @@ SAMPLE = 16  # rows whose images are compared at the start; every row's are when
 
 
 def _download(repo_id):
-    return Path(snapshot_download(repo_id, repo_type="dataset", allow_patterns=["*.parquet", "*.yaml"]))
+    return Path(snapshot_download(repo_id, repo_type="dataset", allow_patterns=["*.parquet", "*.yaml", f"*{CHECKSUM}"]))
 
 
 class CachedRows:
