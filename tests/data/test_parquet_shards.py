@@ -6,6 +6,7 @@ from PIL import Image
 
 from llava_mod_hf.data.parquet_shards import check_shards, shard_path, write_shards
 from llava_mod_hf.fingerprints import row_key
+from llava_mod_hf.teachers.cached_teacher import CachedTeacher
 
 
 def write(folder, **options):
@@ -46,7 +47,7 @@ def test_a_truncated_shard_is_named(tmp_path):
 def test_settings_that_are_none_are_said(tmp_path, text):
     write(tmp_path)
     (tmp_path / "shards.yaml").write_text(text)
-    for use in (check_shards, write):
+    for use in (check_shards, write, lambda folder: CachedTeacher(str(folder))):
         with pytest.raises(ValueError, match=r"shards\.yaml` is damaged.*: remove its folder"):
             use(tmp_path)
 

@@ -10,12 +10,10 @@ from helpers.models import extend, prompt_inputs, sharpen
 from llava_mod_hf.data import easy_vqa
 from llava_mod_hf.evaluation import answers as answers_module
 from llava_mod_hf.evaluation.answers import (
-    count_parameters,
     evaluate_blind,
     evaluate_model,
     generate_answers,
     kl_to_teacher,
-    student_parameters,
 )
 from llava_mod_hf.evaluation.measures import (
     MEASURES,
@@ -24,6 +22,7 @@ from llava_mod_hf.evaluation.measures import (
     VqaExactMatch,
     register_measure,
 )
+from llava_mod_hf.students.parameter_counts import count_parameters, student_parameters
 
 ROWS = 24
 

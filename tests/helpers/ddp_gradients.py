@@ -42,6 +42,10 @@ RUN = {
 # numbers of rows that two processes with batches of two fill up with one row, and with two
 EVALUATED = (7, 6)
 # for trainers whose gradients are compared: those of every parameter
+TEMPERATURE, KL_WEIGHT, LM_WEIGHT = 2.0, 0.7, 0.5
+
+TERMS = {"temperature": TEMPERATURE, "kl_weight": KL_WEIGHT, "lm_weight": LM_WEIGHT}
+
 EVERYTHING = ["vision_tower", "adaptor", "language_model"]
 
 

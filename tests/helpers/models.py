@@ -7,6 +7,8 @@ from llava_mod_hf import LlavaModConfig, LlavaModForConditionalGeneration
 from llava_mod_hf.data.easy_vqa import image_paths
 from llava_mod_hf.model.moe_llava_mod import LlavaModSparseMoeBlock
 
+QUESTIONS = ["is there a red circle?", "what color is it?", "what shape is the blue shape?", "?"]
+
 
 def sharpen(model):
     """Larger weights: a freshly initialised model gives every row the same answer, which no mistake would change."""

@@ -8,12 +8,11 @@ from transformers import (
     LlamaConfig,
     LlavaConfig,
     LlavaForConditionalGeneration,
-    LlavaProcessor,
     SiglipVisionConfig,
 )
 
 from helpers.ddp_gradients import sharpened
-from llava_mod_hf.commands.pretrain import image_processor
+from helpers.tiny import make_processor
 
 ANSWER = "{% if m['content'] is string %}{{ m['content'] }}{% else %}{{ m['content'][-1]['text'] }}{% endif %}"
 
@@ -66,14 +65,11 @@ def make_teacher(tokenizer):
         with torch.random.fork_rng():
             torch.manual_seed(seed)
             model = LlavaForConditionalGeneration(config).eval()
-        processor = LlavaProcessor(
-            image_processor=image_processor(image_size),
-            tokenizer=copy.deepcopy(tokenizer),
+        processor = make_processor(
+            copy.deepcopy(tokenizer),
+            image_size=image_size,
             patch_size=patch_size,
-            vision_feature_select_strategy="full",
-            num_additional_image_tokens=0,
             chat_template=template(**options),
-            image_token="<image>",
         )
         return sharpened(model), processor
 

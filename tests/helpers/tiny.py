@@ -9,14 +9,14 @@ from llava_mod_hf.commands.pretrain import image_processor
 IMAGE_SIZE, PATCH_SIZE = 64, 16
 
 
-def make_processor(tokenizer):
+def make_processor(tokenizer, *, image_size=IMAGE_SIZE, patch_size=PATCH_SIZE, chat_template=None):
     return LlavaProcessor(
-        image_processor=image_processor(IMAGE_SIZE),
+        image_processor=image_processor(image_size),
         tokenizer=tokenizer,
-        patch_size=PATCH_SIZE,
+        patch_size=patch_size,
         vision_feature_select_strategy="full",
         num_additional_image_tokens=0,
-        chat_template=tokenizer.chat_template,
+        chat_template=chat_template or tokenizer.chat_template,
         image_token="<image>",
     )
 

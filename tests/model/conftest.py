@@ -2,8 +2,7 @@
 
 import pytest
 
-from helpers.modeling_cases import QUESTIONS
-from helpers.models import image_batch, sharpen
+from helpers.models import QUESTIONS, image_batch, sharpen
 
 
 @pytest.fixture(scope="module", params=["llama", "qwen2"])

@@ -15,8 +15,7 @@ from transformers import (
     Qwen2Model,
 )
 
-from helpers.modeling_cases import QUESTIONS
-from helpers.models import assert_same_logits, moe_blocks, sharpen, stock_twin
+from helpers.models import QUESTIONS, assert_same_logits, moe_blocks, sharpen, stock_twin
 from llava_mod_hf import LlavaModConfig, LlavaModForConditionalGeneration, LlavaModModel
 from llava_mod_hf.data.easy_vqa import image_paths
 from llava_mod_hf.loading import load_whole

@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import transformers
-from transformers import PreTrainedModel
+from transformers import DynamicCache, GenerationMixin, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 from transformers.models.switch_transformers.modeling_switch_transformers import router_z_loss_func
@@ -144,3 +144,29 @@ def test_the_pages_name_the_ranges():
     for library in ("transformers", "trl"):
         allowed = re.search(rf'"{library}([><=!~][^"]*)"', (ROOT / "pyproject.toml").read_text())[1]
         assert f"| {library} | `{allowed}` |" in page
+
+
+@pytest.mark.parametrize(
+    ("cached", "ids", "kept"),
+    [
+        (0, [7, 7, 9], True),  # the prompt, its pictures with it
+        (5, [9], False),
+        (5, [7], False),  # an answer of one placeholder asks for no picture
+        (5, [9, 9], False),  # several tokens at a time, as assisted generation has them
+        (5, [9, 7, 7], True),  # a prompt after a cached prefix
+    ],
+)
+def test_pictures_that_the_cache_holds_are_left_out_in_every_release(make_student, monkeypatch, cached, ids, kept):
+    """Some releases pass them on with each token."""
+    student, pixels = make_student(), torch.zeros(1)
+    student.config.image_token_index = 7
+    cache = DynamicCache()
+    if cached:
+        cache.update(torch.zeros(1, 2, cached, 4), torch.zeros(1, 2, cached, 4), 0)
+    monkeypatch.setattr(
+        GenerationMixin,
+        "prepare_inputs_for_generation",
+        lambda self, input_ids, **kwargs: {"input_ids": input_ids, **kwargs},
+    )
+    found = student.prepare_inputs_for_generation(torch.tensor([ids]), pixel_values=pixels, **{CACHE: cache})
+    assert (found["pixel_values"] is pixels) == kept

@@ -3,15 +3,10 @@
 import copy
 
 import pytest
-from transformers import LlavaProcessor
 
-from helpers.ddp_gradients import (
-    mimic_trainer,
-    sharpened,
-)
-from helpers.mimic_trainer_cases import TERMS
+from helpers import tiny
+from helpers.ddp_gradients import TERMS, mimic_trainer, sharpened
 from helpers.preference_trainers import preference_trainer
-from llava_mod_hf.commands.pretrain import image_processor
 
 
 @pytest.fixture
@@ -31,16 +26,6 @@ def trainer_of(processor, tmp_path):
 
 
 @pytest.fixture
-def pair_models(make_student):
-    """`pair_models(moe_layers)`: a new student and a dense teacher of other weights."""
-
-    def make(moe_layers=(0, 2)):
-        return sharpened(make_student(moe_layers=moe_layers, seed=0)), sharpened(make_student(moe_layers=[], seed=1))
-
-    return make
-
-
-@pytest.fixture
 def pair_trainer_of(processor, tmp_path):
     def make(student, teacher, *, processor=processor, **args):
         return preference_trainer(student, teacher, processor, tmp_path, **args)
@@ -57,12 +42,4 @@ def other_processor(tokenizer):
         "{{ eos_token if message['role'] == 'assistant' else ' ' }}{% endfor %}"
         "{% if add_generation_prompt %}ASSISTANT: {% endif %}"
     )
-    return LlavaProcessor(
-        image_processor=image_processor(32),
-        tokenizer=copy.deepcopy(tokenizer),
-        patch_size=16,
-        vision_feature_select_strategy="full",
-        num_additional_image_tokens=0,
-        chat_template=template,
-        image_token="<image>",
-    )
+    return tiny.make_processor(copy.deepcopy(tokenizer), image_size=32, chat_template=template)

@@ -9,6 +9,9 @@ from transformers import LlavaConfig, LlavaForConditionalGeneration
 
 from helpers.ddp_gradients import (
     EVALUATED,
+    KL_WEIGHT,
+    LM_WEIGHT,
+    TEMPERATURE,
     assert_gradients_close,
     gradients_of_two_processes,
     half_text_rows,
@@ -17,7 +20,6 @@ from helpers.ddp_gradients import (
     smaller_images,
     text_rows,
 )
-from helpers.mimic_trainer_cases import KL_WEIGHT, LM_WEIGHT, TEMPERATURE
 from helpers.oracles import router_aux_loss
 from llava_mod_hf.losses.chunked_mimic import chunked_mimic_loss
 from llava_mod_hf.losses.divergences import mimic_loss

@@ -39,8 +39,8 @@ def test_options_that_do_not_fit_are_refused(tmp_path, args, message):
         PreferenceConfig(output_dir=str(tmp_path), use_cpu=True, bf16=False, **args)
 
 
-def test_there_is_exactly_one_reference(pair_models, pair_trainer_of):
-    student, teacher = pair_models()
+def test_there_is_exactly_one_reference(models, pair_trainer_of):
+    student, teacher = models()
     columns = rows("preferences")
     one = columns.add_column(REFERENCE_COLUMNS[0], [0.0] * PAIRS)
     both = one.add_column(REFERENCE_COLUMNS[1], [0.0] * PAIRS)
@@ -59,23 +59,23 @@ def test_there_is_exactly_one_reference(pair_models, pair_trainer_of):
         trainer.evaluate(columns)
 
 
-def test_a_teacher_of_another_vocabulary_is_refused(pair_models, pair_trainer_of):
-    student, teacher = pair_models()
+def test_a_teacher_of_another_vocabulary_is_refused(models, pair_trainer_of):
+    student, teacher = models()
     size = teacher.config.text_config.vocab_size
     teacher.resize_token_embeddings(size + 8)
     with pytest.raises(ValueError, match=rf"{size + 8} entries and the student's {size}"):
         pair_trainer_of(student, teacher)
 
 
-def test_a_teacher_whose_head_is_padded_is_taken(pair_models, pair_trainer_of, processor):
-    student, teacher = pair_models(())
+def test_a_teacher_whose_head_is_padded_is_taken(models, pair_trainer_of, processor):
+    student, teacher = models(())
     teacher.resize_token_embeddings(teacher.config.text_config.vocab_size + 8)
     trainer = pair_trainer_of(student, teacher, teacher_processor=processor)
     trainer.train()
     assert math.isfinite(trainer.state.log_history[-1]["train_loss"]) and trainer.state.global_step > 0
 
 
-def test_a_teacher_of_another_tokenizer_is_refused(pair_models, pair_trainer_of, processor):
+def test_a_teacher_of_another_tokenizer_is_refused(models, pair_trainer_of, processor):
     other = copy.deepcopy(processor)
     vocabulary = other.tokenizer.get_vocab()
     first, second = sorted(vocabulary, key=vocabulary.get)[20:22]
@@ -83,11 +83,11 @@ def test_a_teacher_of_another_tokenizer_is_refused(pair_models, pair_trainer_of,
     text = text.replace(f'"{first}":20', f'"{first}":21').replace(f'"{second}":21', f'"{second}":20')
     other.tokenizer._tokenizer = type(other.tokenizer.backend_tokenizer).from_str(text)
     with pytest.raises(ValueError, match="tokenizers of teacher and student differ, first at token"):
-        pair_trainer_of(*pair_models(), teacher_processor=other)
+        pair_trainer_of(*models(), teacher_processor=other)
 
 
-def test_a_teacher_of_another_image_token_is_refused(pair_models, pair_trainer_of, other_processor):
-    student, teacher = pair_models(())
+def test_a_teacher_of_another_image_token_is_refused(models, pair_trainer_of, other_processor):
+    student, teacher = models(())
     teacher = small_image_teacher(teacher)
     teacher.config.image_token_id = 7
     with pytest.raises(ValueError, match="writes images as token"):
@@ -96,15 +96,15 @@ def test_a_teacher_of_another_image_token_is_refused(pair_models, pair_trainer_o
         pair_trainer_of(student, teacher)
 
 
-def test_a_template_that_writes_other_answers_is_refused(pair_models, pair_trainer_of, other_processor):
-    student, teacher = pair_models(())
+def test_a_template_that_writes_other_answers_is_refused(models, pair_trainer_of, other_processor):
+    student, teacher = models(())
     other_processor.chat_template = other_processor.chat_template.replace("part['text'] }}", "part['text'] | upper }}")
     with pytest.raises(ValueError, match="words of the responses have no counterpart in the teacher's"):
         pair_trainer_of(student, small_image_teacher(teacher), teacher_processor=other_processor)
 
 
-def test_a_student_given_by_name_is_checked_too(pair_models, pair_trainer_of, processor, tmp_path):
-    student, teacher = pair_models()
+def test_a_student_given_by_name_is_checked_too(models, pair_trainer_of, processor, tmp_path):
+    student, teacher = models()
     student.save_pretrained(tmp_path / "student")
     processor.save_pretrained(tmp_path / "student")
     teacher.resize_token_embeddings(teacher.config.text_config.vocab_size + 8)
@@ -112,21 +112,21 @@ def test_a_student_given_by_name_is_checked_too(pair_models, pair_trainer_of, pr
         pair_trainer_of(str(tmp_path / "student"), teacher, processor=None)
 
 
-def test_a_thin_kl_estimate_is_warned_of(pair_models, pair_trainer_of):
-    student, teacher = pair_models(())
+def test_a_thin_kl_estimate_is_warned_of(models, pair_trainer_of):
+    student, teacher = models(())
     with pytest.warns(UserWarning, match="rest on 4 pairs: give batches of at least 8"):
         pair_trainer_of(student, teacher, loss_type=["kto_pair"])
 
 
-def test_a_margin_to_oneself_is_warned_of(pair_models, pair_trainer_of):
+def test_a_margin_to_oneself_is_warned_of(models, pair_trainer_of):
     with pytest.warns(UserWarning, match="its gradient is 0"):
-        pair_trainer_of(pair_models(())[0], None, loss_type=["margin"], reference="self")
+        pair_trainer_of(models(())[0], None, loss_type=["margin"], reference="self")
 
 
 @pytest.mark.parametrize("kind", ["own processor", "columns"])
-def test_a_pair_that_the_student_would_read_a_part_of_is_refused(pair_models, pair_trainer_of, other_processor, kind):
+def test_a_pair_that_the_student_would_read_a_part_of_is_refused(models, pair_trainer_of, other_processor, kind):
     """The reference has the whole of it: rewards would be of other responses."""
-    student, teacher = pair_models(())
+    student, teacher = models(())
     dataset = uneven(rows("preferences"))
     whole = pair_trainer_of(student, teacher, dataset=dataset)
     longest = batch_of(whole)["input_ids"].shape[1]

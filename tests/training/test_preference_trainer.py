@@ -28,10 +28,10 @@ def gradients(loss, model):
 
 @pytest.mark.parametrize("name", ["sigmoid", "margin"])
 @pytest.mark.parametrize("moe_layers", [(), (0, 2)], ids=["dense", "sparse"])
-def test_loss_and_gradients_are_the_formulas_for_every_split(pair_models, pair_trainer_of, moe_layers, name):
+def test_loss_and_gradients_are_the_formulas_for_every_split(models, pair_trainer_of, moe_layers, name):
     expected = None
     for batch, accumulation in ((4, 1), (1, 4)):
-        student, teacher = pair_models(moe_layers)
+        student, teacher = models(moe_layers)
         trainer = pair_trainer_of(student, teacher, batch=batch, accumulation=accumulation, loss_type=[name])
         if expected is None:
             loss = explicit_loss(name, student, teacher, batch_of(trainer))
@@ -43,8 +43,8 @@ def test_loss_and_gradients_are_the_formulas_for_every_split(pair_models, pair_t
 
 
 @pytest.mark.parametrize("name", ["kto_pair", "kto_pair_norm", "margin_norm", "sigmoid_norm"])
-def test_other_losses_are_their_formulas(pair_models, pair_trainer_of, name):
-    student, teacher = pair_models(())
+def test_other_losses_are_their_formulas(models, pair_trainer_of, name):
+    student, teacher = models(())
     trainer = pair_trainer_of(student, teacher, loss_type=[name])
     loss = explicit_loss(name, student, teacher, batch_of(trainer))
     expected = gradients(loss, student)
@@ -52,9 +52,9 @@ def test_other_losses_are_their_formulas(pair_models, pair_trainer_of, name):
     assert trainer.state.log_history[0]["loss"] == pytest.approx(loss.item(), rel=1e-5)
 
 
-def test_margins_are_of_what_the_loss_weighs(pair_models, pair_trainer_of):
+def test_margins_are_of_what_the_loss_weighs(models, pair_trainer_of):
     """With `ld_alpha` the tokens past the shorter response of a pair count less, for the student and the reference."""
-    student, teacher = pair_models(())
+    student, teacher = models(())
     trainer = pair_trainer_of(student, teacher, ld_alpha=0.25, dataset=uneven(rows("preferences")))
     trainer.train()
     log = trainer.state.log_history[0]
@@ -64,8 +64,8 @@ def test_margins_are_of_what_the_loss_weighs(pair_models, pair_trainer_of):
     assert abs(log["margins/student"] - (plain[:PAIRS] - plain[PAIRS:]).mean().item()) > 0.01
 
 
-def test_computed_references_without_tails_are_refused_with_ld_alpha(pair_models, pair_trainer_of):
-    student, teacher = pair_models(())
+def test_computed_references_without_tails_are_refused_with_ld_alpha(models, pair_trainer_of):
+    student, teacher = models(())
     dataset = with_reference(rows("preferences"), teacher, pair_trainer_of(student, teacher))
     with pytest.raises(ValueError, match=f"`ld_alpha` is 0.5, .* need the columns {', '.join(TAIL_COLUMNS)}"):
         pair_trainer_of(student, None, dataset=dataset, ld_alpha=0.5)
@@ -79,8 +79,8 @@ def test_computed_references_without_tails_are_refused_with_ld_alpha(pair_models
     assert found == pytest.approx(expected, abs=1e-5), "the tails of both responses are alike"
 
 
-def test_a_mixture_is_the_weighted_sum_of_ours_and_the_parents(pair_models, pair_trainer_of):
-    student, teacher = pair_models(())
+def test_a_mixture_is_the_weighted_sum_of_ours_and_the_parents(models, pair_trainer_of):
+    student, teacher = models(())
     weights = {"sigmoid": 0.5, "kto_pair": 2.0, "hinge": 0.25, "margin": 1.5}
     trainer = pair_trainer_of(student, teacher, loss_type=[*weights], loss_weights=[*weights.values()])
     batch = batch_of(trainer)
@@ -90,11 +90,11 @@ def test_a_mixture_is_the_weighted_sum_of_ours_and_the_parents(pair_models, pair
     assert trainer.state.log_history[0]["loss"] == pytest.approx(loss.item(), rel=1e-5)
 
 
-def test_accumulation_changes_the_estimate_of_kto_pair(pair_models, pair_trainer_of):
+def test_accumulation_changes_the_estimate_of_kto_pair(models, pair_trainer_of):
     """Each micro-batch has its own: the step's gradient is the mean of theirs, which is another than the whole's."""
     found = {}
     for batch, accumulation in ((4, 1), (2, 2)):
-        student, teacher = pair_models(())
+        student, teacher = models(())
         trainer = pair_trainer_of(student, teacher, batch=batch, accumulation=accumulation, loss_type=["kto_pair"])
         if batch == 2:
             parts = [batch_of(trainer, indices) for indices in ([0, 1], [2, 3])]
@@ -106,10 +106,10 @@ def test_accumulation_changes_the_estimate_of_kto_pair(pair_models, pair_trainer
     assert (whole - split).norm() > 0.01 * whole.norm()
 
 
-def test_the_authors_kto_pair_is_another_gradient(pair_models, pair_trainer_of):
+def test_the_authors_kto_pair_is_another_gradient(models, pair_trainer_of):
     found = {}
     for compat in (False, True):
-        student, teacher = pair_models(())
+        student, teacher = models(())
         # as its own reference shifted: positive log-ratios, so that the estimates are not clamped away
         trainer = pair_trainer_of(student, teacher, loss_type=["kto_pair"], kto_reference_compat=compat, beta=0.01)
         policy, _ = log_probabilities(student, batch_of(trainer))
@@ -130,8 +130,8 @@ def test_the_authors_kto_pair_is_another_gradient(pair_models, pair_trainer_of):
     assert (ours - theirs).norm() > 0.1 * ours.norm()
 
 
-def test_clamped_estimates_are_counted(pair_models, pair_trainer_of):
-    student, teacher = pair_models(())
+def test_clamped_estimates_are_counted(models, pair_trainer_of):
+    student, teacher = models(())
     trainer = pair_trainer_of(student, teacher, loss_type=["kto_pair"])
     policy, _ = log_probabilities(student, batch_of(trainer))
     # chosen: one of two micro-batches has a mean below 0; rejected: both
@@ -147,8 +147,8 @@ def test_clamped_estimates_are_counted(pair_models, pair_trainer_of):
 
 
 @pytest.mark.parametrize("loss_type", [["sigmoid"], ["kto_pair"]])
-def test_margins_are_logged_for_every_loss(pair_models, pair_trainer_of, loss_type):
-    student, teacher = pair_models(())
+def test_margins_are_logged_for_every_loss(models, pair_trainer_of, loss_type):
+    student, teacher = models(())
     trainer = pair_trainer_of(student, teacher, loss_type=loss_type, batch=2, accumulation=2)
     margins = {}
     for name, model in (("student", student), ("teacher", teacher)):
@@ -174,9 +174,9 @@ def test_margins_are_logged_for_every_loss(pair_models, pair_trainer_of, loss_ty
     ],
     ids=["sigmoid", "mixture with pooled router aux"],
 )
-def test_live_and_precomputed_are_trls_own(pair_models, pair_trainer_of, moe_layers, args):
+def test_live_and_precomputed_are_trls_own(models, pair_trainer_of, moe_layers, args):
     def run(kind):
-        student, teacher = pair_models(moe_layers)
+        student, teacher = models(moe_layers)
         student.config.router_aux_loss_type = "pooled"  # the only form that TRL has
         if kind == "trl":
             trainer = pair_trainer_of(student, teacher, trainer=DPOTrainer, **args)
@@ -226,8 +226,8 @@ def test_what_is_relied_on_in_trl():
     assert "create_model_from_path(ref_model_path" in inspect.getsource(DPOTrainer.__init__)
 
 
-def test_the_student_as_it_was_is_a_reference(pair_models, pair_trainer_of):
-    student, _ = pair_models(())
+def test_the_student_as_it_was_is_a_reference(models, pair_trainer_of):
+    student, _ = models(())
     start = copy.deepcopy(student)
     trainer = pair_trainer_of(student, None, reference="self", learning_rate=0.01, max_steps=2)
     found = raw_gradients(trainer)
@@ -240,8 +240,8 @@ def test_the_student_as_it_was_is_a_reference(pair_models, pair_trainer_of):
     assert abs(second["margins/student"] - first["margins/student"]) > 0.01
 
 
-def test_teacher_is_not_trained(pair_models, pair_trainer_of):
-    student, teacher = pair_models()
+def test_teacher_is_not_trained(models, pair_trainer_of):
+    student, teacher = models()
     before, start = copy.deepcopy(teacher.state_dict()), copy.deepcopy(student.state_dict())
     pair_trainer_of(student, teacher, learning_rate=0.01).train()
     assert all(torch.equal(value, before[name]) for name, value in teacher.state_dict().items())
@@ -250,8 +250,8 @@ def test_teacher_is_not_trained(pair_models, pair_trainer_of):
 
 
 @pytest.mark.parametrize("name", ["sigmoid", "margin_norm"])
-def test_a_teacher_reads_the_pairs_through_its_own_processor(pair_models, pair_trainer_of, other_processor, name):
-    student, teacher = pair_models(())
+def test_a_teacher_reads_the_pairs_through_its_own_processor(models, pair_trainer_of, other_processor, name):
+    student, teacher = models(())
     teacher = small_image_teacher(teacher)
     trainer = pair_trainer_of(
         student, teacher, teacher_processor=other_processor, loss_type=[name], batch=2, accumulation=2
@@ -266,8 +266,8 @@ def test_a_teacher_reads_the_pairs_through_its_own_processor(pair_models, pair_t
     assert trainer.state.log_history[0]["loss"] == pytest.approx(loss.item(), rel=1e-5)
 
 
-def test_a_teacher_may_be_in_bfloat16(pair_models, pair_trainer_of):
-    student, teacher = pair_models(())
+def test_a_teacher_may_be_in_bfloat16(models, pair_trainer_of):
+    student, teacher = models(())
     log = {}
     for dtype in (torch.float32, torch.bfloat16):
         trainer = pair_trainer_of(copy.deepcopy(student), copy.deepcopy(teacher).to(dtype))
@@ -277,8 +277,8 @@ def test_a_teacher_may_be_in_bfloat16(pair_models, pair_trainer_of):
     assert log[torch.float32] == pytest.approx(log[torch.bfloat16], rel=0.1, abs=1)
 
 
-def test_evaluation_has_the_same_figures(pair_models, pair_trainer_of):
-    student, teacher = pair_models(())
+def test_evaluation_has_the_same_figures(models, pair_trainer_of):
+    student, teacher = models(())
     trainer = pair_trainer_of(student, teacher, loss_type=["margin"], eval_dataset=rows("preferences"))
     loss = explicit_loss("margin", student, teacher, batch_of(trainer))
     found = trainer.evaluate()
@@ -288,10 +288,10 @@ def test_evaluation_has_the_same_figures(pair_models, pair_trainer_of):
 
 
 @pytest.mark.parametrize("kind", ["switch", "pooled"])
-def test_router_aux_of_both_halves_is_added_once_in_the_form_that_the_config_names(pair_models, pair_trainer_of, kind):
+def test_router_aux_of_both_halves_is_added_once_in_the_form_that_the_config_names(models, pair_trainer_of, kind):
     logs = {}
     for coef in (0.0, 1.0):
-        student, teacher = pair_models()
+        student, teacher = models()
         student.config.router_aux_loss_type = kind
         trainer = pair_trainer_of(student, teacher, router_aux_loss_coef=coef)
         inputs = {name: x for name, x in batch_of(trainer).items() if name != "completion_mask"}
@@ -313,10 +313,10 @@ def test_router_aux_of_both_halves_is_added_once_in_the_form_that_the_config_nam
     assert logs[1.0]["aux_loss"] == pytest.approx(expected.item(), rel=1e-5)
 
 
-def test_router_z_loss_is_added(pair_models, pair_trainer_of):
+def test_router_z_loss_is_added(models, pair_trainer_of):
     logs = {}
     for coef in (0.0, 0.5):
-        student, teacher = pair_models()
+        student, teacher = models()
         student.config.router_z_loss_coef = coef
         trainer = pair_trainer_of(student, teacher)
         trainer.train()
@@ -325,19 +325,19 @@ def test_router_z_loss_is_added(pair_models, pair_trainer_of):
     assert logs[0.5]["loss"] - logs[0.0]["loss"] == pytest.approx(0.5 * logs[0.5]["router_z_loss"], rel=1e-3)
 
 
-def test_gradient_checkpointing_changes_nothing(pair_models, pair_trainer_of):
+def test_gradient_checkpointing_changes_nothing(models, pair_trainer_of):
     found = []
     for checkpointing in (False, True):
         trainer = pair_trainer_of(
-            *pair_models(), gradient_checkpointing=checkpointing, router_aux_loss_coef=0.1, loss_type=["kto_pair"]
+            *models(), gradient_checkpointing=checkpointing, router_aux_loss_coef=0.1, loss_type=["kto_pair"]
         )
         found.append(raw_gradients(trainer))
     assert_gradients_close(found[1], found[0])
 
 
 @pytest.mark.parametrize("reference", ["teacher", "self"])
-def test_lora(pair_models, pair_trainer_of, reference):
-    student, teacher = pair_models(())
+def test_lora(models, pair_trainer_of, reference):
+    student, teacher = models(())
     before = copy.deepcopy(student)
     lora = LoraConfig(r=4, target_modules=r".*language_model.*\.(q_proj|v_proj)", init_lora_weights=False)
     trainer = pair_trainer_of(
@@ -356,8 +356,8 @@ def test_lora(pair_models, pair_trainer_of, reference):
     assert trainer.state.log_history[0]["loss"] == pytest.approx(loss.item(), rel=1e-4)
 
 
-def test_two_processes_have_the_gradients_of_one(pair_models, pair_trainer_of, processor, tmp_path):
-    student, teacher = pair_models(())
+def test_two_processes_have_the_gradients_of_one(models, pair_trainer_of, processor, tmp_path):
+    student, teacher = models(())
     for name, model in (("student", student), ("teacher", teacher)):
         model.save_pretrained(tmp_path / name)
     processor.save_pretrained(tmp_path / "student")

@@ -2,10 +2,8 @@
 
 import logging
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
-from accelerate import PartialState
 from datasets import Dataset, Features, Value
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
@@ -13,13 +11,10 @@ from trl.trainer.dpo_trainer import DataCollatorForVisionPreference
 from trl.trainer.utils import add_fused_lm_head
 
 from llava_mod_hf.commands.arguments import DistillArguments
-from llava_mod_hf.commands.cache_teacher import ShardArguments, finish_cache
-from llava_mod_hf.commands.parts import fit_to_recipe, load_teacher, settings_of_teacher
+from llava_mod_hf.commands.cache_teacher import ShardArguments, load_for_cache, write_cache
+from llava_mod_hf.commands.parts import settings_of_teacher
 from llava_mod_hf.data.arguments import DataArguments
-from llava_mod_hf.data.load import load_rows
-from llava_mod_hf.data.parquet_shards import write_shards
 from llava_mod_hf.fingerprints import row_key
-from llava_mod_hf.loading import load_model_and_processor
 from llava_mod_hf.losses.preference_losses import response_sums
 from llava_mod_hf.teachers.answer_cache import preference_settings
 from llava_mod_hf.teachers.reference_model import REFERENCE_COLUMNS, TAIL_COLUMNS, own_reading
@@ -114,48 +109,16 @@ def run(data_args: DataArguments, distill_args: DistillArguments, args: Preferen
     Returns:
         `Path`: the cache's folder.
     """
-    if distill_args.teacher_cache is None:
-        raise ValueError("Give `teacher_cache`, the folder that the cache is written to and trained from.")
     if args.reference != "teacher":
         raise ValueError(f"`reference` is `{args.reference}`, and a cache is of the teacher: leave it out.")
-    folder, trust = Path(distill_args.teacher_cache), args.trust_remote_code
-    state = PartialState()
-    process, processes = cache_args.processes(state)
-    student, processor = load_model_and_processor(distill_args.student, device="meta", trust_remote_code=trust)
-    rows = load_rows(data_args, columns=("prompt", "chosen", "rejected"), seed=args.seed)
-    if not hasattr(rows, "__len__"):
-        raise ValueError("A cache has a row for each of a known number: leave out `streaming`.")
-    rows = fit_to_recipe(rows, student, processor, data_args, args)
-    teacher, teacher_processor = load_teacher(distill_args, trust)
-    if distill_args.teacher_quantization is None and distill_args.teacher_device is None:
-        teacher.to(args.device)
+    (student, processor), (teacher, teacher_processor), rows = load_for_cache(
+        data_args, distill_args, args, cache_args, columns=("prompt", "chosen", "rejected")
+    )
     collate = DataCollatorForVisionPreference(processor, max_length=args.max_length)
     examples = [rows[number] for number in range(min(CHECKED_ROWS, len(rows)))]
     own = own_reading(student, teacher, processor, teacher_processor, collate=collate, examples=examples)
 
-    settings = {**preference_settings(args, processor), **settings_of_teacher(distill_args, trust)}
+    settings = {**preference_settings(args, processor), **settings_of_teacher(distill_args, args.trust_remote_code)}
     make = ReferenceWriter(teacher, collate if own is None else own.collator, rows, args)
-    written = write_shards(
-        folder,
-        len(rows),
-        settings,
-        make,
-        shard_size=cache_args.shard_size,
-        process=process,
-        num_processes=processes,
-        option="teacher_cache",
-    )
-    logger.warning("Wrote %d shards.", written)
-    state.wait_for_everyone()
-    if state.is_main_process:
-        finish_cache(
-            folder,
-            len(rows),
-            settings,
-            distill_args,
-            data_args,
-            cache_args,
-            title="Reference",
-            template="reference_cache.md.j2",
-        )
-    return folder
+    card = {"title": "Reference", "template": "reference_cache.md.j2"}
+    return write_cache(data_args, distill_args, cache_args, len(rows), settings, make, **card)

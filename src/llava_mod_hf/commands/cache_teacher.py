@@ -165,19 +165,9 @@ def run(
     Returns:
         `Path`: the cache's folder.
     """
-    if distill_args.teacher_cache is None:
-        raise ValueError("Give `teacher_cache`, the folder that the cache is written to and trained from.")
-    folder, trust = Path(distill_args.teacher_cache), args.trust_remote_code
-    state = PartialState()
-    process, processes = cache_args.processes(state)
-    student, processor = load_model_and_processor(distill_args.student, device="meta", trust_remote_code=trust)
-    rows = load_rows(data_args, columns=("prompt", "completion"), seed=args.seed)
-    if not hasattr(rows, "__len__"):
-        raise ValueError("A cache has a row for each of a known number: leave out `streaming`.")
-    rows = fit_to_recipe(rows, student, processor, data_args, args)
-    model, teacher_processor = load_teacher(distill_args, trust)
-    if distill_args.teacher_quantization is None and distill_args.teacher_device is None:
-        model.to(args.device)
+    (student, processor), (model, teacher_processor), rows = load_for_cache(
+        data_args, distill_args, args, cache_args, columns=("prompt", "completion")
+    )
     collator = response_collator(processor, args, rows.column_names)
     teacher = LiveTeacher(
         model, student=student, processor=processor, teacher_processor=teacher_processor, collator=collator
@@ -189,16 +179,59 @@ def run(
     top_k = min(cache_args.top_k, vocabulary)
     settings = {
         **mimic_settings(args, processor, rows.column_names),
-        **settings_of_teacher(distill_args, trust),
+        **settings_of_teacher(distill_args, args.trust_remote_code),
         "vocabulary": vocabulary,
         "top_k": top_k,
         "log_probs": cache_args.log_probs_dtype,
     }
     features = cache_features(top_k, vocabulary, cache_args.log_probs_dtype)
     make = TeacherWriter(teacher, collator, rows, args, features)
+    logger.warning("Nothing is said of %.1f %% of sampled tokens.", 100 * unaligned)
+    return write_cache(data_args, distill_args, cache_args, len(rows), settings, make)
+
+
+def load_for_cache(data_args, distill_args, args, cache_args, *, columns):
+    """
+    What a cache is made from.
+
+    Returns:
+        `tuple`: student without weights and its processor, teacher and its processor, and the rows that fit.
+
+    Raises:
+        ValueError: if there is no `teacher_cache`, or rows are streamed.
+    """
+    if distill_args.teacher_cache is None:
+        raise ValueError("Give `teacher_cache`, the folder that the cache is written to and trained from.")
+    trust = args.trust_remote_code
+    cache_args.processes(PartialState())  # refuses parts that there are not
+    student, processor = load_model_and_processor(distill_args.student, device="meta", trust_remote_code=trust)
+    rows = load_rows(data_args, columns=columns, seed=args.seed)
+    if not hasattr(rows, "__len__"):
+        raise ValueError("A cache has a row for each of a known number: leave out `streaming`.")
+    rows = fit_to_recipe(rows, student, processor, data_args, args)
+    teacher, teacher_processor = load_teacher(distill_args, trust)
+    if distill_args.teacher_quantization is None and distill_args.teacher_device is None:
+        teacher.to(args.device)
+    return (student, processor), (teacher, teacher_processor), rows
+
+
+def write_cache(data_args, distill_args, cache_args, num_rows, settings, make, **card):
+    """
+    Writes this process's shards of a cache, and the main process the card of one that is whole.
+
+    Args:
+        data_args, distill_args, cache_args: the options of the command.
+        num_rows, settings, make: as for [`~llava_mod_hf.data.parquet_shards.write_shards`].
+        card: `title` and `template`, as for [`_finish_cache`].
+
+    Returns:
+        `Path`: the cache's folder.
+    """
+    folder, state = Path(distill_args.teacher_cache), PartialState()
+    process, processes = cache_args.processes(state)
     written = write_shards(
         folder,
-        len(rows),
+        num_rows,
         settings,
         make,
         shard_size=cache_args.shard_size,
@@ -206,14 +239,14 @@ def run(
         num_processes=processes,
         option="teacher_cache",
     )
-    logger.warning("Wrote %d shards; nothing is said of %.1f %% of sampled tokens.", written, 100 * unaligned)
+    logger.warning("Wrote %d shards.", written)
     state.wait_for_everyone()
     if state.is_main_process:
-        finish_cache(folder, len(rows), settings, distill_args, data_args, cache_args)
+        _finish_cache(folder, num_rows, settings, distill_args, data_args, cache_args, **card)
     return folder
 
 
-def finish_cache(
+def _finish_cache(
     folder, num_rows, settings, distill_args, data_args, cache_args, *, title="Answers", template="cache.md.j2"
 ):
     """Writes the card of a cache that is whole, and pushes it; leaves one that other processes still write."""

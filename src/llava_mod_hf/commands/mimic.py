@@ -4,8 +4,7 @@ from llava_mod_hf.commands.parts import (
     check_experts,
     fit_to_recipe,
     load_student,
-    load_teacher,
-    settings_of_teacher,
+    load_teacher_or_cache,
     upcycle_student,
 )
 from llava_mod_hf.data.load import load_rows
@@ -30,11 +29,8 @@ def run(data_args, distill_args, upcycle_args, args):
     rows = fit_to_recipe(rows, student, processor, data_args, args)
     student = upcycle_student(student, upcycle_args, router_aux_loss_coef=args.router_aux_loss_coef, seed=args.seed)
     teacher, teacher_processor = None, None
-    if args.kl_weight and distill_args.teacher_cache:
-        expected = settings_of_teacher(distill_args, args.trust_remote_code)
-        teacher = CachedTeacher(distill_args.teacher_cache, expected=expected)
-    elif args.kl_weight:
-        teacher, teacher_processor = load_teacher(distill_args, args.trust_remote_code)
+    if args.kl_weight:
+        teacher, teacher_processor = load_teacher_or_cache(distill_args, args.trust_remote_code, CachedTeacher)
     trainer = MimicTrainer(
         student,
         teacher,

@@ -28,6 +28,23 @@ def load_teacher(args, trust_remote_code):
     )
 
 
+def load_teacher_or_cache(args, trust_remote_code, cached):
+    """
+    Who answers for the rows: what was written before if there is a `teacher_cache`, else the teacher itself.
+
+    Args:
+        args ([`~llava_mod_hf.commands.arguments.DistillArguments`]).
+        trust_remote_code (`bool`).
+        cached (`type`): what reads such a cache.
+
+    Returns:
+        `tuple`: the teacher, and its processor, `None` of a cache.
+    """
+    if args.teacher_cache:
+        return cached(args.teacher_cache, expected=settings_of_teacher(args, trust_remote_code)), None
+    return load_teacher(args, trust_remote_code)
+
+
 def settings_of_teacher(args, trust_remote_code):
     """What a cache of the teacher has to be made with, for these arguments."""
     return teacher_settings(

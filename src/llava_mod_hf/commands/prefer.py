@@ -1,6 +1,6 @@
 """`llava-mod prefer`: preference distillation with the teacher as reference."""
 
-from llava_mod_hf.commands.parts import fit_to_recipe, load_student, load_teacher, settings_of_teacher
+from llava_mod_hf.commands.parts import fit_to_recipe, load_student, load_teacher_or_cache
 from llava_mod_hf.data.load import load_rows
 from llava_mod_hf.teachers.reference_model import CachedReference
 from llava_mod_hf.training.preference_trainer import PreferenceTrainer
@@ -21,11 +21,8 @@ def run(data_args, distill_args, args):
     student, processor = load_student(distill_args, args.trust_remote_code)
     rows = fit_to_recipe(rows, student, processor, data_args, args)
     teacher, teacher_processor = None, None
-    if args.reference == "teacher" and distill_args.teacher_cache:
-        expected = settings_of_teacher(distill_args, args.trust_remote_code)
-        teacher = CachedReference(distill_args.teacher_cache, expected=expected)
-    elif args.reference == "teacher":
-        teacher, teacher_processor = load_teacher(distill_args, args.trust_remote_code)
+    if args.reference == "teacher":
+        teacher, teacher_processor = load_teacher_or_cache(distill_args, args.trust_remote_code, CachedReference)
     trainer = PreferenceTrainer(
         student,
         teacher,

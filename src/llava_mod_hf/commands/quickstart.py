@@ -25,12 +25,13 @@ from llava_mod_hf.commands.publish import PublishCommand
 from llava_mod_hf.commands.publish import run as run_publish
 from llava_mod_hf.data import easy_vqa
 from llava_mod_hf.data.arguments import DataArguments
-from llava_mod_hf.evaluation.answers import evaluate_blind, evaluate_model, response_batches, student_parameters
+from llava_mod_hf.evaluation.answers import evaluate_blind, evaluate_model, response_batches
 from llava_mod_hf.evaluation.expert_load import expert_load
 from llava_mod_hf.loading import load_model_and_processor
 from llava_mod_hf.publishing import fresh_process
 from llava_mod_hf.publishing.provenance import RESULTS_FILE
 from llava_mod_hf.students.build import build_student
+from llava_mod_hf.students.parameter_counts import student_parameters
 from llava_mod_hf.students.upcycling import upcycle
 from llava_mod_hf.training import run_folder
 from llava_mod_hf.training.adapt_config import AdaptConfig

@@ -42,7 +42,7 @@ def write_shards(folder, num_rows, settings, make, *, shard_size, process=0, num
     settings = {**settings, "num_rows": num_rows, "shard_size": shard_size, "num_shards": count}
     path = folder / SHARDS_FILE
     if path.is_file():
-        found = _settings(path)
+        found = read_settings(folder)
         differing = [name for name in {**settings, **found} if settings.get(name) != found.get(name)]
         if differing:
             name = differing[0]
@@ -65,8 +65,8 @@ def write_shards(folder, num_rows, settings, make, *, shard_size, process=0, num
         shard = shard_path(folder, index, count)
         if not shard.is_file() or _is_damaged(shard):
             rows = make(range(index * shard_size, min(num_rows, (index + 1) * shard_size)))
-            # in given batches: to choose them, `datasets` would look for the image files that a row names
             _checksum_path(shard).unlink(missing_ok=True)
+            # in given batches: to choose them, `datasets` would look for the image files that a row names
             _write(shard, functools.partial(rows.to_parquet, batch_size=1000), process)
             checksum = _checksum(shard)
             _write(_checksum_path(shard), lambda part, checksum=checksum: part.write_text(checksum + "\n"), process)
@@ -80,7 +80,14 @@ def _write(path, write, process):
     os.replace(part, path)
 
 
-def _settings(path):
+def read_settings(folder):
+    """
+    The settings that the shards of a folder were made with.
+
+    Raises:
+        ValueError: if their file is damaged.
+    """
+    path = Path(folder) / SHARDS_FILE
     try:
         found = yaml.safe_load(path.read_text())
     except (yaml.YAMLError, UnicodeDecodeError) as error:
@@ -114,9 +121,8 @@ def check_shards(folder):
     Raises:
         ValueError: if the folder was begun by [`write_shards`], and shards are missing or another than were written.
     """
-    path = Path(folder) / SHARDS_FILE
-    if path.is_file():
-        count = _settings(path).get("num_shards", 0)
+    if (Path(folder) / SHARDS_FILE).is_file():
+        count = read_settings(folder).get("num_shards", 0)
         missing = [i for i in range(count) if not shard_path(folder, i, count).is_file()]
         if missing:
             raise ValueError(

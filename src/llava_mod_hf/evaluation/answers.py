@@ -13,7 +13,7 @@ from llava_mod_hf.data.easy_vqa import most_frequent_answers
 from llava_mod_hf.evaluation.measures import score
 from llava_mod_hf.losses.divergences import divergence_rows
 from llava_mod_hf.losses.rows import shift_for_next_token
-from llava_mod_hf.students.parameter_counts import count_parameters, student_parameters  # noqa: F401 (they are measures as well)
+from llava_mod_hf.students.parameter_counts import count_parameters
 
 
 @contextmanager

@@ -3,7 +3,7 @@
 import torch
 from torch.nn import functional as F
 
-from llava_mod_hf.losses.rows import _loss_dtype, at_least_one, shift_for_next_token
+from llava_mod_hf.losses.rows import at_least_one, loss_dtype, shift_for_next_token
 
 
 def _forward_kl(log_p_student, log_p_teacher, beta):
@@ -79,7 +79,7 @@ def divergence_rows(student_logits, teacher_logits, *, divergence="forward_kl", 
         `torch.FloatTensor` of shape `(rows,)`, float32 (float64 if the inputs are).
     """
     log_p_student, log_p_teacher = (
-        _log_softmax(logits, _loss_dtype(student_logits), temperature) for logits in (student_logits, teacher_logits)
+        _log_softmax(logits, loss_dtype(student_logits), temperature) for logits in (student_logits, teacher_logits)
     )
     return DIVERGENCES[divergence](log_p_student, log_p_teacher, jsd_beta) * temperature**2
 
@@ -101,7 +101,7 @@ def top_k_forward_kl(student_logits, index, log_probs, *, temperature=1.0):
     Returns:
         `torch.FloatTensor` of shape `(rows,)`, float32 (float64 if the logits are).
     """
-    dtype = _loss_dtype(student_logits)
+    dtype = loss_dtype(student_logits)
     tiny = torch.finfo(dtype).tiny
     log_p_student = _log_softmax(student_logits, dtype, temperature)
     known = log_probs > -torch.inf

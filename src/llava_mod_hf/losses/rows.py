@@ -41,7 +41,7 @@ class Head(NamedTuple):
 
     def finish(self, projected):
         """Logits from `h Wᵀ + b`, in float32 (float64 if that is)."""
-        logits = projected.to(_loss_dtype(projected))
+        logits = projected.to(loss_dtype(projected))
         if self.scale != 1.0:
             logits = logits * self.scale
         return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
@@ -101,6 +101,6 @@ def at_least_one(count):
     return count.clamp(min=1) if isinstance(count, torch.Tensor) else max(count, 1)
 
 
-def _loss_dtype(logits):
+def loss_dtype(logits):
     """Softmax and loss are computed in float32, in float64 if the logits are."""
     return torch.promote_types(logits.dtype, torch.float32)

@@ -11,7 +11,7 @@ from llava_mod_hf.loading import resolve
 from llava_mod_hf.model.configuration_llava_mod import LlavaModConfig
 from llava_mod_hf.model.modeling_llava_mod import LlavaModForConditionalGeneration
 from llava_mod_hf.students.generation import prepare_generation
-from llava_mod_hf.students.vision_layout import _quietly, load_part, load_tower, load_vision_layout
+from llava_mod_hf.students.vision_layout import load_part, load_tower, load_vision_layout, quietly
 
 IMAGE_TOKEN = "<image>"
 
@@ -45,7 +45,7 @@ def _prepare_tokenizer(tokenizer, language_model, name, chat_template):
         tokenizer.add_special_tokens({"additional_special_tokens": [IMAGE_TOKEN]}, replace_extra_special_tokens=False)
     _check_chat_template(tokenizer, name)
     if len(tokenizer) > rows:
-        with _quietly():
+        with quietly():
             language_model.resize_token_embeddings(len(tokenizer))
 
 
@@ -91,7 +91,7 @@ def _assemble(config, tower, language_model, dtype):
         "lm_head.": language_model.get_output_embeddings(),
     }
     weights = {prefix + key: value for prefix, part in parts.items() for key, value in part.state_dict().items()}
-    with _quietly():
+    with quietly():
         # on the meta device first, then the given tensors take their places
         model, info = LlavaModForConditionalGeneration.from_pretrained(
             None, config=config, state_dict=weights, dtype=dtype, output_loading_info=True

@@ -53,7 +53,7 @@ def load_part(role, name, load, *args, **kwargs):
 
 
 @contextlib.contextmanager
-def _quietly():
+def quietly():
     """Without the report on keys that are missing or left over on purpose; the caller checks them."""
     verbosity, progress = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()
@@ -197,7 +197,7 @@ def _of_llava(config, field):
 def load_tower(config, path, name, dtype):
     """The encoder alone, of which a LLaVA's or a CLIP's other weights are never read."""
     vision_config = vision_config_of(config)
-    with _quietly():
+    with quietly():
         tower, info = load_part(
             "vision tower",
             name,

@@ -5,13 +5,12 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import torch
-import yaml
 from datasets import Dataset, Features, List, Value
 from huggingface_hub import snapshot_download
 from torch.nn import functional as F
 from transformers import AutoConfig, AutoProcessor
 
-from llava_mod_hf.data.parquet_shards import SHARDS_FILE
+from llava_mod_hf.data.parquet_shards import SHARDS_FILE, read_settings
 from llava_mod_hf.fingerprints import ROW_KEY_VERSION, content_hash, processor_parts, weights_hash
 from llava_mod_hf.loading import resolve
 from llava_mod_hf.teachers.response_alignment import ALIGNMENT_VERSION
@@ -113,10 +112,9 @@ def check_settings(folder, expected, *, command="llava-mod cache-teacher"):
     Raises:
         ValueError: if there is no cache, shards are missing, or a setting differs, which is named.
     """
-    path = Path(folder) / SHARDS_FILE
-    if not path.is_file():
+    if not (Path(folder) / SHARDS_FILE).is_file():
         raise ValueError(f"`{folder}` has no `{SHARDS_FILE}`: make the cache with `{command}` first.")
-    found = yaml.safe_load(path.read_text())
+    found = read_settings(folder)
     compare_settings(folder, found, expected)
     return found
 
