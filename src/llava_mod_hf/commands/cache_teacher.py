@@ -222,7 +222,7 @@ def write_cache(data_args, distill_args, cache_args, num_rows, settings, make, *
     Args:
         data_args, distill_args, cache_args: the options of the command.
         num_rows, settings, make: as for [`~llava_mod_hf.data.parquet_shards.write_shards`].
-        card: `title` and `template`, as for [`_finish_cache`].
+        card: `title` and `template`, as for [`finish_cache`].
 
     Returns:
         `Path`: the cache's folder.
@@ -242,11 +242,11 @@ def write_cache(data_args, distill_args, cache_args, num_rows, settings, make, *
     logger.warning("Wrote %d shards.", written)
     state.wait_for_everyone()
     if state.is_main_process:
-        _finish_cache(folder, num_rows, settings, distill_args, data_args, cache_args, **card)
+        finish_cache(folder, num_rows, settings, distill_args, data_args, cache_args, **card)
     return folder
 
 
-def _finish_cache(
+def finish_cache(
     folder, num_rows, settings, distill_args, data_args, cache_args, *, title="Answers", template="cache.md.j2"
 ):
     """Writes the card of a cache that is whole, and pushes it; leaves one that other processes still write."""
