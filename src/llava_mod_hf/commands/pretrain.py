@@ -21,7 +21,7 @@ from transformers import (
 )
 from trl import SFTConfig, SFTTrainer
 
-from llava_mod_hf.data import easy_vqa
+from llava_mod_hf.data import easy_vqa, scene_rows, scenes
 from llava_mod_hf.students.build import build_student
 from llava_mod_hf.students.generation import prepare_generation
 
@@ -58,6 +58,9 @@ class PretrainConfig(SFTConfig):
         vision_config, text_config (`dict`): sizes of the vision encoder and of the language model, with `model_type`.
         vocab_size (`int`): size of the tokenizer that is trained on the training text.
         vision_tower, language_model (`str`): what the teacher starts from.
+        world (`str`, *optional*, defaults to `"easy-vqa"`): or `"scenes"`; what it is trained on.
+        world_options (`dict`, *optional*): of the scenes, as [`~llava_mod_hf.data.scene_rows.SceneOptions`].
+        train_vision_tower (`bool`, *optional*, defaults to `True`): whether the teacher's encoder is trained with it.
     """
 
     part: str = field(default="teacher", metadata={"choices": ["vision_tower", "language_model", "teacher"]})
@@ -66,13 +69,22 @@ class PretrainConfig(SFTConfig):
     vocab_size: int = 384
     vision_tower: str | None = None
     language_model: str | None = None
+    world: str = field(default="easy-vqa", metadata={"choices": ["easy-vqa", "scenes"]})
+    world_options: dict | str | None = None
+    train_vision_tower: bool = True
 
-    _VALID_DICT_FIELDS = [*SFTConfig._VALID_DICT_FIELDS, "vision_config", "text_config"]
+    _VALID_DICT_FIELDS = [*SFTConfig._VALID_DICT_FIELDS, "vision_config", "text_config", "world_options"]
 
 
-def train_tokenizer(vocab_size):
-    """Byte-level BPE over the training questions, answers and captions, with the chat template."""
+def _texts(world):
+    if world == "scenes":
+        return scenes.words()
     rows = easy_vqa.questions("train") + easy_vqa.caption_rows("train")
+    return [row[part] for row in rows for part in ("question", "answer")]
+
+
+def train_tokenizer(vocab_size, world="easy-vqa"):
+    """Byte-level BPE over the training questions, answers and captions, with the chat template."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -82,7 +94,7 @@ def train_tokenizer(vocab_size):
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    tokenizer.train_from_iterator((row[part] for row in rows for part in ("question", "answer")), trainer)
+    tokenizer.train_from_iterator(_texts(world), trainer)
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         chat_template=CHAT_TEMPLATE,
@@ -101,27 +113,42 @@ def _config(values, **extra):
     return CONFIG_MAPPING[values.pop("model_type")](**values, **extra)
 
 
-def pretrain_vision_tower(args):
-    """
-    Trains a vision encoder to tell the captions of the training images apart.
-
-    Images are mirrored and transposed at random: neither changes the caption.
-    """
+def _labelled_pictures(args):
+    """Rows of `images` and `label`, and how many labels there are; of scenes a row has several, by its caption."""
+    if args.world == "scenes":
+        rows = scene_rows.load("describe", "train", args.seed, args.world_options)
+        named = [scenes.named_kinds(answer) for answer in rows["answer"]]
+        labels = [[float(kind in found) for kind in scenes.KINDS] for found in named]
+        return rows.select_columns("images").add_column("label", labels), len(scenes.KINDS)
     captions = sorted({row["answer"] for row in easy_vqa.caption_rows("train")})
-    config = SiglipConfig(vision_config=dict(args.vision_config), num_labels=len(captions))
     rows = easy_vqa.load("captions", "train", args.seed)
     labels = [captions.index(answer) for answer in rows["answer"]]
-    dataset = rows.select_columns("images").add_column("label", labels)
+    return rows.select_columns("images").add_column("label", labels), len(captions)
+
+
+def pretrain_vision_tower(args):
+    """
+    Trains a vision encoder to tell what the captions of the training images name.
+
+    Images of easy-VQA are mirrored and transposed at random: neither changes the caption.
+    """
+    dataset, num_labels = _labelled_pictures(args)
+    config = SiglipConfig(
+        vision_config=dict(args.vision_config),
+        num_labels=num_labels,
+        problem_type="multi_label_classification" if args.world == "scenes" else None,
+    )
     process = image_processor(config.vision_config.image_size)
     rng = random.Random(args.seed)
 
     def collate(examples):
         pixels = process([example["images"][0] for example in examples], return_tensors="pt").pixel_values
-        for dims in ([-1], [-2]):
+        if args.world == "easy-vqa":
+            for dims in ([-1], [-2]):
+                if rng.random() < 0.5:
+                    pixels = pixels.flip(dims)
             if rng.random() < 0.5:
-                pixels = pixels.flip(dims)
-        if rng.random() < 0.5:
-            pixels = pixels.transpose(-1, -2)
+                pixels = pixels.transpose(-1, -2)
         return {"pixel_values": pixels, "labels": torch.tensor([example["label"] for example in examples])}
 
     set_seed(args.seed)
@@ -139,10 +166,14 @@ def pretrain_language_model(args):
 
     A caption stands where the image will be, so that the model learns to answer from what it was told.
     """
-    tokenizer = train_tokenizer(args.vocab_size)
+    tokenizer = train_tokenizer(args.vocab_size, args.world)
     set_seed(args.seed)
     model = AutoModelForCausalLM.from_config(_text_config(args.text_config, tokenizer))
-    trainer = SFTTrainer(model, args, train_dataset=easy_vqa.load_text("train", args.seed), processing_class=tokenizer)
+    if args.world == "scenes":
+        rows = scene_rows.load_text("train", args.seed, args.world_options)
+    else:
+        rows = easy_vqa.load_text("train", args.seed)
+    trainer = SFTTrainer(model, args, train_dataset=rows, processing_class=tokenizer)
     trainer.train()
     model.config.use_cache = model.generation_config.use_cache = True  # which the trainer turned off
     model.save_pretrained(args.output_dir)
@@ -156,11 +187,14 @@ def _text_config(values, tokenizer):
 
 
 def pretrain_teacher(args):
-    """Trains a dense LLaVA, vision encoder included, on questions and captions."""
+    """Trains a dense LLaVA, its vision encoder included or not, on questions and captions."""
     model, processor = build_student(args.vision_tower, args.language_model, seed=args.seed)
-    trainer = SFTTrainer(
-        model, args, train_dataset=easy_vqa.load("mixture", "train", args.seed), processing_class=processor
-    )
+    model.model.vision_tower.requires_grad_(args.train_vision_tower)
+    if args.world == "scenes":
+        rows = scene_rows.load("mixture", "train", args.seed, args.world_options)
+    else:
+        rows = easy_vqa.load("mixture", "train", args.seed)
+    trainer = SFTTrainer(model, args, train_dataset=rows, processing_class=processor)
     trainer.train()
     prepare_generation(model, processor)
     model.save_pretrained(args.output_dir)

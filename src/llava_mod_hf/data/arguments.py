@@ -1,5 +1,6 @@
 """Which rows a command reads: its options alone, so that `--help` need not import what reads them."""
 
+import json
 from dataclasses import dataclass, field
 
 CHOICES = {"multi_turn": ["expand", "messages"], "check_images": ["all", "header"], "bad_rows": ["error", "drop"]}
@@ -12,11 +13,14 @@ class DataArguments:
 
     Args:
         dataset_name (`str`):
-            `embedded:easy-vqa`, a local `.json`, `.jsonl` or `.parquet` file, a folder of Parquet files, or a data set
-            of the Hub. Its format is told by its columns: TRL's (`images` with `prompt` and `completion`, with
-            `messages`, or with `prompt`, `chosen` and `rejected`), LLaVA's (`conversations`) or RLAIF-V's (`question`,
-            `chosen`, `rejected`).
+            `embedded:scenes`, `embedded:easy-vqa`, a local `.json`, `.jsonl` or `.parquet` file, a folder of Parquet
+            files, or a data set of the Hub. Its format is told by its columns: TRL's (`images` with `prompt` and
+            `completion`, with `messages`, or with `prompt`, `chosen` and `rejected`), LLaVA's (`conversations`) or
+            RLAIF-V's (`question`, `chosen`, `rejected`).
         dataset_config (`str`, *optional*): configuration of the data set, such as `questions` of the embedded one.
+        dataset_options (`dict`, *optional*):
+            Of `embedded:scenes`, as [`~llava_mod_hf.data.scene_rows.SceneOptions`]: how many rows, how skewed a world,
+            what share of wrong answers; on the command line as JSON.
         dataset_train_split (`str`, *optional*, defaults to `"train"`).
         dataset_test_split (`str`, *optional*, defaults to `"test"`): what `evaluate` reads.
         image_folder (`str`, *optional*):
@@ -36,8 +40,11 @@ class DataArguments:
             Read rows when they are needed, in the file's order; training then needs `max_steps`.
     """
 
-    dataset_name: str = field(metadata={"help": "embedded:easy-vqa, a local file or folder, or a data set of the Hub"})
+    dataset_name: str = field(
+        metadata={"help": "embedded:scenes, embedded:easy-vqa, a local file or folder, or a data set of the Hub"}
+    )
     dataset_config: str | None = None
+    dataset_options: dict | str | None = None
     dataset_train_split: str = "train"
     dataset_test_split: str = "test"
     image_folder: str | None = None
@@ -48,6 +55,15 @@ class DataArguments:
     streaming: bool = False
 
     def __post_init__(self):
+        if isinstance(self.dataset_options, str):
+            try:
+                self.dataset_options = json.loads(self.dataset_options)
+            except ValueError as error:
+                raise ValueError(
+                    f"`dataset_options` is `{self.dataset_options}`, which is no JSON ({error})."
+                ) from error
+        if self.dataset_options is not None and not isinstance(self.dataset_options, dict):
+            raise ValueError(f"`dataset_options` is {self.dataset_options!r}: give options and their values.")
         for name, known in CHOICES.items():
             if getattr(self, name) not in known:
                 raise ValueError(f"`{name}` is {getattr(self, name)!r}: give one of {', '.join(known)}.")

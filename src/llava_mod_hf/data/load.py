@@ -9,7 +9,7 @@ from datasets import Dataset, Features, Image, IterableDataset, List, Value, loa
 from datasets.exceptions import DatasetGenerationError
 
 from llava_mod_hf import loading
-from llava_mod_hf.data import easy_vqa
+from llava_mod_hf.data import easy_vqa, scene_rows
 from llava_mod_hf.data.arguments import DataArguments
 from llava_mod_hf.data.formats import FORMATS, image_references, json_rows, read_row, recognise
 from llava_mod_hf.data.images import map_undecoded, resolve_image
@@ -44,11 +44,13 @@ def load_rows(args: DataArguments, *, columns, split=None, seed=0, num_proc=None
         ValueError: if the file or a column is missing, the format is unknown, a row is malformed, an image path leaves
             the image folder, or an image is missing, broken or a decompression bomb.
     """
+    if args.dataset_options and args.dataset_name != scene_rows.DATASET:
+        raise ValueError(
+            f"`dataset_options` are of `{scene_rows.DATASET}`, and the data set is `{args.dataset_name}`: leave them "
+            "out."
+        )
     if args.dataset_name.startswith(loading.PREFIX):
-        if args.dataset_name != easy_vqa.DATASET:
-            raise ValueError(f"There is no data set `{args.dataset_name}`: the embedded one is `{easy_vqa.DATASET}`.")
-        dataset = easy_vqa.load(args.dataset_config, split or args.dataset_train_split, seed)
-        dataset = dataset.to_iterable_dataset() if args.streaming else dataset
+        dataset = _embedded(args, split or args.dataset_train_split, seed)
     else:
         try:
             dataset = _published(args, split or args.dataset_train_split, num_proc)
@@ -71,6 +73,19 @@ def load_rows(args: DataArguments, *, columns, split=None, seed=0, num_proc=None
     if not args.streaming and len(dataset) == 0:
         raise ValueError(f"`{args.dataset_name}` has no rows: nothing to train on.")
     return dataset
+
+
+def _embedded(args, split, seed):
+    """Rows of an embedded world."""
+    if args.dataset_name == scene_rows.DATASET:
+        return scene_rows.load(args.dataset_config, split, seed, args.dataset_options, streaming=args.streaming)
+    if args.dataset_name == easy_vqa.DATASET:
+        dataset = easy_vqa.load(args.dataset_config, split, seed)
+        return dataset.to_iterable_dataset() if args.streaming else dataset
+    raise ValueError(
+        f"There is no data set `{args.dataset_name}`: the embedded ones are `{scene_rows.DATASET}` and "
+        f"`{easy_vqa.DATASET}`."
+    )
 
 
 def image_root(args):

@@ -7,6 +7,7 @@ import datasets
 import evaluate
 
 from llava_mod_hf.data.easy_vqa import presence
+from llava_mod_hf.data.scenes import named_kinds
 
 
 def normalize_answer(text):
@@ -103,6 +104,90 @@ def asks_for_presence(questions, references, **columns):
     return {_presence(*pair) for pair in zip(questions, references, strict=True)} >= {True, False}
 
 
+class CaptionHallucination(evaluate.Metric):
+    """
+    What descriptions name that is not there, after CHAIR (Rohrbach et al., 2018, arXiv 1809.02156), and what they find.
+
+    Things are the kinds of the scenes world, each counted once; a reference description names everything that is there.
+
+        chair_s = descriptions with an absent thing / descriptions        chair_i = absent things / things named
+        object_recall = present things named / things present
+
+    A description that names nothing has no absent thing, which is why recall stands beside it.
+
+    `compute(predictions=…, references=…, kinds=…)` takes lists of strings; rows of another kind than `describe` are
+    left out. With `keep_in_memory=True` nothing is cached on disk.
+    """
+
+    def _info(self):
+        return _metric_info("Absent things in descriptions, and recall.", ["predictions", "references", "kinds"])
+
+    def _compute(self, predictions, references, kinds):
+        rows = [
+            (set(named_kinds(prediction)), set(named_kinds(reference)))
+            for prediction, reference, kind in zip(predictions, references, kinds, strict=True)
+            if kind == DESCRIBE
+        ]
+        named = sum(len(found) for found, _ in rows)
+        absent = sum(len(found - there) for found, there in rows)
+        return {
+            "chair_s": _share(bool(found - there) for found, there in rows),
+            "chair_i": absent / named if named else 0.0,
+            "object_recall": sum(len(found & there) for found, there in rows) / sum(len(there) for _, there in rows),
+        }
+
+
+DESCRIBE = "describe"
+
+
+def _describes(references, kinds, **columns):
+    pairs = zip(references, kinds, strict=True)
+    return any(kind == DESCRIBE and named_kinds(reference) for reference, kind in pairs)
+
+
+class Pope(evaluate.Metric):
+    """
+    Answers to questions of presence, after POPE (Li et al., 2023, arXiv 2305.10355), with "yes" as the positive class.
+
+    Rows are those of a kind `presence (…)`: of absent things drawn at random, of popular ones and of those that usually
+    come with what is there. An answer that is neither yes nor no counts as wrong, and as no claim.
+
+    `compute(predictions=…, references=…, kinds=…)` takes lists of strings and returns `pope`, a `dict` by kind of
+    `accuracy`, `precision`, `recall`, `f1` and `yes` (share of yes); `precision` and `f1` are `None` without a claim.
+    """
+
+    def _info(self):
+        return _metric_info("Accuracy, precision, recall, F1, share of yes.", ["predictions", "references", "kinds"])
+
+    def _compute(self, predictions, references, kinds):
+        by_kind = {}
+        for prediction, reference, kind in zip(predictions, references, kinds, strict=True):
+            if kind.startswith(PRESENCE):
+                by_kind.setdefault(kind, []).append((normalize_answer(prediction), normalize_answer(reference)))
+        return {"pope": {kind: _pope(pairs) for kind, pairs in sorted(by_kind.items())}}
+
+
+PRESENCE = "presence ("
+
+
+def _pope(pairs):
+    right = sum(answer == truth for answer, truth in pairs)
+    hits = sum(answer == truth == "yes" for answer, truth in pairs)
+    claims, present = (sum(pair[side] == "yes" for pair in pairs) for side in (0, 1))
+    precision, recall = hits / claims if claims else None, hits / present if present else None
+    return {
+        "accuracy": right / len(pairs),
+        "precision": precision,
+        "recall": recall,
+        "f1": 2 * hits / (claims + present) if claims else None,
+        "yes": claims / len(pairs),
+    }
+
+
+def _asks_presence(kinds, **columns):
+    return any(kind.startswith(PRESENCE) for kind in kinds)
+
+
 class Measure(NamedTuple):
     """
     A measure of answers.
@@ -130,6 +215,13 @@ MEASURES = {
         ("hallucination_rate", "miss_rate", "balanced_accuracy"),
         asks_for_presence,
     ),
+    "caption hallucination": Measure(
+        CaptionHallucination,
+        ("predictions", "references", "kinds"),
+        ("chair_s", "chair_i", "object_recall"),
+        _describes,
+    ),
+    "pope": Measure(Pope, ("predictions", "references", "kinds"), ("pope",), _asks_presence),
 }
 
 

@@ -1,0 +1,172 @@
+"""
+The embedded world of scenes: pictures of one to three coloured shapes, and what can be asked about them.
+
+A scene has things of 12 kinds (4 colours × 3 shapes), each small or large, in the cells of a 2×2 grid. In training half
+of the kinds come with a fixed partner nearly always, in the test seldom: a model that has learnt the habit and does not
+look names the partner where it is absent, which is what POPE's adversarial questions and CHAIR measure on photographs.
+
+One arrangement in five (kinds, sizes and cells) belongs to the test alone. `scene_rows.py` makes data sets of it.
+"""
+
+import re
+import zlib
+from collections import Counter
+from dataclasses import dataclass
+
+COLORS = ("red", "green", "blue", "yellow")
+
+SHAPES = ("circle", "square", "triangle")
+
+SIZES = ("small", "large")
+
+PLACES = ("top left", "top right", "bottom left", "bottom right")
+
+NUMBERS = ("one", "two", "three")
+
+KINDS = tuple(f"{color} {shape}" for shape in SHAPES for color in COLORS)
+
+# each kind of the first half has its partner in the second, of another colour and, but for two, another shape
+PARTNERS = {kind: KINDS[(5 * place + 1) % 6 + 6] for place, kind in enumerate(KINDS[:6])}
+
+TASKS = ("describe", "presence", "count", "color", "where", "size", "conversation")
+
+PRESENCE = ("random", "popular", "adversarial")
+
+DESCRIBE = "describe the picture."
+
+
+@dataclass(frozen=True)
+class Thing:
+    kind: str
+    size: str
+    place: str
+
+
+@dataclass(frozen=True)
+class Scene:
+    """Things in reading order of their places, and the number that their jitter and their noise are drawn by."""
+
+    things: tuple
+    jitter: int
+
+    @property
+    def kinds(self):
+        return [thing.kind for thing in self.things]
+
+    @property
+    def key(self):
+        """Hash of the arrangement: kinds, sizes and places, not the jitter."""
+        text = ";".join(f"{thing.kind},{thing.size},{thing.place}" for thing in self.things)
+        return zlib.crc32(text.encode())
+
+
+def _draw_things(rng, skew):
+    count = rng.choice((1, 2, 2, 3, 3, 3))
+    kinds: list[str] = []
+    while len(kinds) < count:
+        missing = [PARTNERS[kind] for kind in kinds if PARTNERS.get(kind) not in (None, *kinds)]
+        kind = rng.choice([kind for kind in KINDS if kind not in (*kinds, *missing)])
+        comes = count > 1 and kind in PARTNERS and PARTNERS[kind] not in kinds and rng.random() < skew
+        if not comes:
+            kinds.append(kind)
+        elif len(kinds) + 2 <= count:
+            kinds += [kind, PARTNERS[kind]]
+        # else there is no room for both, and another kind is drawn
+    places = sorted(rng.sample(range(len(PLACES)), count))
+    rng.shuffle(kinds)
+    return tuple(Thing(kind, rng.choice(SIZES), PLACES[place]) for kind, place in zip(kinds, places, strict=True))
+
+
+def draw_scene(rng, split, skew):
+    """A scene of a split: arrangements of the other one are drawn again."""
+    while True:
+        scene = Scene(_draw_things(rng, skew), rng.getrandbits(32))
+        if (scene.key % 5 == 0) == (split == "test"):
+            return scene
+
+
+def uniform_scene(rng):
+    """A scene whose kinds come without habits, of either split."""
+    return Scene(_draw_things(rng, 0.0), 0)
+
+
+def caption(kinds):
+    """`a red circle, a blue square and a green triangle`."""
+    names = [f"a {kind}" for kind in kinds]
+    return " and ".join([", ".join(names[:-1]), names[-1]] if len(names) > 1 else names)
+
+
+def named_kinds(text):
+    """The kinds that a text names, each once, in order of their first mention."""
+    found = re.findall(rf"\b({'|'.join(COLORS)}) ({'|'.join(SHAPES)})\b", text.lower())
+    return list(dict.fromkeys(" ".join(pair) for pair in found))
+
+
+def _ask_presence(scene, rng, sort):
+    """A question of presence: half of them of a thing that is there."""
+    sort = sort or rng.choice(PRESENCE)
+    absent = [kind for kind in KINDS if kind not in scene.kinds]
+    if rng.random() < 0.5:
+        kind, answer = rng.choice(scene.kinds), "yes"
+    else:
+        partners = [PARTNERS[kind] for kind in scene.kinds if PARTNERS.get(kind) in absent]
+        candidates = {"random": absent, "popular": _popular(absent), "adversarial": partners or absent}[sort]
+        kind, answer = rng.choice(candidates), "no"
+    return f"is there a {kind}?", answer, f"presence ({sort})"
+
+
+def _popular(absent):
+    """The kinds that come more often than others: the partners."""
+    return [kind for kind in absent if kind in PARTNERS.values()] or absent
+
+
+def ask(scene, task, rng, sort=None):
+    """`(question, answer, kind)`, or `None` where the scene does not allow the question."""
+    thing = rng.choice(scene.things)
+    if task == "describe":
+        return DESCRIBE, caption(scene.kinds), task
+    if task == "presence":
+        return _ask_presence(scene, rng, sort)
+    if task == "count":
+        return "how many shapes are there?", NUMBERS[len(scene.things) - 1], task
+    if task == "where":
+        return f"where is the {thing.kind}?", thing.place, task
+    if task == "size":
+        return f"how big is the {thing.kind}?", thing.size, task
+    shapes = Counter(kind.split()[1] for kind in scene.kinds)
+    color, shape = thing.kind.split()
+    return (f"what color is the {shape}?", color, task) if shapes[shape] == 1 else None
+
+
+def rejected_caption(scene, how, rng):
+    """A description with a thing swapped, added or dropped; what is not there is an absent partner if it can."""
+    kinds = list(scene.kinds)
+    absent = [kind for kind in KINDS if kind not in kinds]
+    expected = [PARTNERS[kind] for kind in kinds if PARTNERS.get(kind) in absent]
+    other = rng.choice(expected or absent)
+    place = rng.randrange(len(kinds))
+    if how == "swapped":
+        kinds[place] = other
+    elif how == "added":
+        kinds.insert(rng.randrange(len(kinds) + 1), other)
+    elif len(kinds) > 1:
+        del kinds[place]
+    else:
+        kinds = [other]
+    return caption(kinds)
+
+
+def describe_in_words(scene):
+    """Everything that is in a scene, for models that see no picture: `a small red circle at the top left, …`."""
+    return ", ".join(f"a {thing.size} {thing.kind} at the {thing.place}" for thing in scene.things)
+
+
+def words():
+    """Everything that the world says, a text each: what its tokenizer is trained on."""
+    texts = [DESCRIBE, "how many shapes are there?", *NUMBERS, *PLACES, *SIZES, *COLORS, "yes", "no"]
+    for kind in KINDS:
+        shape = kind.split()[1]
+        texts += [f"is there a {kind}?", f"where is the {kind}?", f"how big is the {kind}?"]
+        texts += [f"what color is the {shape}?", f"a {kind} and a {kind}, a {kind}"]
+        texts += [f"a {size} {kind} at the {place}, a" for size in SIZES for place in PLACES]
+    return texts
