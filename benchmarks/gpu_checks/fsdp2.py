@@ -1,7 +1,8 @@
 """
 A process that `accelerate launch` starts: three steps of mimic distillation, and what is sharded meanwhile.
 
-    accelerate launch --config_file recipes/accelerate/fsdp2.yaml --num_processes 1 benchmarks/gpu_checks/fsdp2.py FOLDER [cpu]
+    accelerate launch --config_file recipes/accelerate/fsdp2.yaml --num_processes 1 \\
+      benchmarks/gpu_checks/fsdp2.py FOLDER [cpu]
 
 It reads `student/` in the folder and writes `saved/` and `found.json`.
 """
@@ -13,11 +14,11 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import torch
-from gpu_checks.training import TEACHER
-from helpers.ddp_gradients import mimic_trainer, rows
 from torch.distributed.tensor import DTensor
 from transformers import TrainerCallback
 
+from gpu_checks.training import TEACHER
+from helpers.ddp_gradients import mimic_trainer, rows
 from llava_mod_hf import load_model_and_processor
 
 

@@ -220,16 +220,20 @@ def compile_findings(device, make):
     model, processor = make(device)
     batch = prompts(processor, device, QUESTIONS, pictures=set(range(len(QUESTIONS))))
     expected = kept_logits(model, batch)
+    text = prompts(processor, device, QUESTIONS, pictures=set())
+    torch._dynamo.reset()
+    explained_text = torch._dynamo.explain(model)(**text)
     torch._dynamo.reset()
     explained = torch._dynamo.explain(model)(**batch)
     torch._dynamo.reset()
     error = share_of_largest(kept_logits(torch.compile(model), batch), expected)
     torch._dynamo.reset()
-    reasons = "; ".join(sorted({str(reason.reason)[:80] for reason in explained.break_reasons}))
+    reasons = {" ".join(str(found.reason).split())[:80] for found in explained.break_reasons}
     return {
         "logits": (error, LOGIT_BOUND),
         "graph breaks": explained.graph_break_count,
-        "reasons": reasons or "none",
+        "graph breaks, text alone": explained_text.graph_break_count,
+        "reasons": "; ".join(sorted(reasons)) or "none",
     }
 
 
