@@ -182,7 +182,8 @@ def launched(device):
             timeout=180,
         )
         if done.returncode:
-            raise RuntimeError(f"{done.stdout[-1000:]} {done.stderr[-3000:]}")
+            errors = [line for line in done.stderr.splitlines() if "Error" in line]
+            raise RuntimeError("\n".join([*errors[:1], done.stdout[-1000:], done.stderr[-6000:]]))
         found = json.loads((folder / "found.json").read_text())
         load_model_and_processor(str(folder / "saved"))  # which refuses weights that are missing
     return {

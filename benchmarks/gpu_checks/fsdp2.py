@@ -7,6 +7,7 @@ A process that `accelerate launch` starts: three steps of mimic distillation, an
 It reads `student/` in the folder and writes `saved/` and `found.json`.
 """
 
+import gc
 import json
 import sys
 from pathlib import Path
@@ -30,7 +31,7 @@ class Sharded(TrainerCallback):
         self.trained, self.whole = len(trained), sum(not isinstance(parameter, DTensor) for parameter in trained)
 
 
-def main(folder, device="cuda"):
+def train(folder, device="cuda"):
     student, processor = load_model_and_processor(str(folder / "student"))
     teacher, _ = load_model_and_processor(TEACHER)
     sharded = Sharded()
@@ -48,6 +49,11 @@ def main(folder, device="cuda"):
     }
     if trainer.is_world_process_zero():
         (folder / "found.json").write_text(json.dumps(found))
+
+
+def main(folder, *device):
+    train(folder, *device)
+    gc.collect()  # a wrapped model that is freed after its process group may wait for ever
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
 

@@ -6,7 +6,7 @@ import torch
 from transformers import CLIPVisionConfig, Qwen2Config
 from transformers.utils import is_flash_attn_2_available, is_flash_attn_3_available
 
-from gpu_checks.cases import Skipped, on_cuda, relative_error, share_of_largest
+from gpu_checks.cases import Skipped, need_cuda, on_cuda, relative_error, share_of_largest
 from helpers.models import moe_blocks
 from llava_mod_hf import LlavaModConfig, LlavaModForConditionalGeneration, load_model_and_processor, upcycle
 from llava_mod_hf.data.easy_vqa import image_paths
@@ -165,8 +165,8 @@ def half_attention_errors(device, name, side):
     }
     if not installed[name]():
         raise Skipped("not installed")
-    if name != "sdpa" and not on_cuda(device):
-        raise Skipped("CUDA only")
+    if name != "sdpa":
+        need_cuda(device)
     model, processor = dense_teacher(device, attn_implementation="eager")
     batch = prompts(processor, device, QUESTIONS[:4], pictures={0, 2}, padding_side=side)
     expected = kept_logits(model, batch)
@@ -205,9 +205,12 @@ def generation_differences(device, make, options):
     return {"tokens that differ": (different, 0)}
 
 
+MODELS = {"dense": dense_teacher, "sparse": sparse_student}
+
+
 def generation_cases(device):
-    for name, make in (("dense", dense_teacher), ("sparse", sparse_student)):
-        for options in ({}, {"cache_implementation": "static"}):
+    for name, make in MODELS.items():
+        for options in ({}, {"cache_implementation": "static", "disable_compile": True}):
             cache = options.get("cache_implementation", "dynamic")
             yield (
                 f"{name}, {cache} cache, 8 rows",
@@ -237,6 +240,13 @@ def compile_findings(device, make):
     }
 
 
+def compiled_generation(device, make):
+    """With a static cache, as transformers does unasked on a GPU where it can."""
+    need_cuda(device)
+    return generation_differences(device, make, {"cache_implementation": "static"})
+
+
 def compile_cases(device):
-    for name, make in (("dense", dense_teacher), ("sparse", sparse_student)):
+    for name, make in MODELS.items():
         yield f"{name} forward", lambda make=make: compile_findings(device, make)
+        yield f"{name}, static cache, compiled", lambda make=make: compiled_generation(device, make)

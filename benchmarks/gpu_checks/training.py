@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from gpu_checks.cases import Skipped, gradient_errors, on_cuda
+from gpu_checks.cases import gradient_errors, need_cuda, on_cuda
 from gpu_checks.models import QUESTIONS, TEACHER, prompts
 from helpers.ddp_gradients import mimic_trainer, raw_gradients, rows
 from helpers.models import moe_blocks
@@ -48,8 +48,8 @@ def run_stage(device, name, precision):
     """A few steps by the recipe; what was saved is loaded anew and asked something."""
     stage, student, more = RUNS[name]
     bf16, fp16 = PRECISIONS[precision]
-    if fp16 and not on_cuda(device):
-        raise Skipped("CUDA only")
+    if fp16:
+        need_cuda(device)
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         options = {
