@@ -127,6 +127,8 @@ def main(argv=None):
     parser.add_argument("--only", nargs="+", choices=CHECKS, help="these checks alone")
     parser.add_argument("--minutes", type=float, default=10.0, help="no case is begun after them")
     args = parser.parse_args(argv)
+    if torch.device(args.device).type == "cuda" and not torch.cuda.is_available():
+        parser.error("no CUDA device is here: `--device cpu` tries the script without")
     report = run(args)
     passed = sum(row["passed"] is True for row in report["rows"])
     print(f"{passed} passed, {report['failed']} failed, {report['seconds']} s: {args.out}/gpu_check.json", flush=True)
