@@ -64,6 +64,12 @@ wheel-check:
 	cd $(WHEEL) && clean/bin/llava-mod --help && \
 	  clean/bin/llava-mod quickstart --output-dir $(WHEEL)/quickstart --max-minutes $(MINUTES)
 
+# What the tests check on a CPU, on one GPU; `GPU_CHECK='--device cpu'` tries it without.
+.PHONY: gpu-check
+gpu-check: OUT = runs/gpu-check
+gpu-check: setup
+	$(BIN)/python benchmarks/gpu_check.py --out $(OUT) $(GPU_CHECK)
+
 lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
