@@ -85,6 +85,8 @@ def _arguments(node, root, device):
     """The command line of a node."""
     argv = ["--config", str(RECIPES / node.recipe)] if node.recipe else []
     options = {"output_dir": str(Path(root) / node.key), **node.options}
+    if node.command == "cache-teacher":
+        options |= {"teacher_cache": options["output_dir"], "use_cpu": device == "cpu"}
     if node.command in TRAINING:
         options |= {"use_cpu": device == "cpu", "disable_tqdm": True, "logging_steps": 50}
     for name, value in options.items():
@@ -115,7 +117,7 @@ def _write_answers(node, root, device):
     options = dict(node.options)
     model = options.pop("model")
     path = str(Path(root) / model.key) if isinstance(model, Node) else model
-    rows = scene_rows.load("mixture", "test", options.pop("seed"), options)
+    rows = scene_rows.load("mixture", options.pop("split", "test"), options.pop("seed"), options)
     loaded, processor = load_model_and_processor(path)
     given = generate_answers(loaded.to(device), processor, rows, batch_size=256)
     columns = {name: list(rows[name]) for name in ("question", "answer", "kind")}

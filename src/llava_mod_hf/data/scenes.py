@@ -156,6 +156,22 @@ def rejected_caption(scene, how, rng):
     return caption(kinds)
 
 
+def score_by_truth(row, answers):
+    """
+    How good descriptions are, for `llava-mod make-preferences`: present things named less absent ones.
+
+    Args:
+        row (`dict`): with `answer`, the right description.
+        answers (`list[str]`).
+
+    Returns:
+        `list[int]`.
+    """
+    there = set(named_kinds(row["answer"]))
+    found = [set(named_kinds(answer)) for answer in answers]
+    return [len(named & there) - len(named - there) for named in found]
+
+
 def describe_in_words(scene):
     """Everything that is in a scene, for models that see no picture: `a small red circle at the top left, …`."""
     return ", ".join(f"a {thing.size} {thing.kind} at the {thing.place}" for thing in scene.things)

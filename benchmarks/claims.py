@@ -1,0 +1,161 @@
+"""
+Tests the claims of `claims.yaml` in the world of scenes, and writes what came out.
+
+    python benchmarks/claims.py                                   # all, about six hours on two cores; goes on if cut off
+    python benchmarks/claims.py --only noise --seeds 0 1 --jobs 2
+    python benchmarks/claims.py --device cuda --jobs 14 --runs /tmp/claims --minutes 9
+    python benchmarks/claims.py --page docs/claims.md             # the page, from the results that are there
+
+Checkpoints and answers are under `--runs`; `--results` gets a JSON file per claim, with the figures of each seed.
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+import yaml
+from claims_arms import answers_of, arm_of
+from claims_graph import run_all, with_inputs
+from claims_page import write_page
+from claims_statistics import figures, read_answers
+
+HERE = Path(__file__).resolve().parent
+
+VALIDATION_ROWS = 1000
+
+
+def read_claims(path=HERE / "claims.yaml"):
+    return yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+
+
+def arms_of(plan, name):
+    """`[(point, arm name, factors)]` of a claim: every arm at every point of `vary`."""
+    claim = plan["claims"][name]
+    return [
+        (point, arm, {**factors, **changes})
+        for point, factors in claim["vary"].items()
+        for arm, changes in claim["arms"].items()
+    ]
+
+
+def validation_arms(plan, name):
+    """`{(point, arm): {learning rate: Arm}}` of a claim that picks them."""
+    rates = plan["claims"][name].get("learning_rates", [])
+    return {
+        (point, arm): {
+            rate: arm_of(plan["centre"], plan["validation_seed"], **factors, learning_rate=rate) for rate in rates
+        }
+        for point, arm, factors in arms_of(plan, name)
+        if rates
+    }
+
+
+def picked_rates(plan, name, root):
+    """`{(point, arm): learning rate}` of the best exact match on validation rows; nothing of arms that have not run."""
+    found = {}
+    for key, arms in validation_arms(plan, name).items():
+        nodes = {rate: arm.validation(VALIDATION_ROWS) for rate, arm in arms.items()}
+        if all(node.is_done(root) for node in nodes.values()):
+            scores = {rate: figures(read_answers(root / node.key))["exact_match"] for rate, node in nodes.items()}
+            found[key] = {"learning_rate": max(scores, key=scores.get), "validation": scores}
+    return found
+
+
+def final_nodes(plan, name, seeds, root):
+    """`{(point, arm, seed): (Node, learning rate)}` of what is measured, as far as learning rates are picked."""
+    picked, picks = picked_rates(plan, name, root), "learning_rates" in plan["claims"][name]
+    found = {}
+    for seed in seeds:
+        for point, arm, factors in arms_of(plan, name):
+            if picks and (point, arm) not in picked:
+                continue
+            rate = picked[point, arm]["learning_rate"] if picks else plan["centre"]["learning_rate"]
+            built = arm_of(plan["centre"], seed, **{"learning_rate": rate, **factors})
+            found[point, arm, seed] = (built.answers(rows=plan["test_rows"]), built)
+    return found
+
+
+def teacher_nodes(plan, names, seeds):
+    """`{(claim, point, arm, seed): Node}` of what each arm's teacher answers to the same test rows."""
+    return {
+        (name, point, arm, seed): answers_of(built.teacher_node(), seed, rows=plan["test_rows"])
+        for name in names
+        for point, arm, factors in arms_of(plan, name)
+        for seed in seeds
+        if (built := arm_of(plan["centre"], seed, **factors)).loss != "labels"
+    }
+
+
+def write_results(plan, names, seeds, root, results):
+    """A JSON file per claim: every arm and seed that is there, and its teacher."""
+    teachers = teacher_nodes(plan, names, seeds)
+    for name in names:
+        entries = []
+        for (point, arm, seed), (node, built) in final_nodes(plan, name, seeds, root).items():
+            if not node.is_done(root):
+                continue
+            teacher = teachers.get((name, point, arm, seed))
+            said = json.loads((root / built.model().key / "done.json").read_text())
+            entry = {"point": point, "arm": arm, "seed": seed, "learning_rate": built.learning_rate}
+            entry |= {"figures": figures(read_answers(root / node.key))}
+            if teacher is not None and teacher.is_done(root):
+                entry["teacher"] = figures(read_answers(root / teacher.key))
+            entries.append(entry | {name: said[name] for name in ("seconds", "device", "threads")})
+        if entries:
+            results.mkdir(parents=True, exist_ok=True)
+            validation = [
+                {"point": point, "arm": arm, **{key: value for key, value in picked.items()}}
+                for (point, arm), picked in picked_rates(plan, name, root).items()
+            ]
+            found = {"claim": name, "test_rows": plan["test_rows"], "picked": validation, "runs": entries}
+            path = results / f"{name}.json"
+            before = json.loads(path.read_text())["runs"] if path.is_file() else []
+            done = {(entry["point"], entry["arm"], entry["seed"]) for entry in entries}
+            found["runs"] += [each for each in before if (each["point"], each["arm"], each["seed"]) not in done]
+            path.write_text(json.dumps(found, indent=1), encoding="utf-8")
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--plan", type=Path, default=HERE / "claims.yaml")
+    parser.add_argument("--only", nargs="+", metavar="CLAIM", help="by default all")
+    parser.add_argument("--seeds", type=int, nargs="+", help="by default the plan's")
+    parser.add_argument("--runs", type=Path, default=Path("runs/claims"), help="checkpoints and answers")
+    parser.add_argument("--results", type=Path, default=HERE / "results" / "claims", help="a JSON file per claim")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--jobs", type=int, default=2, help="processes")
+    parser.add_argument("--threads", type=int, default=1, help="of each process")
+    parser.add_argument("--minutes", type=float, help="after these nothing is begun any more")
+    parser.add_argument("--page", type=Path, help="write the page from the results that are there, and run nothing")
+    parser.add_argument("--count", action="store_true", help="say how many commands are left to run, and run nothing")
+    args = parser.parse_args()
+    plan = read_claims(args.plan)
+    names = args.only or list(plan["claims"])
+    unknown = [name for name in names if name not in plan["claims"]]
+    if unknown:
+        raise SystemExit(f"There is no claim `{unknown[0]}`: give some of {', '.join(plan['claims'])}.")
+    if args.page:
+        write_page(plan, names, args.results, args.page)
+        return
+    seeds = args.seeds or plan["seeds"]
+    options = {"device": args.device, "jobs": args.jobs, "threads": args.threads}
+
+    def nodes():
+        """What can be run now: validation, and all whose learning rate is picked."""
+        found = [node for name in names for node, _ in final_nodes(plan, name, seeds, args.runs).values()]
+        for name in names:
+            for arms in validation_arms(plan, name).values():
+                found = [arm.validation(VALIDATION_ROWS) for arm in arms.values()] + found
+        return [*found, *teacher_nodes(plan, names, seeds).values()]
+
+    if args.count:
+        left = [node for node in with_inputs(nodes()) if not node.is_done(args.runs)]
+        sys.stdout.write(f"{len(left)} commands are left to run.\n")
+        return
+    run_all(nodes, args.runs, minutes=args.minutes, **options)
+    write_results(plan, names, seeds, args.runs, args.results)
+
+
+if __name__ == "__main__":
+    main()
