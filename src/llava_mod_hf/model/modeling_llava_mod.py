@@ -5,6 +5,7 @@ import functools
 import inspect
 import re
 from dataclasses import dataclass, fields
+from typing import Any
 
 import torch
 import transformers
@@ -440,7 +441,7 @@ class LlavaModForConditionalGeneration(LlavaModPreTrainedModel, GenerationMixin)
         Returns:
             [`LlavaModCausalLMOutputWithPast`].
         """
-        text_config = self.config.text_config
+        text_config: Any = self.config.text_config
         if output_router_logits is None:
             output_router_logits = self.config.output_router_logits
         outputs = self.model(
