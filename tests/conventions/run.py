@@ -53,10 +53,11 @@ def fetch(version):
 
 def main(*options):
     libraries = FOLDER / "libraries"
-    install_into(libraries, "--no-deps", "parameterized")
+    install_into(libraries, "--no-deps", "parameterized==0.9.0")
     folder = fetch(importlib.metadata.version("transformers"))
     path = os.pathsep.join(map(str, [folder, libraries, os.environ.get("PYTHONPATH", "")]))
-    command = [sys.executable, "-m", "pytest", *options, "tests/conventions/suite.py"]
+    shown = ["-W", "default", "--disable-warnings", "-o", "verbosity_subtests=0"]  # some tests look for a warning
+    command = [sys.executable, "-m", "pytest", *shown, *options, "tests/conventions/suite.py"]
     raise SystemExit(subprocess.run(command, cwd=ROOT, env={**os.environ, "PYTHONPATH": path}).returncode)
 
 

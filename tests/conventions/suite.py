@@ -1,7 +1,9 @@
 """transformers' common tests over the stock LLaVA and over students; `run.py` says where the tests are from."""
 
 import contextlib
+import re
 import unittest
+from pathlib import Path
 from unittest import mock
 
 import pytest
@@ -13,6 +15,8 @@ from transformers_tests.test_configuration_common import ConfigTester
 from conventions.expected import FAILS, PARTS
 from llava_mod_hf import LlavaModConfig, LlavaModForConditionalGeneration
 from llava_mod_hf.model.modeling_llava_mod import LlavaModModel
+
+PAGE = Path(__file__).parents[2] / "docs" / "conventions.md"
 
 # The tests know by these names which classes have a loss: a model that transformers holds is in its tables.
 common.MODEL_MAPPING_NAMES = {**common.MODEL_MAPPING_NAMES, "llava_mod": "LlavaModModel"}
@@ -117,7 +121,7 @@ class TestLowRank(WithExperts, unittest.TestCase):
 
 
 @pytest.mark.parametrize("test", sorted({**FAILS, **PARTS}))
-def test_the_table_names_tests(test):
+def test_what_is_expected_is_a_test_and_told_of(test):
     assert hasattr(Common, test)
     assert {name for _, classes in FAILS.get(test, ()) for name in classes.split()} <= {
         "Stock",
@@ -125,3 +129,4 @@ def test_the_table_names_tests(test):
         "Sparse",
         "LowRank",
     }
+    assert re.search(r"`(\w+?)(_\d_\w+)?`", f"`{test}`")[1] in PAGE.read_text()
