@@ -10,9 +10,9 @@ export HF_HUB_DISABLE_TELEMETRY ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 # Two test processes of one thread each are faster than one of two: the models are tiny.
 WORKERS := -n 2 --dist loadfile
-test test-quantisation test-lowest test-newest test-all: export OMP_NUM_THREADS ?= 1
+test test-quantisation test-lowest test-newest test-conventions test-all: export OMP_NUM_THREADS ?= 1
 
-.PHONY: setup quickstart test test-quantisation test-versions test-lowest test-newest test-all lint typecheck weights clean
+.PHONY: setup quickstart test test-quantisation test-versions test-lowest test-newest test-conventions test-all lint typecheck weights clean
 
 setup: $(VENV)/.installed
 
@@ -48,6 +48,10 @@ test-lowest test-newest: setup
 # Every minor version of transformers, each in a folder of its own, about four minutes without the downloads.
 test-versions: setup
 	PYTHONPATH=tests $(BIN)/python tests/versions/check.py $(VERSIONS)
+
+# transformers' own common model tests over our classes, about three minutes; downloads its source distribution once.
+test-conventions: setup
+	PYTHONPATH=tests $(BIN)/python tests/conventions/run.py -q -n 2 --dist loadscope
 
 # Wheel and sdist, and the wheel's own run of the quickstart: in a clean environment, out of the repository, without `make`.
 WHEEL ?= $(or $(TMPDIR),/tmp)/llava-mod-wheel

@@ -247,6 +247,15 @@ def test_new_routers_and_experts_are_initialised(make_student, std):
     assert_initialised(LlavaModForConditionalGeneration(config), std)
 
 
+def test_a_towers_missing_weights_are_drawn_as_its_family_does():
+    vision_config = {"model_type": "clip_vision_model", **TINY_SIZES, "image_size": 64, "patch_size": 16}
+    config = LlavaModConfig(vision_config=vision_config, text_config=LlamaConfig(**TINY_TEXT))
+    model = LlavaModForConditionalGeneration.from_pretrained(None, config=config, state_dict={})
+    for layer in model.model.vision_tower.encoder.layers:
+        # CLIP has 1 / √width there, and 0.02 where nothing else is said
+        assert layer.self_attn.out_proj.weight.std().item() == pytest.approx(32**-0.5, rel=0.1)
+
+
 def test_a_checkpoint_that_lacks_weights_is_refused_by_the_stages_alone(make_student, tmp_path):
     make_student(moe_layers=[]).save_pretrained(tmp_path)
     message = r"has 6 of the model's weights not at all.*: model\.language_model\.layers\.0\.mlp\.experts\.down_proj"

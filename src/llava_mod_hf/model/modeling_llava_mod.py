@@ -5,6 +5,7 @@ import functools
 import inspect
 import re
 from dataclasses import dataclass, fields
+from typing import Any
 
 import torch
 import transformers
@@ -263,6 +264,12 @@ class LlavaModPreTrainedModel(LlavaPreTrainedModel):
         # transformers keeps the answer by class, and `LlavaModModel` would find that of the stock `LlavaModel`
         return HAS_IMPLEMENTATIONS
 
+    # In custom code transformers passes by modules without parameters of their own, in case they were loaded; but some
+    # towers draw their linear layers from there, as CLIP's attention does. What is drawn here keeps what was loaded.
+    @classmethod
+    def is_custom_code(cls):
+        return False
+
     # Once it has marked a tied head, transformers 5.3 takes it for one that the file had, and leaves it at random.
     def mark_tied_weights_as_initialized(self, *args, **kwargs):
         infos = [info for info in (*args, *kwargs.values()) if hasattr(info, "missing_keys")]
@@ -320,7 +327,7 @@ class LlavaModModel(LlavaModPreTrainedModel, LlavaModel):
         vision_feature_layer=None,
         vision_feature_select_strategy=None,
         **kwargs,
-    ):
+    ) -> LlavaModModelOutputWithPast:
         """
         Args:
             input_ids (`torch.LongTensor` of shape `(batch, sequence)`, *optional*):
@@ -417,7 +424,7 @@ class LlavaModForConditionalGeneration(LlavaModPreTrainedModel, GenerationMixin)
         logits_to_keep=0,
         output_router_logits=None,
         **kwargs,
-    ):
+    ) -> LlavaModCausalLMOutputWithPast:
         """
         Args:
             labels (`torch.LongTensor` of shape `(batch, sequence)`, *optional*):
@@ -434,7 +441,7 @@ class LlavaModForConditionalGeneration(LlavaModPreTrainedModel, GenerationMixin)
         Returns:
             [`LlavaModCausalLMOutputWithPast`].
         """
-        text_config = self.config.text_config
+        text_config: Any = self.config.text_config
         if output_router_logits is None:
             output_router_logits = self.config.output_router_logits
         outputs = self.model(

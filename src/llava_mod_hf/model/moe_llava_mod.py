@@ -80,7 +80,7 @@ def _grouped_mm_where_aligned(self, hidden_states, top_k_index, top_k_weights):
             f"in {self.down_proj.dtype}, and the experts have {widths[0]} and {widths[1]}: using the `eager` ones."
         )
         return type(self).loop_over_experts(self, hidden_states, top_k_index, top_k_weights)
-    return moe.grouped_mm_experts_forward(self, hidden_states, top_k_index, top_k_weights)
+    return moe.ALL_EXPERTS_FUNCTIONS["grouped_mm"](self, hidden_states, top_k_index, top_k_weights)
 
 
 # `experts_implementation="grouped_mm"` and others: since 5.4 transformers lets a class bring its own
