@@ -81,6 +81,23 @@ def test_log_probabilities_equal_a_float64_loop_over_single_rows(make_student, p
         assert found == pytest.approx(values, rel=1e-4)
 
 
+@pytest.mark.parametrize("column", ["prompt", "completion"])
+def test_an_example_that_spells_out_a_mark_is_refused(processor, rows, column):
+    examples = [{name: row[name] for name in ("images", "prompt", "completion")} for row in rows]
+    examples[3][column] = [{"role": "user" if column == "prompt" else "assistant", "content": "a <image> b"}]
+    with pytest.raises(ValueError, match="Example 3: a text holds `<image>`"):
+        answer_log_probs(None, processor, examples, batch_size=3)
+
+
+def test_answers_that_spell_out_a_mark_make_no_pair(folders, tmp_path, monkeypatch):
+    said = [("<|user|> red", True), ("an <image>", True), ("a", True), ("abc", True)]
+    monkeypatch.setattr(make_preferences, "sample_answers", lambda *a, **k: [said] * len(a[2]))
+    monkeypatch.setattr(f"{__name__}.longest", lambda row, answers: [len(answer) for answer in answers])
+    make(folders, tmp_path / "set")
+    for row in written(tmp_path / "set"):
+        assert (content(row["chosen"]), content(row["rejected"])) == ("abc", "a")
+
+
 def test_best_and_worst():
     assert best_and_worst(["a", "b", "c", "d"], [1.0, 3.0, 3.0, 0.0]) == (1, 3)
     assert best_and_worst(["a", "b"], [0.5, 0.5]) is None

@@ -122,8 +122,8 @@ def test_no_row_left_is_an_error_with_the_reasons(processor):
 
 BAD = {
     "an answer is empty": completion(" "),
-    "has 0 images, and its texts do not name": completion("red", images=0, question="<image> what?"),
-    "has 1 images, and its texts do not name": completion("an <image>"),
+    "a text holds `<image>`, which the tokenizer reads": completion("red", images=0, question="<image> what?"),
+    "a text holds `<image>`": completion("an <image>"),
     "has no answer": completion("red") | {"completion": []},
     "does not fit the chat template": completion("red") | {"prompt": [{"role": "human", "content": "?"}]},
 }

@@ -18,6 +18,7 @@ from llava_mod_hf.commands.generate_completions import (
 )
 from llava_mod_hf.data.arguments import DataArguments
 from llava_mod_hf.data.load import MESSAGES, image_root
+from llava_mod_hf.data.marks import check_marks, find_mark, leave_out_marked, marks_of
 from llava_mod_hf.evaluation.answers import evaluating, inputs_for, sample_answers
 from llava_mod_hf.evaluation.measures import normalize_answer
 from llava_mod_hf.losses.rows import shift_for_next_token
@@ -77,7 +78,13 @@ def answer_log_probs(model, processor, examples, *, batch_size, reduction="mean"
 
     Returns:
         `list[float]`: one in nats per answer.
+
+    Raises:
+        ValueError: if a text spells out a mark ([`~llava_mod_hf.data.marks.marks_of`]).
     """
+    marks = marks_of(processor)
+    for number, example in enumerate(examples):
+        check_marks([*example["prompt"], *example["completion"]], marks, f"Example {number}")
     collate = DataCollatorForVisionLanguageModeling(processor, completion_only_loss=True)
     found = []
     with evaluating(model):
@@ -138,17 +145,20 @@ class PairMaker:
     """
     Makes pairs out of a range of prompts.
 
+    Answers that are empty, cut off, or spell out a mark are none: nobody could train on them.
+
     Args:
         args ([`PairArguments`]).
         prompts ([`~llava_mod_hf.commands.generate_completions.PromptRows`]).
         model, processor: who answers.
         references (`list[str]` or `None`): right answers, for the scorer `answer`.
+        teacher (`tuple` or `None`): model and processor, for the scorer `teacher`.
     """
 
-    def __init__(self, args, prompts, model, processor, references):
+    def __init__(self, args, prompts, model, processor, references, teacher):
         self.args, self.prompts, self.model, self.processor = args, prompts, model, processor
-        self.references = references
-        self.teacher = args.load(args.teacher) if args.scorer == "teacher" else None
+        self.references, self.teacher = references, teacher
+        self.marks = [mark for reader in (processor, *(teacher or ())[1:]) for mark in marks_of(reader)]
         self.function = load_scorer(args.scorer) if ":" in args.scorer else None
         self.features = prompts.features(
             chosen=MESSAGES, rejected=MESSAGES, chosen_score=Value("float64"), rejected_score=Value("float64")
@@ -167,9 +177,10 @@ class PairMaker:
             top_p=args.top_p,
             seed=shard_seed(args.seed, numbers),
         )
+        kept = [[text.strip() for text, ended in row if ended or args.keep_unfinished] for row in sampled]
         return [
-            list(dict.fromkeys(text.strip() for text, ended in row if text.strip() and (ended or args.keep_unfinished)))
-            for row in sampled
+            list(dict.fromkeys(text for text in texts if text and find_mark(text, self.marks) is None))
+            for texts in kept
         ]
 
     def _scores(self, numbers, rows, answers):
@@ -224,10 +235,14 @@ def run(data_args: DataArguments, args: PairArguments):
         `dict`: `prompts`, and `rows` that were written of them: those with two answers of different score.
     """
     rows = load_prompts(data_args, args)
-    references = _ground_truth(rows) if args.scorer == "answer" else None
+    right_answers = _ground_truth if args.scorer == "answer" else lambda rows: None
+    right_answers(rows)  # refuses before a model is loaded
     model, processor = args.load(args.model)
+    teacher = args.load(args.teacher) if args.scorer == "teacher" else None
+    for reader in (processor, *(teacher or ())[1:]):
+        rows = leave_out_marked(rows, reader, bad_rows=data_args.bad_rows)
     prompts = PromptRows(rows, image_root(data_args))
-    make = PairMaker(args, prompts, model, processor, references)
+    make = PairMaker(args, prompts, model, processor, right_answers(rows), teacher)
     settings = {
         **args.identity("model", args.model, processor),
         "scorer": args.scorer,

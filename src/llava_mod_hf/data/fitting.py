@@ -10,8 +10,9 @@ from PIL import Image as PILImage
 from trl import apply_chat_template, is_conversational, prepare_multimodal_messages
 from trl.chat_template_utils import get_training_chat_template, has_generation_markers
 
-from llava_mod_hf.data.formats import check_answer, check_pair, text_of
+from llava_mod_hf.data.formats import check_answer, check_pair
 from llava_mod_hf.data.images import map_undecoded, open_image
+from llava_mod_hf.data.marks import check_marks, marks_of
 
 LENGTH, NUM_IMAGES, REASON = "length", "num_images", "reason"
 
@@ -204,7 +205,8 @@ def _render(row, num_images, processor, where):
     else:
         check_answer(row.get("messages") or row.get("completion"), where)
     if is_conversational(row):
-        _refuse_marks(row, processor, where)
+        for messages in row.values():
+            check_marks(messages, marks_of(processor), where)
         try:
             rendered = {
                 name: prepare_multimodal_messages(
@@ -221,25 +223,9 @@ def _render(row, num_images, processor, where):
     if places.pop("prompt") != num_images or any(places.values()):
         raise ValueError(
             f"{where} has {num_images} images, and its texts do not name `{processor.image_token}` as often in the "
-            "prompt and never in an answer: leave it out of messages, the chat template writes it."
+            "prompt and never in an answer: name it once for each image, or give messages, where the template does."
         )
     return row
-
-
-def _refuse_marks(row, processor, where):
-    """In a message's text, a token that opens a turn would be read as one: somebody else would be speaking."""
-    tokenizer = processor.tokenizer
-    named = {tokenizer.special_tokens_map.get(name) for name in tokenizer.SPECIAL_TOKENS_ATTRIBUTES}
-    named.add(processor.image_token)  # counted below
-    marks = [token for token in tokenizer.all_special_tokens if token not in named]
-    for message in (message for messages in row.values() for message in messages):
-        text = text_of(message["content"])
-        found = [mark for mark in marks if mark in text]
-        if found:
-            raise ValueError(
-                f"{where}: a text holds `{found[0]}`, which the tokenizer reads as a mark of its own: write it "
-                "otherwise, or leave out the row."
-            )
 
 
 def _count_messages(messages, processor):
