@@ -67,6 +67,12 @@ def test_a_run_stops_at_the_step_that_is_not_finite(trainer_of, tmp_path, kind, 
     assert [path.name for path in (tmp_path / "run").iterdir()] == ["checkpoint-1"]
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_max_length_that_cuts_through_an_image_is_refused_before_the_first_step(trainer_of, kind):
+    with pytest.raises(ValueError, match=r"`max_length` is 6, which cuts through the images of \d of the 4 rows"):
+        trainer_of(kind, max_length=6)
+
+
 def stub(*, skipped, weight=1.0):
     accelerator = SimpleNamespace(optimizer_step_was_skipped=skipped, device="cpu", reduce=lambda tensor: tensor)
     model = nn.Linear(2, 2)

@@ -27,6 +27,10 @@ REASONS = {
 
 MAX_SEEN = 4096
 
+TEXTS = ("prompt", "messages", "text")  # where a row's images are
+
+CHECKED_ROWS = 8  # of a stream, whose rows are read when they are trained on
+
 logger = logging.getLogger(__name__)
 
 
@@ -117,6 +121,70 @@ def _fit_stream(rows, measure, report):
 
     rows = map_undecoded(rows, measure_all, features=Features({**rows.features, **added}), batch_size=16)
     return rows.filter(keep, input_columns=[LENGTH, REASON]).remove_columns(REASON)
+
+
+def check_images_fit(rows, processor, *, max_length, num_proc=None):
+    """
+    Refuses a `max_length` that cuts through an image's tokens, which the model would find out at some step.
+
+    For rows that did not go through [`fit_rows`], which leaves them out. A row without images, or one whose answer
+    alone is cut, is as TRL has it. Of a stream the first rows are measured.
+
+    Args:
+        rows (`datasets.Dataset` or `datasets.IterableDataset`).
+        processor (`ProcessorMixin`): the student's.
+        max_length (`int` or `None`): tokens of the context; `None` for no limit.
+        num_proc (`int`, *optional*): processes that tokenise.
+
+    Raises:
+        ValueError: naming the first such row, and how many tokens would do.
+    """
+    names = rows.column_names or []
+    images = next((name for name in ("images", "image") if name in names), None)
+    streamed = isinstance(rows, IterableDataset)
+    if max_length is None or images is None:
+        return
+    if LENGTH in names and (streamed or max(rows[LENGTH], default=0) <= max_length):
+        return
+    rows = rows.take(CHECKED_ROWS) if streamed else rows
+    measured = map_undecoded(
+        rows.select_columns([images, *(name for name in TEXTS if name in names)]),
+        functools.partial(_image_ends, images=images, processor=processor, image_tokens=image_token_counter(processor)),
+        features=Features({LENGTH: Value("int64")}),
+        num_proc=num_proc,
+        desc="Measuring images",
+        remove_columns=[name for name in names if name in (images, *TEXTS)],
+    )
+    ends = [row[LENGTH] for row in measured]
+    longest = max(range(len(ends)), key=ends.__getitem__, default=None)
+    if longest is not None and ends[longest] > max_length:
+        count = sum(end > max_length for end in ends)
+        raise ValueError(
+            f"`max_length` is {max_length}, which cuts through the images of {count} of the {len(ends)} rows; those of "
+            f"row {longest} end at token {ends[longest]}: give at least that, or leave such rows out with "
+            "`llava_mod_hf.data.fitting.fit_rows`."
+        )
+
+
+def _image_ends(batch, indices, *, images, processor, image_tokens):
+    """Tokens of each row up to the last one of its images; 0 of a row without any, or that no template fits."""
+    ends = []
+    for place, found in enumerate(batch[images]):
+        found = found if isinstance(found, list) else [found] if found else []
+        text = next((batch[name][place] for name in TEXTS if name in batch), "")
+        try:
+            if found and not isinstance(text, str):
+                messages = prepare_multimodal_messages(text, images=[None] * len(found))
+                text = processor.apply_chat_template(messages, tokenize=False)
+        except (ValueError, KeyError, TypeError, TemplateError):  # the collator says so of a row that is read
+            text = ""
+        before, mark, _ = text.rpartition(processor.image_token) if found else ("", "", "")
+        if not mark:
+            ends.append(0)
+            continue
+        tokens = processor.tokenizer(before + mark, add_special_tokens=False)["input_ids"]
+        ends.append(len(tokens) + sum(image_tokens(image) - 1 for image in found))
+    return {LENGTH: ends}
 
 
 def image_token_counter(processor):

@@ -9,6 +9,8 @@ from transformers import Trainer, TrainerCallback
 from transformers.trainer_utils import HubStrategy, TrainOutput
 from transformers.utils import PushInProgress
 
+from llava_mod_hf.data.fitting import check_images_fit
+from llava_mod_hf.teachers.protocol import row_sets
 from llava_mod_hf.training.checkpoints import STATE_FILE, chosen_checkpoint
 from llava_mod_hf.training.finite_steps import FiniteSteps
 from llava_mod_hf.training.hub_pushes import UNFINISHED, push_model
@@ -31,6 +33,8 @@ class SafeRun(Trainer):
     """
     For a trainer, before its own parent:
 
+    - a `max_length` that cuts through an image is refused, where the rows did not go through
+      [`~llava_mod_hf.data.fitting.fit_rows`];
     - a run stops at the step whose loss or weights are not finite, and writes nothing of it;
     - `train` takes up whole checkpoints alone, of the same recipe, and takes no step more than there are;
     - no file that it writes contains the Hub token, and what it pushes is the model alone, without a path of this
@@ -43,6 +47,13 @@ class SafeRun(Trainer):
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
+        for rows in row_sets(self.train_dataset, self.eval_dataset):
+            check_images_fit(
+                rows,
+                self.processing_class,
+                max_length=self.args.max_length,
+                num_proc=self.args.dataset_num_proc,
+            )
         self.recipe = None
         self._finite_steps = FiniteSteps(self)
         self.add_callback(self._finite_steps)
