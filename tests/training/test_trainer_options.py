@@ -138,7 +138,7 @@ def test_what_another_option_makes_read_is_taken_with_it(stage, name):
         (
             "mimic",
             {"divergence": "jsd", "reference_compat": ["soft_cross_entropy"]},
-            r"`divergence` is 'jsd', which does nothing beside `reference_compat: \[soft_cross_entropy\]`.*leave one out",
+            "`divergence` is 'jsd', which does nothing beside `reference_compat: .*leave one out",
         ),
         ("mimic", {"teacher_weights": [0.0, 0.0]}, r"`teacher_weights` is \[0.0, 0.0\]"),
         ("mimic", {"teacher_weights": [1.0, -0.5]}, r"`teacher_weights` is \[1.0, -0.5\]"),

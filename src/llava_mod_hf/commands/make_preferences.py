@@ -17,6 +17,7 @@ from llava_mod_hf.commands.generate_completions import (
     write_answers,
 )
 from llava_mod_hf.data.arguments import DataArguments
+from llava_mod_hf.data.formats import check_answer, text_of
 from llava_mod_hf.data.load import MESSAGES, image_root
 from llava_mod_hf.data.marks import check_marks, find_mark, leave_out_marked, marks_of
 from llava_mod_hf.evaluation.answers import evaluating, inputs_for, sample_answers
@@ -133,12 +134,38 @@ def best_and_worst(answers, scores):
     return None if not answers or scores[best] == scores[worst] else (best, worst)
 
 
-def _ground_truth(rows):
-    if "answer" in rows.column_names:
-        return list(rows["answer"])
-    if "completion" in rows.column_names:
-        return ["".join(message["content"] for message in messages) for messages in rows["completion"]]
-    raise ValueError("`scorer` is `answer`, and the rows have neither an `answer` nor a `completion` to compare with.")
+def right_answers(rows):
+    """
+    What the scorer `answer` compares with.
+
+    Args:
+        rows (`datasets.Dataset`): with an `answer`, or else a `completion`.
+
+    Returns:
+        `list[str]`.
+
+    Raises:
+        ValueError: if the rows have neither, or naming one whose answer is no text.
+    """
+    column = next((name for name in ("answer", "completion") if name in rows.column_names), None)
+    if column is None:
+        raise ValueError(
+            "`scorer` is `answer`, and the rows have neither an `answer` nor a `completion` to compare with."
+        )
+    numbers = rows["source_row"][:] if "source_row" in rows.column_names else range(len(rows))
+    answers = []
+    for number, answer in zip(numbers, rows[column], strict=True):
+        text = answer
+        if column == "completion" and isinstance(answer, list):
+            check_answer(answer, f"Row {number}")
+            text = "".join(text_of(message["content"]) for message in answer)
+        if not isinstance(text, str) or not text.strip():
+            raise ValueError(
+                f"Row {number}: the `{column}` is {answer!r:.80}: `scorer: answer` compares with a text; give one, or "
+                "leave out the row."
+            )
+        answers.append(text)
+    return answers
 
 
 class PairMaker:
@@ -235,14 +262,15 @@ def run(data_args: DataArguments, args: PairArguments):
         `dict`: `prompts`, and `rows` that were written of them: those with two answers of different score.
     """
     rows = load_prompts(data_args, args)
-    right_answers = _ground_truth if args.scorer == "answer" else lambda rows: None
-    right_answers(rows)  # refuses before a model is loaded
+    if args.scorer == "answer":
+        right_answers(rows)  # refuses before a model is loaded
     model, processor = args.load(args.model)
     teacher = args.load(args.teacher) if args.scorer == "teacher" else None
     for reader in (processor, *(teacher or ())[1:]):
         rows = leave_out_marked(rows, reader, bad_rows=data_args.bad_rows)
     prompts = PromptRows(rows, image_root(data_args))
-    make = PairMaker(args, prompts, model, processor, right_answers(rows), teacher)
+    references = right_answers(rows) if args.scorer == "answer" else None
+    make = PairMaker(args, prompts, model, processor, references, teacher)
     settings = {
         **args.identity("model", args.model, processor),
         "scorer": args.scorer,
