@@ -122,6 +122,9 @@ def test_training_is_taken_up_in_python(trainer_of, tmp_path, kind):
     assert all(weights[name].equal(value) for name, value in trainer.model.state_dict().items())
     with pytest.raises(ValueError, match="`learning_rate` was"):
         trainer_of(kind, **SAVING, learning_rate=0.5).train(resume_from_checkpoint=True)
+    (tmp_path / "run" / "checkpoint-2" / "launch.yaml").write_text("processes: 2")
+    with pytest.raises(ValueError, match="the number of processes was 2 and is 1"):
+        last.train(resume_from_checkpoint=True)
     last.train()
     assert rest.taken == 2  # from the start
 

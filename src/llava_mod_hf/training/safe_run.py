@@ -14,7 +14,7 @@ from llava_mod_hf.teachers.protocol import row_sets
 from llava_mod_hf.training.checkpoints import STATE_FILE, chosen_checkpoint
 from llava_mod_hf.training.finite_steps import FiniteSteps
 from llava_mod_hf.training.hub_pushes import UNFINISHED, push_model
-from llava_mod_hf.training.run_recipe import Recipe, check_same_recipe, resolved_options, write_recipe
+from llava_mod_hf.training.run_recipe import Recipe, check_same_recipe, resolved_options, write_processes, write_recipe
 
 
 class AllStepsTaken(Exception):
@@ -72,7 +72,7 @@ class SafeRun(Trainer):
         """
         choice = self.args.resume_from_checkpoint if resume_from_checkpoint is None else resume_from_checkpoint
         checkpoint = chosen_checkpoint(False if choice is None else choice, self.args.output_dir)
-        self.recipe = self.recipe or Recipe(resolved_options(self.args), {})
+        self.recipe = self.recipe or Recipe(resolved_options(self.args), {}, self.args.world_size)
         if checkpoint is not None:
             check_same_recipe(checkpoint, self.recipe)
         try:
@@ -108,6 +108,7 @@ class SafeRun(Trainer):
                 folder.mkdir(parents=True, exist_ok=True)
                 (folder / STATE_FILE).unlink(missing_ok=True)  # of a damaged one, which it would call whole
                 write_recipe(self.recipe, folder)
+                write_processes(self.recipe.processes, folder)
             super()._save_checkpoint(model, trial)
 
     # The parent commits its output folder, where logs and the pickle of its arguments lie.
