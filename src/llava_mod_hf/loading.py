@@ -4,6 +4,7 @@ import json
 import logging
 import re
 from pathlib import Path
+from pickle import UnpicklingError
 
 import torch
 from safetensors import SafetensorError
@@ -87,12 +88,26 @@ def load_whole(auto_class, path, **kwargs):
             model, info = auto_class.from_pretrained(
                 path, output_loading_info=True, ignore_mismatched_sizes=True, **kwargs
             )
-    except (RuntimeError, SafetensorError) as error:
+    except (RuntimeError, SafetensorError, EOFError, UnpicklingError) as error:
         _refuse_missing(path, re.findall(r"^(\S+) +\| CONVERSION", report.text, flags=re.M))
-        raise ValueError(f"The weights of `{path}` are cut off or of another model: {error}") from error
+        if isinstance(error, RuntimeError) and not any(word in str(error) for word in OF_A_FILE):
+            raise  # of a device, or of its memory
+        raise ValueError(f"The weights of `{path}` are cut off or of another model: {_reason(error)}") from error
     _refuse_missing(path, {*info["missing_keys"], *(name for name, *_ in info["mismatched_keys"])})
     _refuse_not_finite(path, model)
     return model
+
+
+OF_A_FILE = (
+    "PytorchStreamReader",
+    "loading state_dict",
+    "conversion of the weights",
+)  # PyTorch's and transformers' words
+
+
+def _reason(error):
+    """What an error says, in one line; some say nothing, and some a page."""
+    return " ".join(str(error).split())[:300] or type(error).__name__
 
 
 def _refuse_missing(path, names):
@@ -139,8 +154,8 @@ def load_model_and_processor(
         `tuple[PreTrainedModel, ProcessorMixin]`.
 
     Raises:
-        ValueError: as in [`load_whole`], and if the folder has no processor, only a tokenizer, or the quantisation is
-            unknown or not installed.
+        ValueError: as in [`load_whole`], and if the folder has no processor, only a tokenizer, the device is not there
+            or has no room, or the quantisation is unknown or not installed.
     """
     path = resolve(name)
     try:
@@ -155,11 +170,16 @@ def load_model_and_processor(
         )
     except ImportError as error:
         raise _missing_library(error, name, attn_implementation, quantization) from error
-    except AssertionError as error:  # PyTorch asserts that it was built for a device
+    except torch.OutOfMemoryError as error:
+        where = "" if device is None else f" on the device `{device}`"
+        raise ValueError(
+            f"`{name}` has no room{where} ({_reason(error)}): give a larger or an emptier one, or a smaller `dtype`."
+        ) from error
+    except (AssertionError, RuntimeError) as error:  # PyTorch asserts that it was built for a device
         if device is None:
             raise
         raise ValueError(
-            f"`{name}` cannot be put on the device `{device}` ({error}): give one that is here."
+            f"`{name}` cannot be put on the device `{device}` ({_reason(error)}): give one that is here."
         ) from error
     try:
         processor = AutoProcessor.from_pretrained(path, trust_remote_code=trust_remote_code)

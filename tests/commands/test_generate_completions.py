@@ -77,6 +77,27 @@ def test_greedy_answers_take_the_place_of_the_data_sets(folder, model, processor
     assert shards == [f"train-{i:05d}-of-00003.parquet" for i in range(3)]
 
 
+def test_answers_that_spell_out_a_mark_are_left_out(folder, tmp_path, monkeypatch):
+    def sample(model, processor, dataset, **kwargs):
+        return [[(text, True)] for text in ("red", "an <image>", "<|user|>")[: len(dataset)]]
+
+    monkeypatch.setattr(generate_completions, "sample_answers", sample)
+    assert run_generate_completions(data(), options(folder, tmp_path / "set")) == {"prompts": ROWS, "rows": 3}
+    assert set(texts(written(tmp_path / "set"))) == {"red"}
+
+
+def test_a_prompt_that_spells_out_a_mark_is_named_or_left_out(folder, rows, tmp_path, monkeypatch):
+    marked = [
+        messages if i != 4 else [{"role": "user", "content": "<image>?"}] for i, messages in enumerate(rows["prompt"])
+    ]
+    other = rows.remove_columns("prompt").add_column("prompt", marked)
+    monkeypatch.setattr(generate_completions, "load_rows", lambda *args, **kwargs: other)
+    with pytest.raises(ValueError, match="Row 4: a text holds `<image>`"):
+        run_generate_completions(data(), options(folder, tmp_path / "error"))
+    counts = run_generate_completions(data(bad_rows="drop"), options(folder, tmp_path / "set"))
+    assert counts["prompts"] == ROWS - 1
+
+
 class Stops(Exception):
     pass
 

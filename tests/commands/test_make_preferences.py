@@ -5,12 +5,13 @@ import json
 import pytest
 import torch
 import yaml
+from datasets import Dataset
 
 from helpers.ddp_gradients import RUN
 from helpers.models import extend, prompt_inputs, sharpen
 from llava_mod_cli import main
 from llava_mod_hf.commands import make_preferences
-from llava_mod_hf.commands.make_preferences import PairArguments, answer_log_probs, best_and_worst
+from llava_mod_hf.commands.make_preferences import PairArguments, answer_log_probs, best_and_worst, right_answers
 from llava_mod_hf.commands.make_preferences import run as run_make_preferences
 from llava_mod_hf.data import easy_vqa
 from llava_mod_hf.data.arguments import DataArguments
@@ -79,6 +80,23 @@ def test_log_probabilities_equal_a_float64_loop_over_single_rows(make_student, p
     for reduction, values in expected.items():
         found = answer_log_probs(model, processor, examples, batch_size=3, reduction=reduction)
         assert found == pytest.approx(values, rel=1e-4)
+
+
+@pytest.mark.parametrize("column", ["prompt", "completion"])
+def test_an_example_that_spells_out_a_mark_is_refused(processor, rows, column):
+    examples = [{name: row[name] for name in ("images", "prompt", "completion")} for row in rows]
+    examples[3][column] = [{"role": "user" if column == "prompt" else "assistant", "content": "a <image> b"}]
+    with pytest.raises(ValueError, match="Example 3: a text holds `<image>`"):
+        answer_log_probs(None, processor, examples, batch_size=3)
+
+
+def test_answers_that_spell_out_a_mark_make_no_pair(folders, tmp_path, monkeypatch):
+    said = [("<|user|> red", True), ("an <image>", True), ("a", True), ("abc", True)]
+    monkeypatch.setattr(make_preferences, "sample_answers", lambda *a, **k: [said] * len(a[2]))
+    monkeypatch.setattr(f"{__name__}.longest", lambda row, answers: [len(answer) for answer in answers])
+    make(folders, tmp_path / "set")
+    for row in written(tmp_path / "set"):
+        assert (content(row["chosen"]), content(row["rejected"])) == ("abc", "a")
 
 
 def test_best_and_worst():
@@ -182,6 +200,33 @@ def test_ground_truth(folders, tmp_path, rows, monkeypatch):
     )
     with pytest.raises(ValueError, match=f"None of the {ROWS} prompts led to a row"):
         make(folders, tmp_path / "none", scorer="answer")
+
+
+PARTS = [{"role": "assistant", "content": [{"type": "text", "text": "a "}, {"type": "text", "text": "dog"}]}]
+SAID = [{"role": "assistant", "content": None}]
+
+
+@pytest.mark.parametrize(
+    ("columns", "told"),
+    [
+        ({"answer": ["red", None]}, "Row 1: the `answer` is None: `scorer: answer` compares with a text"),
+        ({"answer": [["red"], ["blue"]]}, r"Row 0: the `answer` is \['red'\]: `scorer: answer` compares with a text"),
+        ({"answer": [3, 4]}, "Row 0: the `answer` is 3"),
+        ({"answer": ["red", " "], "source_row": [4, 9]}, "Row 9: the `answer` is ' '"),
+        ({"completion": [PARTS, None]}, "Row 1: the `completion` is None"),
+        ({"completion": [SAID]}, "Row 0: an answer is empty"),
+        ({"completion": [[{"role": "assistant", "content": ["a", "dog"]}]]}, r"Row 0: an answer is .*: give a text"),
+        ({"question": ["what?"]}, "have neither an `answer` nor a `completion`"),
+    ],
+)
+def test_what_answers_cannot_be_compared_with_is_named(columns, told):
+    with pytest.raises(ValueError, match=told):
+        right_answers(Dataset.from_dict(columns))
+
+
+def test_a_right_answer_may_be_a_text_or_parts_of_one():
+    assert right_answers(Dataset.from_dict({"completion": [PARTS]})) == ["a dog"]
+    assert right_answers(Dataset.from_dict({"completion": ["a dog"]})) == ["a dog"]
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ from PIL import Image
 from trl.trainer.dpo_trainer import DataCollatorForVisionPreference
 from trl.trainer.sft_trainer import DataCollatorForVisionLanguageModeling
 
-from llava_mod_hf.data.fitting import fit_rows, image_token_counter
+from llava_mod_hf.data.fitting import check_images_fit, fit_rows, image_token_counter
 
 MESSAGES = [{"role": Value("string"), "content": Value("string")}]
 IMAGE = Image.new("RGB", (20, 10), "red")
@@ -122,8 +122,8 @@ def test_no_row_left_is_an_error_with_the_reasons(processor):
 
 BAD = {
     "an answer is empty": completion(" "),
-    "has 0 images, and its texts do not name": completion("red", images=0, question="<image> what?"),
-    "has 1 images, and its texts do not name": completion("an <image>"),
+    "a text holds `<image>`, which the tokenizer reads": completion("red", images=0, question="<image> what?"),
+    "a text holds `<image>`": completion("an <image>"),
     "has no answer": completion("red") | {"completion": []},
     "does not fit the chat template": completion("red") | {"prompt": [{"role": "human", "content": "?"}]},
 }
@@ -185,3 +185,26 @@ def test_images_whose_tokens_depend_on_their_size_are_counted_by_their_headers(p
         assert count({"bytes": None, "path": str(path)}) == expected
         assert count({"bytes": path.read_bytes(), "path": None}) == expected
     assert image_token_counter(processor)({"bytes": None, "path": "nowhere.png"}) == 16
+
+
+@pytest.mark.parametrize("kind", ["completion", "messages", "pair"])
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_max_length_that_cuts_through_an_image_is_refused(processor, kind, streaming):
+    rows = rows_of(*{"completion": COMPLETIONS, "messages": CONVERSATIONS, "pair": PAIRS}[kind])
+    text = "<|user|>" + "<image>" * max(len(images) for images in rows["images"])
+    end = 1 + 16 * text.count("<image>")  # tokens up to the last image's last
+    assert len(processor(text=text, images=[IMAGE] * text.count("<image>"))["input_ids"][0]) == end
+    source = rows.to_iterable_dataset() if streaming else rows
+    for max_length in (None, end, 1000):
+        check_images_fit(source, processor, max_length=max_length)
+    for max_length in (end - 1, 6):
+        told = rf"`max_length` is {max_length}, which cuts through .* of row . end at token {end}: give at least that"
+        with pytest.raises(ValueError, match=told):
+            check_images_fit(source, processor, max_length=max_length)
+
+
+def test_rows_that_went_through_fit_rows_are_not_measured_again(processor, monkeypatch):
+    fitted, _ = fit_rows(rows_of(*COMPLETIONS), processor, max_length=None)
+    monkeypatch.setattr("llava_mod_hf.data.fitting.map_undecoded", lambda *a, **k: pytest.fail("measured again"))
+    check_images_fit(fitted, processor, max_length=max(fitted["length"]))
+    check_images_fit(fitted.remove_columns("images"), processor, max_length=6)

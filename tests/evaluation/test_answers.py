@@ -1,4 +1,5 @@
 import math
+import re
 from collections import Counter
 
 import pytest
@@ -157,6 +158,25 @@ def test_evaluation_leaves_modes_and_random_state_alone(make_student, processor,
     assert set(seen) == {(False, False)}
     assert [module.training for module in model.modules()] == before
     assert torch.equal(torch.get_rng_state(), state)
+
+
+def with_text(dataset, column, place, text):
+    """The first rows, one of them with a text added to its first message."""
+    rows = [dict(row) for row in dataset.select(range(3))]
+    rows[place][column] = [rows[place][column][0] | {"content": text}]
+    return Dataset.from_list(rows, features=dataset.features)
+
+
+@pytest.mark.parametrize("mark", ["<image>", "<|assistant|>"])
+def test_rows_that_spell_out_a_mark_are_refused_before_any_answer(student, processor, dataset, monkeypatch, mark):
+    monkeypatch.setattr(student, "forward", lambda *args, **kwargs: pytest.fail("read first"))
+    for column in ("prompt", "completion"):
+        rows = with_text(dataset, column, 2, f"a {mark} b")
+        with pytest.raises(ValueError, match=f"Row 2: a text holds `{re.escape(mark)}`"):
+            if column == "prompt":
+                generate_answers(student, processor, rows)
+            else:
+                kl_to_teacher(student, student, processor, rows)
 
 
 @pytest.mark.parametrize("temperature", [1.0, 2.0])

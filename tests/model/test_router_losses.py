@@ -81,6 +81,14 @@ def test_router_losses_against_sums_written_out(loss_type):
         torch.testing.assert_close(found_gradients, expected_gradients, rtol=0, atol=1e-6)
 
 
+@pytest.mark.parametrize("loss_type", ["mean", None])
+def test_a_kind_that_nobody_knows_is_refused(loss_type):
+    """The config refuses it when it is made, and not when it is changed."""
+    config = LlamaConfig(num_experts=4, num_experts_per_tok=2, router_aux_loss_type=loss_type)
+    with pytest.raises(ValueError, match=f"`router_aux_loss_type` is {loss_type!r}: give 'switch' or 'pooled'"):
+        router_losses([torch.zeros(2, 4)], config)
+
+
 @torch.no_grad()
 @pytest.mark.parametrize("loss_type", ["switch", "pooled"])
 def test_loss_and_router_losses(make_student, batch, loss_type):

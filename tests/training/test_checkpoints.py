@@ -13,7 +13,15 @@ from llava_mod_hf.commands.arguments import DistillArguments, StudentArguments, 
 from llava_mod_hf.data.arguments import DataArguments
 from llava_mod_hf.training.adapt_config import AdaptConfig
 from llava_mod_hf.training.checkpoints import chosen_checkpoint, damaged_file, last_complete_checkpoint
-from llava_mod_hf.training.run_recipe import MAY_CHANGE, Recipe, check_same_recipe, recipe_of
+from llava_mod_hf.training.run_recipe import (
+    MAY_CHANGE,
+    PROCESSES_FILE,
+    Recipe,
+    check_same_recipe,
+    recipe_of,
+    write_processes,
+    write_recipe,
+)
 
 FILES = ("model.safetensors", "optimizer.pt", "rng_state.pth", "trainer_state.json")
 
@@ -68,6 +76,25 @@ def test_what_changes_learning_is_refused_by_name(tmp_path):
     # an option that came later is at its default, or was chosen
     assert refusal(tmp_path, then, then | {"new": 3}) is None
     assert "`new` was None and is 3" in refusal(tmp_path, then, then | {"new": 3}, changed=["new"])
+
+
+def test_another_number_of_processes_is_refused_with_what_keeps_the_rows_of_a_step(tmp_path):
+    options = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 3}
+    write_recipe(Recipe(options, {}), tmp_path)
+    write_processes(4, tmp_path)
+    check_same_recipe(tmp_path, Recipe(options, {}, processes=4))
+    with pytest.raises(ValueError, match=r"processes was 4 and is 2\. .*`gradient_accumulation_steps: 6` .* 24 rows"):
+        check_same_recipe(tmp_path, Recipe(options, {}, processes=2))
+    # another number of accumulation steps keeps the rows of a step, and not what is drawn for them
+    with pytest.raises(
+        ValueError, match=r"`gradient_accumulation_steps` was 3 and is 6, the number of processes was 4"
+    ):
+        check_same_recipe(tmp_path, Recipe(options | {"gradient_accumulation_steps": 6}, {}, processes=2))
+    with pytest.raises(ValueError, match=r"was 4 and is 5\. .*in another `output_dir`") as error:
+        check_same_recipe(tmp_path, Recipe(options, {}, processes=5))
+    assert "24 rows" not in str(error.value)
+    (tmp_path / PROCESSES_FILE).unlink()  # an older checkpoint does not say
+    check_same_recipe(tmp_path, Recipe(options, {}, processes=2))
 
 
 @pytest.mark.parametrize(("schedule", "may"), [("constant", True), ("constant_with_warmup", True), ("cosine", False)])

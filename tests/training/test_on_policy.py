@@ -75,6 +75,23 @@ def test_each_answer_is_what_the_student_generates_of_its_prompt(trainer_of, pro
     assert [example["prompt"] for example in found] == [example["prompt"] for example in rows().select(range(3))]
 
 
+def test_a_mark_that_the_student_spells_out_is_left_out_of_its_answer(trainer_of, processor, monkeypatch):
+    trainer = trainer_of(on_policy_max_new_tokens=16)
+    examples = [trainer.train_dataset[i] for i in range(2)]
+    ids = [
+        processor.tokenizer(list(text), add_special_tokens=False)["input_ids"] for text in ("a <image>.", "<|user|>")
+    ]
+    spelt = torch.tensor([([*itertools.chain(*row)] + [processor.tokenizer.pad_token_id] * 16)[:16] for row in ids])
+    assert processor.batch_decode(spelt, skip_special_tokens=True) == ["a <image>.", "<|user|>"]
+    monkeypatch.setattr(
+        trainer.model, "generate", lambda input_ids, **kwargs: torch.cat([input_ids, spelt], dim=1), raising=False
+    )
+    found = on_policy.answered_by_student(trainer, examples)
+    assert texts(found) == ["a .", ""]
+    batch = trainer.data_collator(found)
+    assert (batch["input_ids"] == processor.image_token_id).sum() == 16 * sum(len(row["images"]) for row in examples)
+
+
 def test_prompts_are_those_of_the_collator_padded_on_the_left(trainer_of, processor):
     trainer = trainer_of()
     examples = [trainer.train_dataset[i] for i in range(4)]

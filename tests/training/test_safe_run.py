@@ -67,6 +67,12 @@ def test_a_run_stops_at_the_step_that_is_not_finite(trainer_of, tmp_path, kind, 
     assert [path.name for path in (tmp_path / "run").iterdir()] == ["checkpoint-1"]
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_max_length_that_cuts_through_an_image_is_refused_before_the_first_step(trainer_of, kind):
+    with pytest.raises(ValueError, match=r"`max_length` is 6, which cuts through the images of \d of the 4 rows"):
+        trainer_of(kind, max_length=6)
+
+
 def stub(*, skipped, weight=1.0):
     accelerator = SimpleNamespace(optimizer_step_was_skipped=skipped, device="cpu", reduce=lambda tensor: tensor)
     model = nn.Linear(2, 2)
@@ -116,6 +122,9 @@ def test_training_is_taken_up_in_python(trainer_of, tmp_path, kind):
     assert all(weights[name].equal(value) for name, value in trainer.model.state_dict().items())
     with pytest.raises(ValueError, match="`learning_rate` was"):
         trainer_of(kind, **SAVING, learning_rate=0.5).train(resume_from_checkpoint=True)
+    (tmp_path / "run" / "checkpoint-2" / "launch.yaml").write_text("processes: 2")
+    with pytest.raises(ValueError, match="the number of processes was 2 and is 1"):
+        last.train(resume_from_checkpoint=True)
     last.train()
     assert rest.taken == 2  # from the start
 

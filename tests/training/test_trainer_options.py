@@ -135,6 +135,11 @@ def test_what_another_option_makes_read_is_taken_with_it(stage, name):
         ("mimic", {"kl_weight": 0.0}, r"`kl_weight`, `lm_weight` is \[0.0, 0.0\].*not all of them 0"),
         ("mimic", {"kl_weight": -1.0, "lm_weight": 1.0}, r"`kl_weight`, `lm_weight` is \[-1.0, 1.0\]"),
         ("mimic", {"lm_weight": float("nan")}, "`kl_weight`, `lm_weight` is"),
+        (
+            "mimic",
+            {"divergence": "jsd", "reference_compat": ["soft_cross_entropy"]},
+            "`divergence` is 'jsd', which does nothing beside `reference_compat: .*leave one out",
+        ),
         ("mimic", {"teacher_weights": [0.0, 0.0]}, r"`teacher_weights` is \[0.0, 0.0\]"),
         ("mimic", {"teacher_weights": [1.0, -0.5]}, r"`teacher_weights` is \[1.0, -0.5\]"),
         ("mimic", {"teacher_weights": []}, r"`teacher_weights` is \[\]"),

@@ -1,12 +1,14 @@
 """`llava-mod evaluate`: measure answers and hallucination."""
 
 import dataclasses
+import functools
 import logging
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from llava_mod_hf.data.arguments import DataArguments
 from llava_mod_hf.data.load import load_rows
+from llava_mod_hf.data.marks import leave_out_marked
 from llava_mod_hf.evaluation.answers import evaluate_blind, evaluate_model
 from llava_mod_hf.evaluation.expert_load import expert_load
 from llava_mod_hf.loading import load_model_and_processor
@@ -65,10 +67,13 @@ def run(data_args: DataArguments, args: EvaluateCommand):
     rows = load_rows(data_args, columns=QUESTION_COLUMNS, split=data_args.dataset_test_split, seed=args.seed)
     all_rows = dataclasses.replace(data_args, dataset_name=training_name, max_samples=None)
     training = load_rows(all_rows, columns=QUESTION_COLUMNS, seed=args.seed).remove_columns("images")
+    without_marked = functools.partial(leave_out_marked, columns=("prompt", "completion"), bad_rows=data_args.bad_rows)
     model, processor = load_model_and_processor(args.model, trust_remote_code=args.trust_remote_code)
+    rows = without_marked(rows, processor)
     teacher = teacher_results = None
     if args.teacher:
         teacher, teacher_processor = load_model_and_processor(args.teacher, trust_remote_code=args.trust_remote_code)
+        rows = without_marked(rows, teacher_processor)
         teacher_results = evaluate_model(teacher, teacher_processor, rows, batch_size=args.batch_size)
     results = {
         "student": evaluate_model(model, processor, rows, teacher=teacher, batch_size=args.batch_size),

@@ -12,6 +12,7 @@ from pyarrow.parquet import read_metadata
 
 from llava_mod_hf.data.arguments import DataArguments
 from llava_mod_hf.data.load import MESSAGES, image_root, load_rows
+from llava_mod_hf.data.marks import find_mark, leave_out_marked, marks_of
 from llava_mod_hf.data.parquet_shards import check_shards, write_shards
 from llava_mod_hf.evaluation.answers import sample_answers
 from llava_mod_hf.fingerprints import content_hash, processor_parts
@@ -200,10 +201,12 @@ def run(data_args: DataArguments, args: GenerationArguments):
     Every other column is kept, an image in a folder stays there, and earlier answers of the row are left out.
 
     Returns:
-        `dict`: `prompts`, and `rows` that were written of them: those with an answer that is not empty and has an end.
+        `dict`: `prompts`, and `rows` that were written of them: those with an answer that is not empty, has an end, and
+        spells out no mark that would be read as a picture or as somebody else's turn.
     """
     rows = load_prompts(data_args, args)
     model, processor = args.load(args.model)
+    rows, marks = leave_out_marked(rows, processor, bad_rows=data_args.bad_rows), marks_of(processor)
     prompts = PromptRows(rows, image_root(data_args))
     features = prompts.features(completion=MESSAGES)
 
@@ -221,7 +224,7 @@ def run(data_args: DataArguments, args: GenerationArguments):
         rows = [
             {**row, "completion": [{"role": "assistant", "content": text.strip()}]}
             for row, ((text, ended),) in zip(prompts.read(numbers), answers, strict=True)
-            if text.strip() and (ended or args.keep_unfinished)
+            if text.strip() and (ended or args.keep_unfinished) and find_mark(text, marks) is None
         ]
         return dataset_of(rows, features)
 
@@ -232,7 +235,8 @@ def run(data_args: DataArguments, args: GenerationArguments):
     counts = write_answers(args.output_dir, prompts, settings, make, shard_size=args.shard_size)
     if counts["rows"] < counts["prompts"]:
         logger.warning(
-            "%d of %d prompts got an answer that is empty or was cut at `max_new_tokens` (%d), and are left out.",
+            "%d of %d prompts got an answer that is empty or was cut at `max_new_tokens` (%d), or that spells out a "
+            "mark, and are left out.",
             counts["prompts"] - counts["rows"],
             counts["prompts"],
             args.max_new_tokens,

@@ -17,7 +17,9 @@ from llava_mod_hf.commands.generate_completions import (
     write_answers,
 )
 from llava_mod_hf.data.arguments import DataArguments
+from llava_mod_hf.data.formats import check_answer, text_of
 from llava_mod_hf.data.load import MESSAGES, image_root
+from llava_mod_hf.data.marks import check_marks, find_mark, leave_out_marked, marks_of
 from llava_mod_hf.evaluation.answers import evaluating, inputs_for, sample_answers
 from llava_mod_hf.evaluation.measures import normalize_answer
 from llava_mod_hf.losses.rows import shift_for_next_token
@@ -77,7 +79,13 @@ def answer_log_probs(model, processor, examples, *, batch_size, reduction="mean"
 
     Returns:
         `list[float]`: one in nats per answer.
+
+    Raises:
+        ValueError: if a text spells out a mark ([`~llava_mod_hf.data.marks.marks_of`]).
     """
+    marks = marks_of(processor)
+    for number, example in enumerate(examples):
+        check_marks([*example["prompt"], *example["completion"]], marks, f"Example {number}")
     collate = DataCollatorForVisionLanguageModeling(processor, completion_only_loss=True)
     found = []
     with evaluating(model):
@@ -126,29 +134,58 @@ def best_and_worst(answers, scores):
     return None if not answers or scores[best] == scores[worst] else (best, worst)
 
 
-def _ground_truth(rows):
-    if "answer" in rows.column_names:
-        return list(rows["answer"])
-    if "completion" in rows.column_names:
-        return ["".join(message["content"] for message in messages) for messages in rows["completion"]]
-    raise ValueError("`scorer` is `answer`, and the rows have neither an `answer` nor a `completion` to compare with.")
+def right_answers(rows):
+    """
+    What the scorer `answer` compares with.
+
+    Args:
+        rows (`datasets.Dataset`): with an `answer`, or else a `completion`.
+
+    Returns:
+        `list[str]`.
+
+    Raises:
+        ValueError: if the rows have neither, or naming one whose answer is no text.
+    """
+    column = next((name for name in ("answer", "completion") if name in rows.column_names), None)
+    if column is None:
+        raise ValueError(
+            "`scorer` is `answer`, and the rows have neither an `answer` nor a `completion` to compare with."
+        )
+    numbers = rows["source_row"][:] if "source_row" in rows.column_names else range(len(rows))
+    answers = []
+    for number, answer in zip(numbers, rows[column], strict=True):
+        text = answer
+        if column == "completion" and isinstance(answer, list):
+            check_answer(answer, f"Row {number}")
+            text = "".join(text_of(message["content"]) for message in answer)
+        if not isinstance(text, str) or not text.strip():
+            raise ValueError(
+                f"Row {number}: the `{column}` is {answer!r:.80}: `scorer: answer` compares with a text; give one, or "
+                "leave out the row."
+            )
+        answers.append(text)
+    return answers
 
 
 class PairMaker:
     """
     Makes pairs out of a range of prompts.
 
+    Answers that are empty, cut off, or spell out a mark are none: nobody could train on them.
+
     Args:
         args ([`PairArguments`]).
         prompts ([`~llava_mod_hf.commands.generate_completions.PromptRows`]).
         model, processor: who answers.
         references (`list[str]` or `None`): right answers, for the scorer `answer`.
+        teacher (`tuple` or `None`): model and processor, for the scorer `teacher`.
     """
 
-    def __init__(self, args, prompts, model, processor, references):
+    def __init__(self, args, prompts, model, processor, references, teacher):
         self.args, self.prompts, self.model, self.processor = args, prompts, model, processor
-        self.references = references
-        self.teacher = args.load(args.teacher) if args.scorer == "teacher" else None
+        self.references, self.teacher = references, teacher
+        self.marks = [mark for reader in (processor, *(teacher or ())[1:]) for mark in marks_of(reader)]
         self.function = load_scorer(args.scorer) if ":" in args.scorer else None
         self.features = prompts.features(
             chosen=MESSAGES, rejected=MESSAGES, chosen_score=Value("float64"), rejected_score=Value("float64")
@@ -167,9 +204,10 @@ class PairMaker:
             top_p=args.top_p,
             seed=shard_seed(args.seed, numbers),
         )
+        kept = [[text.strip() for text, ended in row if ended or args.keep_unfinished] for row in sampled]
         return [
-            list(dict.fromkeys(text.strip() for text, ended in row if text.strip() and (ended or args.keep_unfinished)))
-            for row in sampled
+            list(dict.fromkeys(text for text in texts if text and find_mark(text, self.marks) is None))
+            for texts in kept
         ]
 
     def _scores(self, numbers, rows, answers):
@@ -224,10 +262,15 @@ def run(data_args: DataArguments, args: PairArguments):
         `dict`: `prompts`, and `rows` that were written of them: those with two answers of different score.
     """
     rows = load_prompts(data_args, args)
-    references = _ground_truth(rows) if args.scorer == "answer" else None
+    if args.scorer == "answer":
+        right_answers(rows)  # refuses before a model is loaded
     model, processor = args.load(args.model)
+    teacher = args.load(args.teacher) if args.scorer == "teacher" else None
+    for reader in (processor, *(teacher or ())[1:]):
+        rows = leave_out_marked(rows, reader, bad_rows=data_args.bad_rows)
     prompts = PromptRows(rows, image_root(data_args))
-    make = PairMaker(args, prompts, model, processor, references)
+    references = right_answers(rows) if args.scorer == "answer" else None
+    make = PairMaker(args, prompts, model, processor, references, teacher)
     settings = {
         **args.identity("model", args.model, processor),
         "scorer": args.scorer,

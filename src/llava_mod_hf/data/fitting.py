@@ -10,8 +10,9 @@ from PIL import Image as PILImage
 from trl import apply_chat_template, is_conversational, prepare_multimodal_messages
 from trl.chat_template_utils import get_training_chat_template, has_generation_markers
 
-from llava_mod_hf.data.formats import check_answer, check_pair, text_of
+from llava_mod_hf.data.formats import check_answer, check_pair
 from llava_mod_hf.data.images import map_undecoded, open_image
+from llava_mod_hf.data.marks import check_marks, marks_of
 
 LENGTH, NUM_IMAGES, REASON = "length", "num_images", "reason"
 
@@ -25,6 +26,10 @@ REASONS = {
 }
 
 MAX_SEEN = 4096
+
+TEXTS = ("prompt", "messages", "text")  # where a row's images are
+
+CHECKED_ROWS = 8  # of a stream, whose rows are read when they are trained on
 
 logger = logging.getLogger(__name__)
 
@@ -118,6 +123,70 @@ def _fit_stream(rows, measure, report):
     return rows.filter(keep, input_columns=[LENGTH, REASON]).remove_columns(REASON)
 
 
+def check_images_fit(rows, processor, *, max_length, num_proc=None):
+    """
+    Refuses a `max_length` that cuts through an image's tokens, which the model would find out at some step.
+
+    For rows that did not go through [`fit_rows`], which leaves them out. A row without images, or one whose answer
+    alone is cut, is as TRL has it. Of a stream the first rows are measured.
+
+    Args:
+        rows (`datasets.Dataset` or `datasets.IterableDataset`).
+        processor (`ProcessorMixin`): the student's.
+        max_length (`int` or `None`): tokens of the context; `None` for no limit.
+        num_proc (`int`, *optional*): processes that tokenise.
+
+    Raises:
+        ValueError: naming the first such row, and how many tokens would do.
+    """
+    names = rows.column_names or []
+    images = next((name for name in ("images", "image") if name in names), None)
+    streamed = isinstance(rows, IterableDataset)
+    if max_length is None or images is None:
+        return
+    if LENGTH in names and (streamed or max(rows[LENGTH], default=0) <= max_length):
+        return
+    rows = rows.take(CHECKED_ROWS) if streamed else rows
+    measured = map_undecoded(
+        rows.select_columns([images, *(name for name in TEXTS if name in names)]),
+        functools.partial(_image_ends, images=images, processor=processor, image_tokens=image_token_counter(processor)),
+        features=Features({LENGTH: Value("int64")}),
+        num_proc=num_proc,
+        desc="Measuring images",
+        remove_columns=[name for name in names if name in (images, *TEXTS)],
+    )
+    ends = [row[LENGTH] for row in measured]
+    longest = max(range(len(ends)), key=ends.__getitem__, default=None)
+    if longest is not None and ends[longest] > max_length:
+        count = sum(end > max_length for end in ends)
+        raise ValueError(
+            f"`max_length` is {max_length}, which cuts through the images of {count} of the {len(ends)} rows; those of "
+            f"row {longest} end at token {ends[longest]}: give at least that, or leave such rows out with "
+            "`llava_mod_hf.data.fitting.fit_rows`."
+        )
+
+
+def _image_ends(batch, indices, *, images, processor, image_tokens):
+    """Tokens of each row up to the last one of its images; 0 of a row without any, or that no template fits."""
+    ends = []
+    for place, found in enumerate(batch[images]):
+        found = found if isinstance(found, list) else [found] if found else []
+        text = next((batch[name][place] for name in TEXTS if name in batch), "")
+        try:
+            if found and not isinstance(text, str):
+                messages = prepare_multimodal_messages(text, images=[None] * len(found))
+                text = processor.apply_chat_template(messages, tokenize=False)
+        except (ValueError, KeyError, TypeError, TemplateError):  # the collator says so of a row that is read
+            text = ""
+        before, mark, _ = text.rpartition(processor.image_token) if found else ("", "", "")
+        if not mark:
+            ends.append(0)
+            continue
+        tokens = processor.tokenizer(before + mark, add_special_tokens=False)["input_ids"]
+        ends.append(len(tokens) + sum(image_tokens(image) - 1 for image in found))
+    return {LENGTH: ends}
+
+
 def image_token_counter(processor):
     """
     How many tokens an image becomes.
@@ -204,7 +273,8 @@ def _render(row, num_images, processor, where):
     else:
         check_answer(row.get("messages") or row.get("completion"), where)
     if is_conversational(row):
-        _refuse_marks(row, processor, where)
+        for messages in row.values():
+            check_marks(messages, marks_of(processor), where)
         try:
             rendered = {
                 name: prepare_multimodal_messages(
@@ -221,25 +291,9 @@ def _render(row, num_images, processor, where):
     if places.pop("prompt") != num_images or any(places.values()):
         raise ValueError(
             f"{where} has {num_images} images, and its texts do not name `{processor.image_token}` as often in the "
-            "prompt and never in an answer: leave it out of messages, the chat template writes it."
+            "prompt and never in an answer: name it once for each image, or give messages, where the template does."
         )
     return row
-
-
-def _refuse_marks(row, processor, where):
-    """In a message's text, a token that opens a turn would be read as one: somebody else would be speaking."""
-    tokenizer = processor.tokenizer
-    named = {tokenizer.special_tokens_map.get(name) for name in tokenizer.SPECIAL_TOKENS_ATTRIBUTES}
-    named.add(processor.image_token)  # counted below
-    marks = [token for token in tokenizer.all_special_tokens if token not in named]
-    for message in (message for messages in row.values() for message in messages):
-        text = text_of(message["content"])
-        found = [mark for mark in marks if mark in text]
-        if found:
-            raise ValueError(
-                f"{where}: a text holds `{found[0]}`, which the tokenizer reads as a mark of its own: write it "
-                "otherwise, or leave out the row."
-            )
 
 
 def _count_messages(messages, processor):

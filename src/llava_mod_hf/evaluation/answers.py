@@ -10,6 +10,7 @@ from trl import prepare_multimodal_messages
 from trl.trainer.sft_trainer import DataCollatorForVisionLanguageModeling
 
 from llava_mod_hf.data.easy_vqa import most_frequent_answers
+from llava_mod_hf.data.marks import leave_out_marked
 from llava_mod_hf.evaluation.measures import score
 from llava_mod_hf.losses.divergences import divergence_rows
 from llava_mod_hf.losses.rows import shift_for_next_token
@@ -51,7 +52,13 @@ def _batches(dataset, columns, collate, batch_size, description):
 
 
 def response_batches(processor, dataset, *, batch_size, description):
-    """Batches of prompt and reference answer, as the trainers see them: labels on the answer and its end only."""
+    """
+    Batches of prompt and reference answer, as the trainers see them: labels on the answer and its end only.
+
+    Raises:
+        ValueError: if a text spells out a mark ([`~llava_mod_hf.data.marks.marks_of`]).
+    """
+    dataset = leave_out_marked(dataset, processor, columns=("prompt", "completion"))
     collate = DataCollatorForVisionLanguageModeling(processor, completion_only_loss=True)
     return _batches(dataset, ["images", "prompt", "completion"], collate, batch_size, description)
 
@@ -69,6 +76,9 @@ def generate_answers(model, processor, dataset, *, batch_size=128, max_new_token
 
     Returns:
         `list[str]`: one answer per row, in their order, without special tokens.
+
+    Raises:
+        ValueError: as [`sample_answers`].
     """
     answers = sample_answers(model, processor, dataset, batch_size=batch_size, max_new_tokens=max_new_tokens)
     return [text for ((text, _),) in answers]
@@ -90,7 +100,13 @@ def sample_answers(
 
     Returns:
         `list[list[tuple[str, bool]]]`: per row `num_answers` texts without special tokens, and whether each has an end.
+        A text may spell out a mark ([`~llava_mod_hf.data.marks.marks_of`]) in several tokens: who lets a model read it
+        again leaves it out.
+
+    Raises:
+        ValueError: if a prompt spells out a mark, before any is answered.
     """
+    dataset = leave_out_marked(dataset, processor)
 
     def collate(rows):
         return processor.apply_chat_template(

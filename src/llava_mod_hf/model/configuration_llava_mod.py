@@ -36,6 +36,18 @@ MOE_DEFAULTS = {
     "output_router_logits": False,
 }
 
+ROUTER_AUX_LOSS_TYPES = ("switch", "pooled")
+
+
+def check_router_aux_loss_type(value):
+    """
+    Raises:
+        ValueError: if there is no load-balancing loss of that name.
+    """
+    if value not in ROUTER_AUX_LOSS_TYPES:
+        raise ValueError(f"`router_aux_loss_type` is {value!r}: give {' or '.join(map(repr, ROUTER_AUX_LOSS_TYPES))}.")
+
+
 AUTO_MAP = {
     "AutoConfig": "configuration_llava_mod.LlavaModConfig",
     "AutoModel": "modeling_llava_mod.LlavaModModel",
@@ -192,13 +204,13 @@ class LlavaModConfig(LlavaConfig):
             ),
             "use_residual": ("true or false", isinstance(self.use_residual, bool)),
             "router_aux_loss_coef": ("a number", isinstance(self.router_aux_loss_coef, int | float)),
-            "router_aux_loss_type": ("'switch' or 'pooled'", self.router_aux_loss_type in ("switch", "pooled")),
             "router_z_loss_coef": ("a number", isinstance(self.router_z_loss_coef, int | float)),
             "output_router_logits": ("true or false", isinstance(self.output_router_logits, bool)),
         }
         for name, (expected, fits) in wanted.items():
             if not fits:
                 raise ValueError(f"`{name}` is {getattr(self, name)!r}: give {expected}.")
+        check_router_aux_loss_type(self.router_aux_loss_type)
         if len(set(layers)) != len(layers) or min(layers) < 0 or max(layers) >= num_layers:
             raise ValueError(
                 f"`moe_layers` is {sorted(layers)}, but the language model has {num_layers} layers: give distinct "

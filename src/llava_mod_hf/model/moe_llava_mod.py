@@ -12,6 +12,8 @@ from transformers.core_model_loading import Concatenate, MergeModulelist, Weight
 from transformers.integrations import moe, use_experts_implementation
 from transformers.utils import logging
 
+from .configuration_llava_mod import check_router_aux_loss_type
+
 logger = logging.get_logger(__name__)
 
 
@@ -305,7 +307,11 @@ def router_losses(router_logits, text_config, attention_mask=None):
 
     Returns:
         `tuple[torch.FloatTensor, torch.FloatTensor]`: two scalars.
+
+    Raises:
+        ValueError: if there is no loss of that type.
     """
+    check_router_aux_loss_type(text_config.router_aux_loss_type)
     router_logits = tuple(logits.to(router_logits[0].device) for logits in router_logits)
     weights = torch.ones(len(router_logits[0]), device=router_logits[0].device)  # (batch * sequence)
     if attention_mask is not None:

@@ -43,6 +43,17 @@ class ReferenceCompat:
         self.vocab_size = vocab_size
         self.aux_factor = 2 if "router_aux_twice" in self.names else 1
 
+    def check_divergence(self, divergence):
+        """
+        Raises:
+            ValueError: if somebody chose a divergence that would not be taken.
+        """
+        if "soft_cross_entropy" in self.names and divergence != "forward_kl":
+            raise ValueError(
+                f"`divergence` is {divergence!r}, which does nothing beside `reference_compat: [soft_cross_entropy]`, "
+                "the authors' form of `forward_kl`: leave one out."
+            )
+
     def divergence(self, divergence):
         """`str`: the name that [`~llava_mod_hf.losses.divergences.divergence_rows`] is given."""
         return "soft_cross_entropy" if "soft_cross_entropy" in self.names else divergence

@@ -69,7 +69,7 @@ class MimicConfig(SFTConfig):
         check_weights("`kl_weight`, `lm_weight`", [self.kl_weight, self.lm_weight])
         check_weights("`teacher_weights`", self.teacher_weights)
         check_divergence(self.divergence, temperature=self.temperature, jsd_beta=self.jsd_beta)
-        ReferenceCompat(self.reference_compat, vocab_size=self.reference_vocab_size)
+        ReferenceCompat(self.reference_compat, vocab_size=self.reference_vocab_size).check_divergence(self.divergence)
         if self.rows_per_chunk < 1 or self.on_policy_max_new_tokens < 1:
             raise ValueError(
                 f"`rows_per_chunk` is {self.rows_per_chunk} and `on_policy_max_new_tokens` is "

@@ -6,6 +6,7 @@ import torch
 from trl.data_utils import apply_chat_template, is_conversational, prepare_multimodal_messages
 from trl.models.utils import unwrap_model_for_generation
 
+from llava_mod_hf.data.marks import marks_of, without_marks
 from llava_mod_hf.teachers.live_teacher import LiveTeacher
 
 
@@ -65,7 +66,8 @@ def answered_by_student(trainer, examples):
     The rows with completions that the student samples at temperature 1.
 
     An answer that is cut off by `on_policy_max_new_tokens` is followed by the end of the turn all the same: there the
-    teacher says what it would go on with.
+    teacher says what it would go on with. A mark, such as the placeholder of a picture, is left out of an answer,
+    whether the student says it as one token or spells it out: read again, it would be a picture that is not there.
 
     Args:
         trainer ([`~llava_mod_hf.training.mimic_trainer.MimicTrainer`]).
@@ -88,6 +90,8 @@ def answered_by_student(trainer, examples):
         ids = model.generate(**inputs, **settings, max_new_tokens=trainer.args.on_policy_max_new_tokens)
         model.train(was_training)
     texts = processor.batch_decode(ids[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+    marks = marks_of(processor)
+    texts = [without_marks(text, marks) for text in texts]
     return [
         {**example, "completion": [{"role": "assistant", "content": text}] if is_conversational(example) else text}
         for example, text in zip(examples, texts, strict=True)

@@ -36,21 +36,27 @@ MAY_CHANGE = {
 LENGTH = {"max_steps", "num_train_epochs"}
 CONSTANT = ("constant", "constant_with_warmup")
 
+PROCESSES_FILE = "launch.yaml"  # of a checkpoint
+
 SHOWN = 6  # differences that a refusal names
 
 
 @dataclass
 class Recipe:
-    """Every option of a run, resolved, and those that somebody chose; plain YAML values, without the Hub token."""
+    """
+    Every option of a run, resolved, and those that somebody chose; plain YAML values, without the Hub token; and how
+    many processes it was launched with, which no option says.
+    """
 
     resolved: dict
     changed: dict
+    processes: int = 1
 
 
 def recipe_of(*groups):
     """
     Args:
-        groups: the argument dataclasses of a stage, as they were before a trainer changed any.
+        groups: the argument dataclasses of a stage, the trainer's last, as they were before a trainer changed any.
 
     Returns:
         [`Recipe`].
@@ -64,7 +70,7 @@ def recipe_of(*groups):
         for name, value in _options(group).items():
             if name in required or value != getattr(default, name):
                 changed[name] = value
-    return Recipe(resolved_options(*groups), _as_plain(changed))
+    return Recipe(resolved_options(*groups), _as_plain(changed), getattr(groups[-1], "world_size", 1))
 
 
 def resolved_options(*groups):
@@ -94,6 +100,9 @@ def check_same_recipe(checkpoint, recipe):
     """
     Refuses to take up a run with options that change what is learnt; [`MAY_CHANGE`] has those that do not.
 
+    So does another number of processes, even with as many rows a step: each draws its own random numbers and answers,
+    and router aux, `kto_pair` and `group_by_length` depend on the split.
+
     A checkpoint without a `recipe.yaml`, of another trainer, is not compared.
 
     Args:
@@ -114,13 +123,39 @@ def check_same_recipe(checkpoint, recipe):
     # an option that was not there yet had the value that is the default now
     now = {name: value for name, value in recipe.resolved.items() if name in then or name in recipe.changed}
     other = [name for name in now if name not in free and now[name] != then.get(name)]
-    if other:
-        shown = ", ".join(f"`{name}` was {then.get(name)!r} and is {now[name]!r}" for name in other[:SHOWN])
-        more = f" and {len(other) - SHOWN} more" if len(other) > SHOWN else ""
+    told = [f"`{name}` was {then.get(name)!r} and is {now[name]!r}" for name in other]
+    processes = _processes(checkpoint) or recipe.processes
+    if processes != recipe.processes:
+        told.insert(SHOWN - 1, f"the number of processes was {processes} and is {recipe.processes}")
+    if told:
+        more = f" and {len(told) - SHOWN} more" if len(told) > SHOWN else ""
         raise ValueError(
-            f"`{checkpoint}` is of a run with other options: {shown}{more}. Give them as they were to go on, or begin "
-            "from the start in another `output_dir`, or with `resume_from_checkpoint: false`."
+            f"`{checkpoint}` is of a run with other options: {', '.join(told[:SHOWN])}{more}. Give them as they were "
+            f"to go on, or begin from the start{_same_rows(then, processes, recipe.processes)} in another "
+            "`output_dir`, or with `resume_from_checkpoint: false`."
         )
+
+
+def _same_rows(then, processes, now):
+    """How another number of processes reads as many rows a step, if it can."""
+    steps, batch = (then.get(name) for name in ("gradient_accumulation_steps", "per_device_train_batch_size"))
+    if processes == now or steps is None or batch is None or steps * processes % now:
+        return ""
+    return (
+        f" (`gradient_accumulation_steps: {steps * processes // now}` then keeps the {batch * steps * processes} rows "
+        "of a step)"
+    )
+
+
+def _processes(checkpoint):
+    """`int` or `None`: how many processes wrote it; older checkpoints do not say."""
+    path = Path(checkpoint, PROCESSES_FILE)
+    return yaml.safe_load(path.read_text(encoding="utf-8"))["processes"] if path.is_file() else None
+
+
+def write_processes(processes, folder):
+    """Writes the number of processes beside a checkpoint's recipe, which is of options alone and can be run again."""
+    Path(folder, PROCESSES_FILE).write_text(yaml.safe_dump({"processes": processes}), encoding="utf-8")
 
 
 def write_recipe(recipe, folder):

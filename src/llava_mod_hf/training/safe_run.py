@@ -9,10 +9,12 @@ from transformers import Trainer, TrainerCallback
 from transformers.trainer_utils import HubStrategy, TrainOutput
 from transformers.utils import PushInProgress
 
+from llava_mod_hf.data.fitting import check_images_fit
+from llava_mod_hf.teachers.protocol import row_sets
 from llava_mod_hf.training.checkpoints import STATE_FILE, chosen_checkpoint
 from llava_mod_hf.training.finite_steps import FiniteSteps
 from llava_mod_hf.training.hub_pushes import UNFINISHED, push_model
-from llava_mod_hf.training.run_recipe import Recipe, check_same_recipe, resolved_options, write_recipe
+from llava_mod_hf.training.run_recipe import Recipe, check_same_recipe, resolved_options, write_processes, write_recipe
 
 
 class AllStepsTaken(Exception):
@@ -31,6 +33,8 @@ class SafeRun(Trainer):
     """
     For a trainer, before its own parent:
 
+    - a `max_length` that cuts through an image is refused, where the rows did not go through
+      [`~llava_mod_hf.data.fitting.fit_rows`];
     - a run stops at the step whose loss or weights are not finite, and writes nothing of it;
     - `train` takes up whole checkpoints alone, of the same recipe, and takes no step more than there are;
     - no file that it writes contains the Hub token, and what it pushes is the model alone, without a path of this
@@ -43,6 +47,13 @@ class SafeRun(Trainer):
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
+        for rows in row_sets(self.train_dataset, self.eval_dataset):
+            check_images_fit(
+                rows,
+                self.processing_class,
+                max_length=self.args.max_length,
+                num_proc=self.args.dataset_num_proc,
+            )
         self.recipe = None
         self._finite_steps = FiniteSteps(self)
         self.add_callback(self._finite_steps)
@@ -61,7 +72,7 @@ class SafeRun(Trainer):
         """
         choice = self.args.resume_from_checkpoint if resume_from_checkpoint is None else resume_from_checkpoint
         checkpoint = chosen_checkpoint(False if choice is None else choice, self.args.output_dir)
-        self.recipe = self.recipe or Recipe(resolved_options(self.args), {})
+        self.recipe = self.recipe or Recipe(resolved_options(self.args), {}, self.args.world_size)
         if checkpoint is not None:
             check_same_recipe(checkpoint, self.recipe)
         try:
@@ -97,6 +108,7 @@ class SafeRun(Trainer):
                 folder.mkdir(parents=True, exist_ok=True)
                 (folder / STATE_FILE).unlink(missing_ok=True)  # of a damaged one, which it would call whole
                 write_recipe(self.recipe, folder)
+                write_processes(self.recipe.processes, folder)
             super()._save_checkpoint(model, trial)
 
     # The parent commits its output folder, where logs and the pickle of its arguments lie.
