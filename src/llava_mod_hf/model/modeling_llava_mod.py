@@ -249,6 +249,12 @@ class LlavaModPreTrainedModel(LlavaPreTrainedModel):
     config_class = LlavaModConfig
     config: LlavaModConfig
 
+    # accelerate's FSDP2 wants every one of these in the model, and SigLIP's list names layers of its text half too.
+    def post_init(self):
+        super().post_init()
+        here = {type(module).__name__ for module in self.modules()}
+        self._no_split_modules = [name for name in self._no_split_modules or () if name in here]
+
     # The plans of a family and of the experts name parts of dense and of sparse layers: a student may have one kind.
     def init_parallel_plans(self):
         super().init_parallel_plans()
