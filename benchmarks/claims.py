@@ -1,7 +1,7 @@
 """
 Tests the claims of `claims.yaml` in the world of scenes, and writes what came out.
 
-    python benchmarks/claims.py                                   # all, about six hours on two cores; goes on if cut off
+    python benchmarks/claims.py                                # all; goes on where it was cut off
     python benchmarks/claims.py --only noise --seeds 0 1 --jobs 2
     python benchmarks/claims.py --device cuda --jobs 14 --runs /tmp/claims --minutes 9
     python benchmarks/claims.py --page docs/claims.md             # the page, from the results that are there
@@ -40,39 +40,40 @@ def arms_of(plan, name):
 
 
 def validation_arms(plan, name):
-    """`{(point, arm): {learning rate: Arm}}` of a claim that picks them."""
-    rates = plan["claims"][name].get("learning_rates", [])
+    """`{arm: {learning rate: Arm}}` of a claim that picks them, at the first point of `vary`."""
+    claim = plan["claims"][name]
+    point = next(iter(claim["vary"]))
     return {
-        (point, arm): {
-            rate: arm_of(plan["centre"], plan["validation_seed"], **factors, learning_rate=rate) for rate in rates
+        arm: {
+            rate: arm_of(plan["centre"], plan["validation_seed"], **{**factors, "learning_rate": rate})
+            for rate in claim["learning_rates"]
         }
-        for point, arm, factors in arms_of(plan, name)
-        if rates
+        for at, arm, factors in arms_of(plan, name)
+        if at == point and "learning_rates" in claim
     }
 
 
 def picked_rates(plan, name, root):
-    """`{(point, arm): learning rate}` of the best exact match on validation rows; nothing of arms that have not run."""
+    """`{arm: …}`: learning rate of the best exact match on validation rows; nothing of arms that have not run."""
     found = {}
-    for key, arms in validation_arms(plan, name).items():
-        nodes = {rate: arm.validation(VALIDATION_ROWS) for rate, arm in arms.items()}
+    for arm, tried in validation_arms(plan, name).items():
+        nodes = {rate: each.validation(VALIDATION_ROWS) for rate, each in tried.items()}
         if all(node.is_done(root) for node in nodes.values()):
             scores = {rate: figures(read_answers(root / node.key))["exact_match"] for rate, node in nodes.items()}
-            found[key] = {"learning_rate": max(scores, key=scores.get), "validation": scores}
+            found[arm] = {"learning_rate": max(scores, key=scores.get), "validation": scores}
     return found
 
 
 def final_nodes(plan, name, seeds, root):
-    """`{(point, arm, seed): (Node, learning rate)}` of what is measured, as far as learning rates are picked."""
+    """`{(point, arm, seed): (Node, Arm)}` of what is measured, as far as learning rates are picked."""
     picked, picks = picked_rates(plan, name, root), "learning_rates" in plan["claims"][name]
     found = {}
     for seed in seeds:
         for point, arm, factors in arms_of(plan, name):
-            if picks and (point, arm) not in picked:
-                continue
-            rate = picked[point, arm]["learning_rate"] if picks else plan["centre"]["learning_rate"]
-            built = arm_of(plan["centre"], seed, **{"learning_rate": rate, **factors})
-            found[point, arm, seed] = (built.answers(rows=plan["test_rows"]), built)
+            if not picks or arm in picked:
+                rate = {"learning_rate": picked[arm]["learning_rate"]} if picks else {}
+                built = arm_of(plan["centre"], seed, **{**factors, **rate})
+                found[point, arm, seed] = (built.answers(rows=plan["test_rows"]), built)
     return found
 
 
@@ -104,10 +105,7 @@ def write_results(plan, names, seeds, root, results):
             entries.append(entry | {name: said[name] for name in ("seconds", "device", "threads")})
         if entries:
             results.mkdir(parents=True, exist_ok=True)
-            validation = [
-                {"point": point, "arm": arm, **{key: value for key, value in picked.items()}}
-                for (point, arm), picked in picked_rates(plan, name, root).items()
-            ]
+            validation = [{"arm": arm, **picked} for arm, picked in picked_rates(plan, name, root).items()]
             found = {"claim": name, "test_rows": plan["test_rows"], "picked": validation, "runs": entries}
             path = results / f"{name}.json"
             before = json.loads(path.read_text())["runs"] if path.is_file() else []
@@ -143,10 +141,11 @@ def main():
 
     def nodes():
         """What can be run now: validation, and all whose learning rate is picked."""
-        found = [node for name in names for node, _ in final_nodes(plan, name, seeds, args.runs).values()]
+        found = list(dict.fromkeys(teacher_nodes(plan, names, seeds[:1]).values()))  # the longest first
         for name in names:
-            for arms in validation_arms(plan, name).values():
-                found = [arm.validation(VALIDATION_ROWS) for arm in arms.values()] + found
+            tried = [arm for arms in validation_arms(plan, name).values() for arm in arms.values()]
+            found += [arm.validation(VALIDATION_ROWS) for arm in tried]
+            found += [node for node, _ in final_nodes(plan, name, seeds, args.runs).values()]
         return [*found, *teacher_nodes(plan, names, seeds).values()]
 
     if args.count:

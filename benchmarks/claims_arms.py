@@ -21,8 +21,10 @@ class Arm:
         answered (`int`, *optional*): rows that have an answer, the first ones; by default all.
         loss (`str`): `kl`, `labels`, `both`, or `teacher_answers` (labels that the teacher wrote, greedily).
         divergence (`str`): of `kl` and `both`.
-        teacher (`str`): `embedded`; `clean`, `ten_times`, `equal`: of 60,000 right rows, of ten times the student's rows
-            and of as many as those, both as often wrong; `small`.
+        teacher (`str`):
+            `embedded`, `small`; or trained here: `clean` of `teacher_rows` right rows, `ten_times` of ten times the
+            student's rows, as often wrong, `equal` of as many, as often wrong.
+        teacher_rows (`int`): of `clean`.
         teacher_steps (`int`): of a teacher that is trained here.
         adapt_steps, dense_steps, sparse_steps (`int`): 0 leaves the stage out.
         learning_rate (`float`): of the dense and sparse stages.
@@ -41,6 +43,7 @@ class Arm:
     loss: str
     divergence: str
     teacher: str
+    teacher_rows: int
     teacher_steps: int
     adapt_steps: int
     dense_steps: int
@@ -68,7 +71,7 @@ class Arm:
         if self.teacher in ("embedded", "small"):
             return TEACHER if self.teacher == "embedded" else f"{TEACHER}-small"
         world = {
-            "clean": {"rows": 60_000},
+            "clean": {"rows": self.teacher_rows},
             "ten_times": self.world(rows=10 * self.rows),
             "equal": self.world(rows=self.rows),
         }[self.teacher]

@@ -163,7 +163,8 @@ def run_all(nodes, root, *, device="cpu", jobs=1, threads=1, minutes=None, on_do
     Runs nodes and what they need, several at a time, inputs first; what is done is not run again.
 
     Args:
-        nodes (`list[Node]`): the first are begun first.
+        nodes (`list[Node]` or `Callable[[], list[Node]]`):
+            The first are begun first. A function is asked again after each node, for what can only be known then.
         root (`Path`): where their folders are.
         device (`str`): `"cpu"` or `"cuda"`.
         jobs (`int`), threads (`int`): processes, and threads of each.
@@ -175,8 +176,14 @@ def run_all(nodes, root, *, device="cpu", jobs=1, threads=1, minutes=None, on_do
     """
     root = Path(root)
     root.mkdir(parents=True, exist_ok=True)
-    waiting = [node for node in with_inputs(nodes) if not node.is_done(root)]
-    total, finished, failed, running, start = len(waiting), 0, {}, {}, time.monotonic()
+    finished, failed, running, start = 0, {}, {}, time.monotonic()
+    ask = nodes if callable(nodes) else lambda: nodes
+
+    def left():
+        known = {*failed, *running.values()}
+        return [node for node in with_inputs(ask()) if not node.is_done(root) and node not in known]
+
+    waiting = left()
     os.environ.update(HF_HUB_OFFLINE="1", HF_HUB_DISABLE_TELEMETRY="1", TOKENIZERS_PARALLELISM="false")
     pool = ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("spawn"))
     with pool:
@@ -201,8 +208,9 @@ def run_all(nodes, root, *, device="cpu", jobs=1, threads=1, minutes=None, on_do
                     failed[node] = f"{type(future.exception()).__name__}: {future.exception()}"
                 elif on_done is not None:
                     on_done(node)
+                waiting = left()
                 sys.stderr.write(
-                    f"{time.monotonic() - start:6.0f} s  {finished}/{total}  {node.key}"
+                    f"{time.monotonic() - start:6.0f} s  {finished} done, {len(waiting)} wait  {node.key}"
                     f"{'  FAILED ' + failed[node][:300] if node in failed else ''}\n"
                 )
     return failed

@@ -83,9 +83,7 @@ def bootstrap(first, second, measure, *, seed=0, resamples=RESAMPLES):
     if [(r["question"], r["answer"]) for r in first] != [(r["question"], r["answer"]) for r in second]:
         raise ValueError("The two models were asked different questions: compare answers to the same rows.")
     pairs = [
-        (*counts(a)[measure], *counts(b)[measure])
-        for a, b in zip(first, second, strict=True)
-        if measure in counts(a)
+        (*counts(a)[measure], *counts(b)[measure]) for a, b in zip(first, second, strict=True) if measure in counts(a)
     ]
 
     def difference(chosen):

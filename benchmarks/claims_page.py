@@ -1,0 +1,101 @@
+"""The page of the claims: a table for each, from the JSON files alone."""
+
+import json
+import statistics
+
+from claims_statistics import interval
+
+NAMES = {
+    "exact_match": "exact match",
+    "presence": "presence",
+    "adversarial": "adversarial presence",
+    "chair_s": "hallucinated descriptions",
+    "chair_i": "absent of named things",
+    "object_recall": "things found",
+}
+
+
+def _percent(values, sign=""):
+    mean, low, _ = interval(values)
+    width = f" ± {100 * (mean - low):.1f}" if len(values) > 1 else ""
+    return f"{100 * mean:{sign}.1f}{width}"
+
+
+def by_arm(runs):
+    """`{(point, arm): {seed: run}}`."""
+    found: dict[tuple, dict] = {}
+    for run in runs:
+        found.setdefault((run["point"], run["arm"]), {})[run["seed"]] = run
+    return found
+
+
+def differences(first, second, measure):
+    """A measure's differences, a seed each, of two arms."""
+    seeds = sorted(first.keys() & second.keys())
+    return [first[seed]["figures"][measure] - second[seed]["figures"][measure] for seed in seeds]
+
+
+def claim_lines(name, claim, found):
+    """Markdown of one claim."""
+    measures, runs = claim["measures"], by_arm(found["runs"])
+    lines = [f"## {claim['section']}. {claim['says']}", "", f"Counts as holding: {claim['holds'].strip()}", ""]
+    points = list(dict.fromkeys(point for point, _ in runs))
+    for point in [point for point in claim["vary"] if point in points]:
+        lines += [f"### {point}", ""] if point else []
+        lines += [
+            "| | seeds | " + " | ".join(NAMES[each] for each in measures) + " |",
+            "|---" * (len(measures) + 2) + "|",
+        ]
+        for arm in claim["arms"]:
+            seeds = runs.get((point, arm))
+            if not seeds:
+                lines.append(f"| {arm} | 0 |" + " not run |" * len(measures))
+                continue
+            cells = [_percent([run["figures"][each] for run in seeds.values()]) for each in measures]
+            lines.append(f"| {arm} | {len(seeds)} | {' | '.join(cells)} |")
+            teachers = [run["teacher"] for run in seeds.values() if "teacher" in run]
+            if teachers:
+                cells = [f"*{100 * statistics.fmean(each[m] for each in teachers):.1f}*" for m in measures]
+                lines.append(f"| *its teacher* | | {' | '.join(cells)} |")
+        against = runs.get((point, claim["against"]))
+        if against:
+            lines += ["", f"Paired differences to “{claim['against']}”, in points:", ""]
+            lines += ["| | seeds | " + " | ".join(NAMES[each] for each in measures) + " |"]
+            lines += ["|---" * (len(measures) + 2) + "|"]
+            for arm in claim["arms"]:
+                seeds = runs.get((point, arm))
+                if arm == claim["against"] or not seeds or not seeds.keys() & against.keys():
+                    continue
+                cells = [_percent(differences(seeds, against, each), "+") for each in measures]
+                lines.append(f"| {arm} | {len(seeds.keys() & against.keys())} | {' | '.join(cells)} |")
+        lines.append("")
+    picked = [f"{each['arm']}: {each['learning_rate']:g}" for each in found["picked"]]
+    lines += ["Learning rates picked on validation rows: " + "; ".join(picked) + ".", ""] if picked else []
+    lines += ["```bash", f"python benchmarks/claims.py --only {name}", "```", ""]
+    return lines
+
+
+def page_lines(plan, names, results):
+    """Markdown of all claims that have results."""
+    centre = ", ".join(f"{key} {value}" for key, value in plan["centre"].items() if value not in ([], None))
+    lines = [
+        "<!-- written by `python benchmarks/claims.py --page docs/claims.md` -->",
+        "# The claims, tested in a world of scenes",
+        "",
+        "Each claim, its arms, budget, measure and what counts as holding were written into `benchmarks/claims.yaml` "
+        "before it was run. Per cent, mean over seeds ± half width of the 95 % interval of the mean (Student's t); "
+        f"{plan['test_rows']} test rows for each seed, whose arrangements occur in no training row. Each figure of "
+        "each seed is in `benchmarks/results/claims/`.",
+        "",
+        f"Every arm differs from this centre by what its name says: {centre}.",
+        "",
+    ]
+    for name in names:
+        path = results / f"{name}.json"
+        if path.is_file():
+            lines += claim_lines(name, plan["claims"][name], json.loads(path.read_text()))
+    return lines
+
+
+def write_page(plan, names, results, path):
+    path.write_text("\n".join(page_lines(plan, names, results)).rstrip() + "\n", encoding="utf-8")
