@@ -11,6 +11,8 @@ from safetensors import SafetensorError
 from transformers import AutoModelForImageTextToText, AutoProcessor, BitsAndBytesConfig, ProcessorMixin
 from transformers.quantizers.auto import AutoQuantizationConfig
 
+from llava_mod_hf.hub_reading import told_when_the_hub_fails
+
 PREFIX = "embedded:"
 
 WEIGHTS = Path(__file__).parent / "weights"
@@ -81,10 +83,14 @@ def load_whole(auto_class, path, **kwargs):
 
     Raises:
         ValueError: if a file cannot be read, or weights are missing, of another shape or not finite; it names them.
+        ConnectionError: if the Hub fails while it is read.
     """
     report = _Report()
     try:
-        with report:  # mismatched sizes ignored, or another shape would be an error that names none
+        with (
+            report,
+            told_when_the_hub_fails(path),
+        ):  # mismatched sizes ignored, or another shape would be an error that names none
             model, info = auto_class.from_pretrained(
                 path, output_loading_info=True, ignore_mismatched_sizes=True, **kwargs
             )
@@ -182,7 +188,8 @@ def load_model_and_processor(
             f"`{name}` cannot be put on the device `{device}` ({_reason(error)}): give one that is here."
         ) from error
     try:
-        processor = AutoProcessor.from_pretrained(path, trust_remote_code=trust_remote_code)
+        with told_when_the_hub_fails(path):
+            processor = AutoProcessor.from_pretrained(path, trust_remote_code=trust_remote_code)
     except ImportError as error:  # of a processor with a part for videos
         raise ValueError(f"The processor of `{name}` needs a library ({' '.join(str(error).split())}).") from error
     if not isinstance(processor, ProcessorMixin):

@@ -14,6 +14,7 @@ from llava_mod_hf.data.arguments import DataArguments
 from llava_mod_hf.data.formats import FORMATS, image_references, json_rows, read_row, recognise
 from llava_mod_hf.data.images import map_undecoded, resolve_image
 from llava_mod_hf.data.parquet_shards import check_shards
+from llava_mod_hf.hub_reading import told_when_the_hub_fails
 
 READERS = {".json": "json", ".jsonl": "json", ".parquet": "parquet"}
 
@@ -43,6 +44,7 @@ def load_rows(args: DataArguments, *, columns, split=None, seed=0, num_proc=None
     Raises:
         ValueError: if the file or a column is missing, the format is unknown, a row is malformed, an image path leaves
             the image folder, or an image is missing, broken or a decompression bomb.
+        ConnectionError: if the Hub fails while the data set is read.
     """
     if args.dataset_options and args.dataset_name != scene_rows.DATASET:
         raise ValueError(
@@ -120,7 +122,8 @@ def _published(args, split, num_proc):
                 "parquet", data_files=_parquet_files(path, split), split="train", streaming=args.streaming
             )
         else:
-            dataset = load_dataset(args.dataset_name, args.dataset_config, split=split, streaming=args.streaming)
+            with told_when_the_hub_fails(args.dataset_name):
+                dataset = load_dataset(args.dataset_name, args.dataset_config, split=split, streaming=args.streaming)
         dataset = _to_trl(_first(dataset, args.max_samples), args, num_proc)
     dataset = _first(dataset, args.max_samples)
     if "images" not in dataset.column_names:

@@ -9,6 +9,8 @@ from PIL import Image
 from transformers import MODEL_MAPPING, AutoImageProcessor
 from transformers.utils import logging
 
+from llava_mod_hf.hub_reading import told_when_the_hub_fails
+
 # where a LLaVA, a CLIP or a SigLIP keeps its vision encoder
 TOWER_PREFIX = r"^(?:(?:model\.)?vision_tower\.(?:vision_model\.)?|vision_model\.)"
 
@@ -45,11 +47,13 @@ def load_part(role, name, load, *args, **kwargs):
 
     Raises:
         ValueError: if the part cannot be loaded.
+        ConnectionError: if the Hub fails meanwhile.
     """
-    try:
-        return load(*args, **kwargs)
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
-        raise ValueError(f"The {role} `{name}` could not be loaded: {first_sentence(error)}.") from error
+    with told_when_the_hub_fails(name):
+        try:
+            return load(*args, **kwargs)
+        except (OSError, ValueError, KeyError, RuntimeError) as error:
+            raise ValueError(f"The {role} `{name}` could not be loaded: {first_sentence(error)}.") from error
 
 
 @contextlib.contextmanager
@@ -171,7 +175,10 @@ def load_vision_layout(config, path, *, name, vision_feature_layer=None, trust_r
     """
     vision_config = vision_config_of(config)
     try:
-        image_processor = AutoImageProcessor.from_pretrained(path, trust_remote_code=trust_remote_code)
+        with told_when_the_hub_fails(path):
+            image_processor = AutoImageProcessor.from_pretrained(path, trust_remote_code=trust_remote_code)
+    except ConnectionError:  # nobody knows whether there is one
+        raise
     except (OSError, ValueError) as error:
         image_size = getattr(vision_config, "image_size", None)
         if not isinstance(image_size, int):

@@ -9,13 +9,16 @@ from huggingface_hub import snapshot_download
 
 from llava_mod_hf.data.parquet_shards import CHECKSUM, check_shards
 from llava_mod_hf.fingerprints import TEXT_COLUMNS, row_key, row_text_key
+from llava_mod_hf.hub_reading import told_when_the_hub_fails
 from llava_mod_hf.teachers.answer_cache import check_settings, compare_settings
 
 SAMPLE = 16  # rows whose images are compared at the start; every row's are when it is read
 
 
 def _download(repo_id):
-    return Path(snapshot_download(repo_id, repo_type="dataset", allow_patterns=["*.parquet", "*.yaml", f"*{CHECKSUM}"]))
+    patterns = ["*.parquet", "*.yaml", f"*{CHECKSUM}"]
+    with told_when_the_hub_fails(repo_id):
+        return Path(snapshot_download(repo_id, repo_type="dataset", allow_patterns=patterns))
 
 
 class CachedRows:
