@@ -42,8 +42,8 @@ class SceneOptions:
         rows (`int`, *optional*, defaults to 6000): how many; more rows begin with the same ones.
         first_row (`int`, *optional*, defaults to 0): where they begin.
         skew (`float`, *optional*):
-            Probability that a kind with a partner comes with it, in scenes of several things; by default 0.95 in
-            training and 0.3 in the test.
+            Probability that a kind brings its partner, if it has one, in scenes of several things; by default 0.95 in
+            training and 0.3 in the test. At 0 the two still meet, by chance.
         wrong_answers (`float`, *optional*, defaults to 0.0): share of the rows whose answer is wrong.
         wrong_kind (`str`, *optional*, defaults to `"other"`):
             `"other"`: the answer to the same question of another picture, where it differs; `"uniform"`: any wrong

@@ -1,0 +1,147 @@
+"""The claims' plan, graph and statistics, without a training."""
+
+import json
+import random
+import sys
+from pathlib import Path
+
+import pytest
+
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
+sys.path.insert(0, str(BENCHMARKS))
+
+import claims  # noqa: E402
+import claims_graph  # noqa: E402
+import claims_page  # noqa: E402
+from claims_arms import arm_of  # noqa: E402
+from claims_graph import Node, run_all, with_inputs  # noqa: E402
+from claims_statistics import bootstrap, figures, interval  # noqa: E402
+
+
+@pytest.fixture(scope="module")
+def plan():
+    return claims.read_claims()
+
+
+def test_every_arm_of_the_plan_can_be_built(plan):
+    for name, claim in plan["claims"].items():
+        assert {"section", "says", "measures", "against", "vary", "arms", "holds"} <= claim.keys()
+        assert claim["against"] in claim["arms"]
+        keys = [
+            arm_of(plan["centre"], 0, **factors).answers(rows=8).key for _, _, factors in claims.arms_of(plan, name)
+        ]
+        assert len(set(keys)) == len(keys), f"two arms of {name} are the same"
+        assert {recipe.recipe for recipe in with_inputs([arm_of(plan["centre"], 0).model()])} >= {
+            "scenes/1_adapt.yaml", "scenes/2_mimic_dense.yaml", "scenes/0_teacher.yaml",
+        }  # fmt: skip
+
+
+def test_an_unknown_factor_is_told(plan):
+    with pytest.raises(ValueError, match="An arm has no `colour`: its factors are adapt_steps"):
+        arm_of(plan["centre"], 0, colour=1)
+
+
+def test_arms_share_what_they_share(plan):
+    first, second = (arm_of(plan["centre"], 0, loss=loss) for loss in ("kl", "labels"))
+    assert first.adapted() == second.adapted()
+    assert first.dense() != second.dense()
+    assert arm_of(plan["centre"], 1).adapted() != first.adapted()
+    assert first.teacher_node() == arm_of(plan["centre"], 1).teacher_node()
+
+
+def test_a_key_depends_on_the_inputs():
+    inner = [Node("adapt", "scenes/1_adapt.yaml", {"seed": seed}) for seed in (0, 0, 1)]
+    outer = [Node("mimic", "scenes/2_mimic_dense.yaml", {"student": node}) for node in inner]
+    assert outer[0] == outer[1] != outer[2]
+    assert with_inputs(outer) == [inner[0], outer[0], inner[2], outer[2]]
+
+
+def test_a_failure_stops_what_needs_it_and_nothing_else(tmp_path, monkeypatch):
+    class Pool:
+        """Runs at once, in this process."""
+
+        def __init__(self, *args, **kwargs):
+            pass
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *error):
+            pass
+
+        def submit(self, function, node, root, *options):
+            from concurrent.futures import Future
+
+            future = Future()
+            if node.options.get("broken"):
+                future.set_exception(ValueError("broken"))
+            else:
+                (root / node.key).mkdir()
+                (root / node.key / "done.json").write_text("{}")
+                future.set_result(node.key)
+            return future
+
+    monkeypatch.setattr(claims_graph, "ProcessPoolExecutor", Pool)
+    broken, whole = Node("adapt", None, {"broken": True}), Node("adapt", None, {"seed": 1})
+    needs = [Node("mimic", None, {"student": node}) for node in (broken, whole)]
+    failed = run_all(needs, tmp_path)
+    assert failed == {broken: "ValueError: broken", needs[0]: f"needs {broken.key}"}
+    assert needs[1].is_done(tmp_path)
+    assert run_all([whole], tmp_path) == {}
+
+
+def rows(right, seed=0, count=400):
+    rng = random.Random(seed)
+    return [
+        {"question": f"{i}", "answer": "a red circle", "kind": "describe",
+         "given": "a red circle" if rng.random() < right else "a red square"}
+        for i in range(count)
+    ]  # fmt: skip
+
+
+def test_figures_by_hand():
+    found = figures(
+        [
+            {"question": "d", "answer": "a red circle and a blue square", "kind": "describe", "given": "a red circle"},
+            {"question": "d", "answer": "a red circle", "kind": "describe", "given": "a red circle and a red square"},
+            {"question": "p", "answer": "no", "kind": "presence (adversarial)", "given": "No."},
+            {"question": "p", "answer": "no", "kind": "presence (random)", "given": "yes"},
+            {"question": "c", "answer": "two", "kind": "count", "given": "two"},
+        ]
+    )
+    assert found == {
+        "exact_match": 2 / 5, "chair_s": 1 / 2, "chair_i": 1 / 3, "object_recall": 2 / 3, "describe": 0.0,
+        "presence": 1 / 2, "adversarial": 1.0, "count": 1.0,
+    }  # fmt: skip
+
+
+def test_the_bootstrap_is_as_wide_as_the_normal_interval():
+    first, second = rows(0.8, 1), rows(0.6, 2)
+    difference, low, high = bootstrap(first, second, "exact_match")
+    assert difference == figures(first)["exact_match"] - figures(second)["exact_match"]
+    deviation = (0.8 * 0.2 / 400 + 0.6 * 0.4 / 400) ** 0.5
+    assert (high - low) / 2 == pytest.approx(1.96 * deviation, rel=0.15)
+    assert low < difference < high
+    assert bootstrap(first, first, "chair_s") == (0, 0, 0)
+
+
+def test_other_questions_are_refused():
+    with pytest.raises(ValueError, match="asked different questions"):
+        bootstrap(rows(0.5), rows(0.5)[:-1], "exact_match")
+
+
+def test_the_interval_is_students():
+    assert interval([1.0, 2.0, 3.0]) == pytest.approx((2.0, 2.0 - 4.303 / 3**0.5, 2.0 + 4.303 / 3**0.5))
+
+
+def test_the_page_has_a_table_of_differences(plan, tmp_path):
+    runs = [
+        {"point": "", "arm": arm, "seed": seed, "figures": dict.fromkeys(claims_page.NAMES, value + 0.01 * seed)}
+        for arm, value in (("sparse alone", 0.5), ("dense, then sparse", 0.6))
+        for seed in (0, 1)
+    ]
+    (tmp_path / "stages.json").write_text(json.dumps({"runs": runs, "picked": []}))
+    text = "\n".join(claims_page.page_lines(plan, list(plan["claims"]), tmp_path))
+    assert "| dense, then sparse | 2 | +10.0 ± 0.0 |" in text
+    assert "## b. Dense-to-dense then" in text
+    assert "## a." not in text
