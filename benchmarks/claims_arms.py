@@ -22,7 +22,7 @@ class Arm:
         loss (`str`): `kl`, `labels`, `both`, or `teacher_answers` (labels that the teacher wrote, greedily).
         divergence (`str`): of `kl` and `both`.
         teacher (`str`):
-            `embedded`, `small`; or trained here: `clean` of `teacher_rows` right rows, `ten_times` of ten times the
+            `embedded`; or trained here: `clean` of `teacher_rows` right rows, `ten_times` of ten times the
             student's rows, as often wrong, `equal` of as many, as often wrong.
         teacher_rows (`int`): of `clean`.
         teacher_steps (`int`): of a teacher that is trained here.
@@ -68,8 +68,8 @@ class Arm:
 
     def teacher_node(self):
         """Folder or name of the teacher."""
-        if self.teacher in ("embedded", "small"):
-            return TEACHER if self.teacher == "embedded" else f"{TEACHER}-small"
+        if self.teacher == "embedded":
+            return TEACHER
         world = {
             "clean": {"rows": self.teacher_rows},
             "ten_times": self.world(rows=10 * self.rows),
