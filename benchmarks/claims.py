@@ -152,7 +152,12 @@ def main():
         left = [node for node in with_inputs(nodes()) if not node.is_done(args.runs)]
         sys.stdout.write(f"{len(left)} commands are left to run.\n")
         return
-    run_all(nodes, args.runs, minutes=args.minutes, **options)
+
+    def keep(node):
+        if node.command == "answers":  # what is known so far, should the run be cut off
+            write_results(plan, names, seeds, args.runs, args.results)
+
+    run_all(nodes, args.runs, minutes=args.minutes, on_done=keep, **options)
     write_results(plan, names, seeds, args.runs, args.results)
 
 

@@ -5,9 +5,12 @@ import re
 from pathlib import Path
 
 import pytest
+import torch
+from transformers import AutoModel, AutoTokenizer
 
 from llava_mod_cli import main
 from llava_mod_hf import load_model_and_processor
+from llava_mod_hf.data import scenes
 
 ROOT = Path(__file__).parents[2]
 
@@ -51,3 +54,48 @@ def test_make_weights_runs_these_recipes_in_this_order():
     order = re.search(r"for part in (.*?);", (ROOT / "Makefile").read_text())[1].split()
     assert order == ["vision_tower", "student_lm", "teacher_lm", "teacher"]
     assert {f"0_{part}.yaml" for part in order} == {path.name for path in (ROOT / "recipes/tiny").glob("0_*.yaml")}
+
+
+def pretrain_scenes(recipe, folder, *more):
+    argv = ["--config", str(ROOT / "recipes" / "scenes" / f"0_{recipe}.yaml"), "--output_dir", str(folder)]
+    short = ["--max_steps", "1", "--per_device_train_batch_size", "4", "--warmup_steps", "0"]
+    short += ["--world_options", '{"rows": 8}']
+    assert main(["pretrain", *argv, *short, *more]) == 0
+
+
+def test_the_teacher_of_the_scenes_keeps_its_encoder(tmp_path):
+    for recipe in ("vision_tower", "teacher_lm"):
+        pretrain_scenes(recipe, tmp_path / recipe)
+    parts = ["--vision_tower", str(tmp_path / "vision_tower"), "--language_model", str(tmp_path / "teacher_lm")]
+    for name, more in (("frozen", []), ("trained", ["--train_vision_tower", "true"])):
+        pretrain_scenes("teacher", tmp_path / name, *parts, *more)
+    tower = AutoModel.from_pretrained(tmp_path / "vision_tower").state_dict()
+
+    def moved(name):
+        teacher, _ = load_model_and_processor(str(tmp_path / name))
+        found = teacher.model.vision_tower.state_dict()
+        return [key for key in tower if not torch.equal(tower[key], found[key])]
+
+    assert moved("frozen") == []
+    assert len(moved("trained")) > 10
+
+
+def test_every_word_of_the_scenes_is_a_token():
+    tokenizer = AutoTokenizer.from_pretrained(ROOT / "src/llava_mod_hf/weights/scenes-student-lm")
+    for text in scenes.words():
+        words = re.findall(r"\w+|[^\w\s]", text)
+        assert [token.strip("Ġ") for token in tokenizer.tokenize(text)] == words
+
+
+def test_an_unknown_world_is_told(tmp_path, capsys):
+    argv = [
+        "--config",
+        str(ROOT / "recipes/scenes/0_teacher.yaml"),
+        "--output_dir",
+        str(tmp_path / "t"),
+        "--world",
+        "none",
+    ]
+    with pytest.raises(SystemExit):
+        main(["pretrain", *argv])
+    assert "--world" in capsys.readouterr().err
