@@ -103,7 +103,8 @@ weights: setup
 	  $(BIN)/llava-mod pretrain --config recipes/scenes/0_$$part.yaml || exit 1; \
 	done
 	for name in scenes-vision-tower scenes-student-lm scenes-teacher; do \
-	  mkdir -p src/llava_mod_hf/weights/$$name && cp runs/weights/$$name/* src/llava_mod_hf/weights/$$name/ || exit 1; \
+	  mkdir -p src/llava_mod_hf/weights/$$name && rm -f runs/weights/$$name/*.py && \
+	  cp runs/weights/$$name/* src/llava_mod_hf/weights/$$name/ || exit 1; \
 	done
 
 clean:
