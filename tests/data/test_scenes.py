@@ -107,6 +107,13 @@ def test_as_many_answers_are_wrong_as_was_asked(wrong_kind):
     rows = drawn("mixture", "train", wrong_answers=0.3, wrong_kind=wrong_kind)
     wrong = [row["answer"] != plain_answer(scene, row["question"]) for scene, row in rows]
     assert abs(np.mean(wrong) - 0.3) < 4 * np.sqrt(0.21 / ROWS)
+    valid = {
+        "is there": ("yes", "no"), "how many": scenes.NUMBERS, "what color": scenes.COLORS,
+        "where is": scenes.PLACES, "how big": scenes.SIZES,
+    }  # fmt: skip
+    for _, row in rows:  # a wrong answer is still one to that question
+        expected = next((found for start, found in valid.items() if row["question"].startswith(start)), None)
+        assert row["answer"] in expected if expected else scenes.named_kinds(row["answer"])
     # everything else is as without
     same = [(row["question"], row["kind"]) for _, row in drawn("mixture", "train")]
     assert [(row["question"], row["kind"]) for _, row in rows] == same
