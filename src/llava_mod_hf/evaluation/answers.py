@@ -216,9 +216,10 @@ def evaluate_model(model, processor, dataset, *, teacher=None, batch_size=128):
         batch_size (`int`, *optional*, defaults to 128).
 
     Returns:
-        `dict`: `exact_match`, `exact_match_by_kind`, `hallucination_rate`, `miss_rate`, `balanced_accuracy` (the last
-        three `None` unless the dataset asks for present and for absent things), `kl_to_teacher` in nats (`None` without
-        a teacher), `params_total` and `params_active`.
+        `dict`: what [`~llava_mod_hf.evaluation.measures.MEASURES`] give, each `None` where the dataset does not allow
+        it (`exact_match`, `exact_match_by_kind`; `hallucination_rate`, `miss_rate`, `balanced_accuracy`; `chair_s`,
+        `chair_i`, `object_recall`; `pope`), `kl_to_teacher` in nats (`None` without a teacher), `params_total` and
+        `params_active`.
     """
     for name in ("question", "answer", "kind"):  # before hours of answers
         _texts(dataset, name)

@@ -9,6 +9,10 @@ import evaluate
 from llava_mod_hf.data.easy_vqa import presence
 from llava_mod_hf.data.scenes import named_kinds
 
+DESCRIBE = "describe"  # kind of the rows that CHAIR is of
+
+PRESENCE = "presence ("  # what the kinds of POPE's rows start with
+
 
 def normalize_answer(text):
     """An answer without surrounding space, capitals and a trailing period."""
@@ -117,6 +121,9 @@ class CaptionHallucination(evaluate.Metric):
 
     `compute(predictions=…, references=…, kinds=…)` takes lists of strings; rows of another kind than `describe` are
     left out. With `keep_in_memory=True` nothing is cached on disk.
+
+    Raises:
+        ValueError: if no row of that kind has a reference that names a thing.
     """
 
     def _info(self):
@@ -128,16 +135,16 @@ class CaptionHallucination(evaluate.Metric):
             for prediction, reference, kind in zip(predictions, references, kinds, strict=True)
             if kind == DESCRIBE
         ]
+        present = sum(len(there) for _, there in rows)
+        if not present:
+            raise ValueError(f"No reference of kind `{DESCRIBE}` names a thing: nothing to compare descriptions with.")
         named = sum(len(found) for found, _ in rows)
         absent = sum(len(found - there) for found, there in rows)
         return {
             "chair_s": _share(bool(found - there) for found, there in rows),
             "chair_i": absent / named if named else 0.0,
-            "object_recall": sum(len(found & there) for found, there in rows) / sum(len(there) for _, there in rows),
+            "object_recall": sum(len(found & there) for found, there in rows) / present,
         }
-
-
-DESCRIBE = "describe"
 
 
 def _describes(references, kinds, **columns):
@@ -153,7 +160,8 @@ class Pope(evaluate.Metric):
     come with what is there. An answer that is neither yes nor no counts as wrong, and as no claim.
 
     `compute(predictions=…, references=…, kinds=…)` takes lists of strings and returns `pope`, a `dict` by kind of
-    `accuracy`, `precision`, `recall`, `f1` and `yes` (share of yes); `precision` and `f1` are `None` without a claim.
+    `accuracy`, `precision`, `recall`, `f1` and `yes` (share of yes). Without a "yes" `precision` and `f1` are `None`,
+    and `recall` where nothing that is asked for is there.
     """
 
     def _info(self):
@@ -165,9 +173,6 @@ class Pope(evaluate.Metric):
             if kind.startswith(PRESENCE):
                 by_kind.setdefault(kind, []).append((normalize_answer(prediction), normalize_answer(reference)))
         return {"pope": {kind: _pope(pairs) for kind, pairs in sorted(by_kind.items())}}
-
-
-PRESENCE = "presence ("
 
 
 def _pope(pairs):
@@ -184,7 +189,7 @@ def _pope(pairs):
     }
 
 
-def _asks_presence(kinds, **columns):
+def _has_pope_rows(kinds, **columns):
     return any(kind.startswith(PRESENCE) for kind in kinds)
 
 
@@ -221,7 +226,7 @@ MEASURES = {
         ("chair_s", "chair_i", "object_recall"),
         _describes,
     ),
-    "pope": Measure(Pope, ("predictions", "references", "kinds"), ("pope",), _asks_presence),
+    "pope": Measure(Pope, ("predictions", "references", "kinds"), ("pope",), _has_pope_rows),
 }
 
 
