@@ -66,6 +66,8 @@ def run(data_args: DataArguments, args: EvaluateCommand):
         raise ValueError("`streaming` is true, and measures are of all rows: leave it out.")
     rows = load_rows(data_args, columns=QUESTION_COLUMNS, split=data_args.dataset_test_split, seed=args.seed)
     all_rows = dataclasses.replace(data_args, dataset_name=training_name, max_samples=None)
+    if training_name != data_args.dataset_name:
+        all_rows.dataset_options = None  # which are of the test's data set
     training = load_rows(all_rows, columns=QUESTION_COLUMNS, seed=args.seed).remove_columns("images")
     without_marked = functools.partial(leave_out_marked, columns=("prompt", "completion"), bad_rows=data_args.bad_rows)
     model, processor = load_model_and_processor(args.model, trust_remote_code=args.trust_remote_code)
