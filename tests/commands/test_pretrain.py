@@ -10,7 +10,8 @@ from transformers import AutoModel, AutoTokenizer
 
 from llava_mod_cli import main
 from llava_mod_hf import load_model_and_processor
-from llava_mod_hf.data import easy_vqa, scenes
+from llava_mod_hf.commands.pretrain import PretrainConfig, labelled_pictures
+from llava_mod_hf.data import easy_vqa, scene_rows, scenes
 
 ROOT = Path(__file__).parents[2]
 
@@ -93,14 +94,40 @@ def test_every_word_of_the_scenes_is_a_token():
 
 
 def test_an_unknown_world_is_told(tmp_path, capsys):
-    argv = [
-        "--config",
-        str(ROOT / "recipes/scenes/0_teacher.yaml"),
-        "--output_dir",
-        str(tmp_path / "t"),
-        "--world",
-        "none",
-    ]
+    argv = ["--config", str(ROOT / "recipes/scenes/0_teacher.yaml"), "--output_dir", str(tmp_path / "t")]
     with pytest.raises(SystemExit):
-        main(["pretrain", *argv])
+        main(["pretrain", *argv, "--world", "none"])
     assert "--world" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("values", "said"),
+    [
+        ({"world": "none"}, "`world` is 'none': give one of easy-vqa, scenes."),
+        ({"part": "student"}, "`part` is 'student': give one of vision_tower, language_model, teacher."),
+        ({"world_options": {"rows": 4}}, "`world_options` are of `scenes`, and `world` is `easy-vqa`: leave them out."),
+        ({"world": "easy-vqa", "world_options": '{"rows": 4}'}, "`world_options` are of `scenes`"),
+    ],
+)
+def test_a_value_that_no_part_reads_is_told(tmp_path, values, said):
+    with pytest.raises(ValueError, match=re.escape(said)):
+        PretrainConfig(output_dir=str(tmp_path), use_cpu=True, bf16=False, **values)
+
+
+def test_a_bad_option_of_the_world_is_told_before_anything_is_written(tmp_path, capsys):
+    argv = ["--config", str(ROOT / "recipes/scenes/0_student_lm.yaml"), "--output_dir", str(tmp_path / "lm")]
+    assert main(["pretrain", *argv, "--world_options", '{"rows": 8, "colour": 1}']) == 2
+    assert "has no option `colour`: its options are rows, first_row, skew" in capsys.readouterr().err
+    assert not (tmp_path / "lm").exists()
+
+
+def test_a_picture_is_labelled_with_every_kind_that_its_caption_names(tmp_path):
+    args = PretrainConfig(
+        output_dir=str(tmp_path), use_cpu=True, bf16=False, part="vision_tower", world="scenes",
+        world_options={"rows": 40, "wrong_answers": 0.5}, seed=3,
+    )  # fmt: skip
+    rows, count = labelled_pictures(args)
+    assert count == 12
+    captions = scene_rows.load("describe", "train", 3, {"rows": 40, "wrong_answers": 0.5})["answer"]
+    for label, caption in zip(rows["label"], captions, strict=True):
+        assert label == [float(kind in caption) for kind in scenes.KINDS]

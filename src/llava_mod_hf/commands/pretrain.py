@@ -27,6 +27,8 @@ from llava_mod_hf.students.generation import prepare_generation
 
 OPTIONS = ("commands.pretrain:PretrainConfig",)
 
+CHOICES = {"part": ["vision_tower", "language_model", "teacher"], "world": ["easy-vqa", "scenes"]}
+
 SPECIAL_TOKENS = {"pad_token": "<|pad|>", "eos_token": "<|end|>"}
 
 ROLE_TOKENS = ["<image>", "<|system|>", "<|user|>", "<|assistant|>"]
@@ -61,19 +63,30 @@ class PretrainConfig(SFTConfig):
         world (`str`, *optional*, defaults to `"easy-vqa"`): or `"scenes"`; what it is trained on.
         world_options (`dict`, *optional*): of the scenes, as [`~llava_mod_hf.data.scene_rows.SceneOptions`].
         train_vision_tower (`bool`, *optional*, defaults to `True`): whether the teacher's encoder is trained with it.
+
+    Raises:
+        ValueError: if there is no such `part` or `world`, or `world_options` are of another world.
     """
 
-    part: str = field(default="teacher", metadata={"choices": ["vision_tower", "language_model", "teacher"]})
+    part: str = field(default="teacher", metadata={"choices": CHOICES["part"]})
     vision_config: dict | str | None = None
     text_config: dict | str | None = None
     vocab_size: int = 384
     vision_tower: str | None = None
     language_model: str | None = None
-    world: str = field(default="easy-vqa", metadata={"choices": ["easy-vqa", "scenes"]})
+    world: str = field(default="easy-vqa", metadata={"choices": CHOICES["world"]})
     world_options: dict | str | None = None
     train_vision_tower: bool = True
 
     _VALID_DICT_FIELDS = [*SFTConfig._VALID_DICT_FIELDS, "vision_config", "text_config", "world_options"]
+
+    def __post_init__(self):
+        super().__post_init__()
+        for name, known in CHOICES.items():
+            if getattr(self, name) not in known:
+                raise ValueError(f"`{name}` is {getattr(self, name)!r}: give one of {', '.join(known)}.")
+        if self.world_options and self.world != "scenes":
+            raise ValueError(f"`world_options` are of `scenes`, and `world` is `{self.world}`: leave them out.")
 
 
 def _texts(world):
@@ -113,7 +126,7 @@ def _config(values, **extra):
     return CONFIG_MAPPING[values.pop("model_type")](**values, **extra)
 
 
-def _labelled_pictures(args):
+def labelled_pictures(args):
     """Rows of `images` and `label`, and how many labels there are; of scenes a row has several, by its caption."""
     if args.world == "scenes":
         rows = scene_rows.load("describe", "train", args.seed, args.world_options)
@@ -132,7 +145,7 @@ def pretrain_vision_tower(args):
 
     Images of easy-VQA are mirrored and transposed at random: neither changes the caption.
     """
-    dataset, num_labels = _labelled_pictures(args)
+    dataset, num_labels = labelled_pictures(args)
     config = SiglipConfig(
         vision_config=dict(args.vision_config),
         num_labels=num_labels,
