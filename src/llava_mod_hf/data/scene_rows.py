@@ -45,7 +45,8 @@ class SceneOptions:
             Probability that a kind brings its partner, if it has one, in scenes of several things; by default 0.95 in
             training and 0.3 in the test. Kinds that would bring one into a scene that is full are drawn again: in the
             pictures 0.92 and 0.28 of them have it beside them. At 0 the two still meet, by chance.
-        wrong_answers (`float`, *optional*, defaults to 0.0): share of the rows whose answer is wrong.
+        wrong_answers (`float`, *optional*, defaults to 0.0):
+            Share of the rows whose answer is wrong; of `preferences` it is the chosen one.
         wrong_kind (`str`, *optional*, defaults to `"other"`):
             `"other"`: the answer to a question of that task about another picture, where it differs; `"uniform"`: the
             same of a picture without habits, in which kinds, places and sizes are about as likely as each other, and
