@@ -1,29 +1,24 @@
-"""The world of scenes: what is drawn, what is asked, what is right, and what training never sees."""
+"""The world of scenes: how often what comes together, what is asked, what is right, what training never sees."""
 
-import io
+import dataclasses
 import random
-import re
 from collections import Counter
 
 import numpy as np
 import pytest
-from PIL import Image
 
+from helpers.scenes import ROWS, bound, drawn, pairs, plain_answer
 from llava_mod_hf.data import scenes
-from llava_mod_hf.data.scene_pictures import CELL, CORNERS, RGB, draw
-from llava_mod_hf.data.scene_rows import SceneOptions, load, load_text, picture, scene_row
-
-ROWS = 3000
-
-
-def drawn(config, split, seed=0, rows=ROWS, **options):
-    options = SceneOptions(rows=rows, **options)
-    return [scene_row(number, config, split, seed, options) for number in range(rows)]
+from llava_mod_hf.data.scene_pictures import CELL, CORNERS, PIXELS, RGB, draw
+from llava_mod_hf.data.scenes import KINDS, PARTNERS, Scene, Thing
 
 
 @pytest.fixture(scope="module", params=["train", "test"])
 def described(request):
     return request.param, [scene for scene, _ in drawn("describe", request.param)]
+
+
+# How scenes are drawn
 
 
 def test_no_arrangement_of_the_test_is_in_training():
@@ -35,13 +30,65 @@ def test_no_arrangement_of_the_test_is_in_training():
     assert not found["train"] & found["test"]
 
 
-def test_a_partner_comes_as_often_as_is_said(described):
-    """In scenes of several things an anchor is alone with probability 1 − skew; redrawing for room thins the pairs."""
+def test_an_arrangement_is_its_kinds_sizes_and_places():
+    scene = Scene((Thing("red circle", "small", "top left"), Thing("blue square", "large", "top right")), 7)
+    assert dataclasses.replace(scene, jitter=8).key == scene.key
+    first, second = scene.things
+    for change in ({"kind": "green circle"}, {"size": "large"}, {"place": "bottom left"}):
+        assert dataclasses.replace(scene, things=(dataclasses.replace(first, **change), second)).key != scene.key
+
+
+def test_a_partner_is_of_another_color_and_another_shape():
+    assert sorted([*PARTNERS, *PARTNERS.values()]) == sorted(KINDS)
+    for kind, partner in PARTNERS.items():
+        assert not set(kind.split()) & set(partner.split())
+
+
+def final_kinds(kinds, count, skew):
+    """`{kinds of a scene: probability}`, by the rule: a kind with an absent partner brings it, or keeps it out."""
+    if len(kinds) == count:
+        return {kinds: 1.0}
+    kept_out = {PARTNERS[kind] for kind in kinds if kind in PARTNERS} - kinds
+    free, following = set(KINDS) - kinds - kept_out, Counter()
+    for kind in free:
+        if kind not in PARTNERS or PARTNERS[kind] in kinds:
+            following[kinds | {kind}] += 1 / len(free)
+            continue
+        following[kinds | {kind}] += (1 - skew) / len(free)
+        if len(kinds) + 2 <= count:  # otherwise another kind is drawn
+            following[kinds | {kind, PARTNERS[kind]}] += skew / len(free)
+    final = Counter()
+    for then, weight in following.items():
+        for each, share in final_kinds(then, count, skew).items():
+            final[each] += weight / following.total() * share
+    return final
+
+
+def expected_pairs(skew):
+    """Of the kinds with a partner, in scenes of two things and half as many again of three, how many are beside it."""
+    anchors = beside = 0.0
+    for count, weight in ((2, 2), (3, 3)):
+        for kinds, share in final_kinds(frozenset(), count, skew).items():
+            anchors += weight * share * sum(kind in PARTNERS for kind in kinds)
+            beside += weight * share * sum(PARTNERS.get(kind) in kinds for kind in kinds)
+    return beside / anchors
+
+
+@pytest.mark.parametrize(("skew", "documented"), [(0.95, 0.92), (0.3, 0.28), (0.0, 0.08)])
+def test_a_partner_comes_as_often_as_is_documented(skew, documented):
+    expected = expected_pairs(skew)
+    assert round(expected, 2) == documented
+    found = pairs([scene.kinds for scene, _ in drawn("describe", "train", 1, skew=skew)])
+    # 0.01: arrangements of the test are not drawn here
+    assert abs(np.mean(found) - expected) < bound(expected, len(found)) + 0.01
+
+
+def test_the_test_is_less_skewed_than_training(described):
     split, drawn_scenes = described
-    several = [scene.kinds for scene in drawn_scenes if len(scene.kinds) > 1]
-    pairs = [scenes.PARTNERS[kind] in kinds for kinds in several for kind in kinds if kind in scenes.PARTNERS]
-    low, high = {"train": (0.88, 0.96), "test": (0.22, 0.33)}[split]
-    assert low < np.mean(pairs) < high
+    found = pairs([scene.kinds for scene in drawn_scenes])
+    expected = expected_pairs({"train": 0.95, "test": 0.3}[split])
+    # 0.03: the arrangements of the test are few
+    assert abs(np.mean(found) - expected) < bound(expected, len(found)) + 0.03
 
 
 def test_places_sizes_and_numbers_are_balanced(described):
@@ -53,145 +100,92 @@ def test_places_sizes_and_numbers_are_balanced(described):
         expected = len(things) / len(values)
         assert max(abs(count - expected) for count in counts.values()) < 5 * np.sqrt(expected)
     numbers = Counter(len(scene.things) for scene in drawn_scenes)
-    assert numbers[3] > numbers[2] > numbers[1] > 0.1 * ROWS
+    for number, share in ((1, 1 / 6), (2, 1 / 3), (3, 1 / 2)):
+        assert abs(numbers[number] / ROWS - share) < bound(share, ROWS) + 0.03
+
+
+def test_things_come_in_reading_order_and_once(described):
+    for scene in described[1]:
+        places = [scenes.PLACES.index(thing.place) for thing in scene.things]
+        assert places == sorted(set(places))
+        assert len(set(scene.kinds)) == len(scene.kinds)
+
+
+def test_a_scene_is_redrawn_for_its_split_alone():
+    rng = random.Random(0)
+    assert all(scenes.draw_scene(rng, "test", 0.3).key % 5 == 0 for _ in range(50))
+
+
+# What is asked, and what is right
 
 
 @pytest.mark.parametrize("split", ["train", "test"])
 def test_presence_is_balanced_and_asks_what_its_sort_says(split):
-    by_sort = {}
+    by_sort, of_a_partner = {}, []
     for scene, row in drawn("presence", split):
         (kind,) = scenes.named_kinds(row["question"])
         assert row["answer"] == ("yes" if kind in scene.kinds else "no")
         sort = row["kind"]
         by_sort.setdefault(sort, []).append(row["answer"] == "yes")
         if row["answer"] == "no" and sort == "presence (popular)":
-            assert kind in scenes.PARTNERS.values() or set(scenes.PARTNERS.values()) <= set(scene.kinds)
+            assert kind in PARTNERS.values()  # of which six there are, and in a scene three at most
         if row["answer"] == "no" and sort == "presence (adversarial)":
-            expected = {scenes.PARTNERS.get(each) for each in scene.kinds} - {None, *scene.kinds}
+            expected = {PARTNERS.get(each) for each in scene.kinds} - {None, *scene.kinds}
             assert not expected or kind in expected
+            of_a_partner.append(bool(expected))
     assert sorted(by_sort) == [f"presence ({sort})" for sort in sorted(scenes.PRESENCE)]
     for answers in by_sort.values():
-        assert abs(np.mean(answers) - 0.5) < 4 * 0.5 / np.sqrt(len(answers))
-
-
-def plain_answer(scene, question):
-    """The right answer, worked out anew from the things alone."""
-    if question == scenes.DESCRIBE:
-        names = ["a " + thing.kind for thing in scene.things]
-        return {1: "{}", 2: "{} and {}", 3: "{}, {} and {}"}[len(names)].format(*names)
-    if question == "how many shapes are there?":
-        return ["", "one", "two", "three"][len(scene.things)]
-    if match := re.fullmatch(r"is there a (.*)\?", question):
-        return "yes" if match[1] in [thing.kind for thing in scene.things] else "no"
-    if match := re.fullmatch(r"what color is the (.*)\?", question):
-        (found,) = [thing.kind.split()[0] for thing in scene.things if thing.kind.endswith(match[1])]
-        return found
-    word, kind = re.fullmatch(r"(where is|how big is) the (.*)\?", question).groups()
-    (thing,) = [thing for thing in scene.things if thing.kind == kind]
-    return thing.place if word == "where is" else thing.size
+        assert abs(np.mean(answers) - 0.5) < bound(0.5, len(answers))
+    # where no partner is absent, any absent thing is asked for
+    share = {"train": 0.13, "test": 0.58}[split]
+    assert abs(np.mean(of_a_partner) - share) < bound(share, len(of_a_partner)) + 0.01
 
 
 @pytest.mark.parametrize("split", ["train", "test"])
 def test_every_answer_is_that_of_the_scene(split):
-    kinds = Counter()
     for scene, row in drawn("mixture", split):
         assert row["answer"] == plain_answer(scene, row["question"])
         for question, answer in row["turns"]:
             assert answer == plain_answer(scene, question)
-        kinds[row["kind"].split(" (")[0]] += 1
-    assert set(kinds) == set(scenes.TASKS)
 
 
-@pytest.mark.parametrize("wrong_kind", ["other", "uniform"])
-def test_as_many_answers_are_wrong_as_was_asked(wrong_kind):
-    rows = drawn("mixture", "train", wrong_answers=0.3, wrong_kind=wrong_kind)
-    wrong = [row["answer"] != plain_answer(scene, row["question"]) for scene, row in rows]
-    assert abs(np.mean(wrong) - 0.3) < 4 * np.sqrt(0.21 / ROWS)
-    valid = {
-        "is there": ("yes", "no"), "how many": scenes.NUMBERS, "what color": scenes.COLORS,
-        "where is": scenes.PLACES, "how big": scenes.SIZES,
-    }  # fmt: skip
-    for _, row in rows:  # a wrong answer is still one to that question
-        expected = next((found for start, found in valid.items() if row["question"].startswith(start)), None)
-        assert row["answer"] in expected if expected else scenes.named_kinds(row["answer"])
-    # everything else is as without
-    same = [(row["question"], row["kind"]) for _, row in drawn("mixture", "train")]
-    assert [(row["question"], row["kind"]) for _, row in rows] == same
+def test_a_color_is_not_asked_for_where_two_things_have_it():
+    scene = Scene((Thing("red circle", "small", "top left"), Thing("blue circle", "large", "top right")), 0)
+    assert scenes.ask(scene, "color", random.Random(0)) is None
 
 
-def test_uniformly_wrong_answers_know_no_habit():
-    """In another picture's description an anchor brings its partner; in one that is drawn uniformly it does not."""
-
-    def pairs(wrong_kind):
-        rows = drawn("describe", "train", wrong_answers=1.0, wrong_kind=wrong_kind)
-        named = [scenes.named_kinds(row["answer"]) for _, row in rows]
-        return np.mean([
-            scenes.PARTNERS[kind] in kinds
-            for kinds in named if len(kinds) > 1 for kind in kinds if kind in scenes.PARTNERS
-        ])  # fmt: skip
-
-    assert pairs("other") > 0.85
-    assert pairs("uniform") < 0.2
+@pytest.mark.parametrize("task", ["conversation", "none"])
+def test_what_is_no_task_is_told(task):
+    scene = scenes.uniform_scene(random.Random(0))
+    with pytest.raises(ValueError, match=f"Nothing is asked for the task `{task}`: take one of describe, presence"):
+        scenes.ask(scene, task, random.Random(0))
 
 
-def test_each_thing_is_drawn_in_its_place_and_colour():
-    for number in range(200):
-        scene, _ = scene_row(number, "describe", "train", 3, SceneOptions())
-        pixels = np.asarray(draw(scene), dtype=int)
-        background = pixels.max(axis=(0, 1))[0]
-        for place, (column, row) in CORNERS.items():
-            cell = pixels[row * CELL : (row + 1) * CELL, column * CELL : (column + 1) * CELL]
-            coloured = cell[np.ptp(cell, axis=-1) > 40]
-            expected = [thing for thing in scene.things if thing.place == place]
-            if not expected:
-                assert len(coloured) == 0, (number, place, background)
-                continue
-            mean = coloured.mean(axis=0)
-            nearest = min(RGB, key=lambda color: np.abs(mean - RGB[color]).sum())
-            assert nearest == expected[0].kind.split()[0]
-            # halfway between the largest small one and the smallest large one, in pixels
-            limit = {"circle": 240, "square": 190, "triangle": 130}[expected[0].kind.split()[1]]
-            large = len(coloured) > limit
-            assert large == (expected[0].size == "large"), (number, len(coloured), expected[0])
+def test_a_rejected_description_of_no_known_way_is_told():
+    scene = scenes.uniform_scene(random.Random(0))
+    with pytest.raises(ValueError, match="A description cannot be `turned`: take swapped, added or dropped."):
+        scenes.rejected_caption(scene, "turned", random.Random(0))
 
 
-def test_a_row_is_the_same_however_it_is_read():
-    options = {"rows": 12, "wrong_answers": 0.5}
-    rows = load("mixture", "train", 5, options)
-    later = load("mixture", "train", 5, {**options, "rows": 4, "first_row": 8})
-    streamed = list(load("mixture", "train", 5, options, streaming=True))
-    for place, row in enumerate(rows):
-        assert {name: value for name, value in row.items() if name != "images"} == {
-            name: value for name, value in streamed[place].items() if name != "images"
-        }
-        assert row["images"][0].tobytes() == streamed[place]["images"][0].tobytes()
-    assert later["question"] == rows["question"][8:]
-    assert later["answer"] == rows["answer"][8:]
-    assert load("mixture", "train", 6, options)["answer"] != rows["answer"]
-    assert picture(3, "mixture", "train", 5, options).tobytes() == rows[3]["images"][0].tobytes()
+def test_a_rejected_description_names_the_partner_that_is_missing():
+    scene = Scene((Thing("red circle", "small", "top left"), Thing("blue triangle", "large", "top right")), 0)
+    for how in ("swapped", "added"):
+        for seed in range(20):
+            found = scenes.named_kinds(scenes.rejected_caption(scene, how, random.Random(seed)))
+            assert PARTNERS["red circle"] in found
 
 
-def test_prompts_have_no_answer_and_conversations_have_a_turn_before():
-    assert "completion" not in load("prompts", "train", 0, {"rows": 3}).column_names
-    for row in load("conversation", "test", 0, {"rows": 5}):
-        assert [message["role"] for message in row["prompt"]] == ["user", "assistant", "user"]
-        assert row["prompt"][-1]["content"] == row["question"]
-
-
-def test_text_says_the_scene_in_words():
-    scene, _ = scene_row(0, "mixture", "train", 0, SceneOptions())
-    words = load_text("train", 0, {"rows": 2})[0]["prompt"][0]["content"]
-    for thing in scene.things:
-        assert f"a {thing.size} {thing.kind} at the {thing.place}" in words
-
-
-@pytest.mark.parametrize("how", ["swapped", "added", "dropped"])
-def test_a_rejected_description_is_wrong_in_the_way_that_was_asked(how):
-    for row in load("preferences", "train", 0, {"rows": 100, "rejected": how}):
-        right, wrong = (set(scenes.named_kinds(row[side][0]["content"])) for side in ("chosen", "rejected"))
-        extra, missing = len(wrong - right), len(right - wrong)
-        expected = {"swapped": (1, 1), "added": (1, 0), "dropped": (0, 1) if len(right) > 1 else (1, 1)}[how]
-        assert (extra, missing) == expected
+@pytest.mark.parametrize(
+    ("text", "found"),
+    [
+        ("", []),
+        ("A Red Circle, a red circle and a BLUE square.", ["red circle", "blue square"]),
+        ("red, circle; a purple circle; a red oval; redcircle; a red circles", []),
+        ("a blue square and a red circle", ["blue square", "red circle"]),
+    ],
+)
+def test_the_kinds_that_a_text_names(text, found):
+    assert scenes.named_kinds(text) == found
 
 
 def test_truth_is_present_things_less_absent_ones():
@@ -205,45 +199,49 @@ def test_truth_is_present_things_less_absent_ones():
     assert scenes.score_by_truth(row, answers) == [1, 0, 2, 0]
 
 
-@pytest.mark.parametrize(
-    ("options", "said"),
-    [
-        ({"rows": 0}, "`rows` of `embedded:scenes` is 0: give a number of rows."),
-        ({"first_row": -1}, "`first_row` of `embedded:scenes` is -1"),
-        ({"skew": 1.5}, "`skew` of `embedded:scenes` is 1.5: give a share between 0 and 1."),
-        ({"wrong_answers": "many"}, "`wrong_answers` of `embedded:scenes` is 'many'"),
-        ({"wrong_kind": "none"}, "`wrong_kind` of `embedded:scenes` is 'none': give one of"),
-        ({"rejected": "none"}, "`rejected` of `embedded:scenes` is 'none': give one of"),
-        ({"presence": "none"}, "`presence` of `embedded:scenes` is 'none': give one of"),
-        ({"colour": 1}, "`embedded:scenes` has no option `colour`: its options are rows,"),
-    ],
-)
-def test_a_bad_option_is_told(options, said):
-    with pytest.raises(ValueError, match=re.escape(said)):
-        load("mixture", "train", 0, options)
+# What is drawn
 
 
-def test_an_unknown_config_is_told():
-    with pytest.raises(ValueError, match="has no `colors` of split `train`: take one of mixture, describe"):
-        load("colors", "train")
+def coloured(pixels):
+    """Where a pixel is no grey."""
+    return np.ptp(pixels, axis=-1) > 40
 
 
-def test_skew_and_presence_have_an_effect():
-    def pairs(skew):
-        found = [scene.kinds for scene, _ in drawn("describe", "train", rows=500, skew=skew) if len(scene.kinds) > 1]
-        return np.mean([scenes.PARTNERS[kind] in kinds for kinds in found for kind in kinds if kind in scenes.PARTNERS])
+@pytest.mark.parametrize("size", scenes.SIZES)
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_thing_stays_in_its_cell_and_has_its_shape_color_and_size(kind, size):
+    color, shape = kind.split()
+    for place, (column, row) in CORNERS.items():
+        for jitter in range(10):
+            pixels = np.asarray(draw(Scene((Thing(kind, size, place),), jitter)), dtype=int)
+            rows, columns = np.nonzero(coloured(pixels))
+            assert row * CELL <= rows.min() <= rows.max() < (row + 1) * CELL
+            assert column * CELL <= columns.min() <= columns.max() < (column + 1) * CELL
+            centroid = pixels[round(rows.mean()), round(columns.mean())]
+            assert min(RGB, key=lambda color: np.abs(centroid - RGB[color]).sum()) == color
+            filled = len(rows) / (np.ptp(rows) + 1) / (np.ptp(columns) + 1)  # of the box around it
+            shares = {"circle": 0.79, "square": 1.0, "triangle": 0.5}
+            assert min(shares, key=lambda name: abs(filled - shares[name])) == shape
+            # halfway between the largest small one and the smallest large one, in pixels
+            limit = {"circle": 240, "square": 190, "triangle": 130}[shape]
+            assert (len(rows) > limit) == (size == "large")
 
-    assert pairs(0.0) < 0.15 < 0.4 < pairs(0.5) < pairs(1.0) == 1
-    asked = {row["kind"] for _, row in drawn("presence", "train", rows=50, presence="popular")}
-    assert asked == {"presence (popular)"}
+
+def test_a_picture_shows_its_things_and_no_others():
+    for scene, _ in drawn("describe", "train", 3, rows=200):
+        pixels = np.asarray(draw(scene), dtype=int)
+        assert pixels.shape == (PIXELS, PIXELS, 3)
+        there = {thing.place: thing.kind.split()[0] for thing in scene.things}
+        for place, (column, row) in CORNERS.items():
+            cell = pixels[row * CELL : (row + 1) * CELL, column * CELL : (column + 1) * CELL]
+            found = cell[coloured(cell)]
+            assert bool(len(found)) == (place in there)
+            if len(found):
+                mean = found.mean(axis=0)
+                assert min(RGB, key=lambda color: np.abs(mean - RGB[color]).sum()) == there[place]
 
 
-def test_pictures_are_png():
-    row = load("describe", "train", 0, {"rows": 1}).with_format("arrow")[0:1].to_pydict()["images"][0][0]
-    image = Image.open(io.BytesIO(row["bytes"]))
-    assert (image.format, image.size, image.mode) == ("PNG", (64, 64), "RGB")
-
-
-def test_a_scene_is_redrawn_for_its_split_alone():
-    rng = random.Random(0)
-    assert all(scenes.draw_scene(rng, "test", 0.3).key % 5 == 0 for _ in range(50))
+def test_pictures_of_one_arrangement_differ_by_their_jitter():
+    things = (Thing("red circle", "small", "top left"),)
+    pictures = [draw(Scene(things, jitter)).tobytes() for jitter in (0, 0, 1)]
+    assert pictures[0] == pictures[1] != pictures[2]
