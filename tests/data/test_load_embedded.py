@@ -6,6 +6,7 @@ import pytest
 from datasets import IterableDataset
 
 from helpers.load_cases import load
+from llava_mod_hf import recipes
 from llava_mod_hf.data.arguments import DataArguments
 from llava_mod_hf.data.load import load_rows
 
@@ -34,6 +35,38 @@ def test_options_come_as_json_from_the_command_line():
     whole = DataArguments(dataset_name=SCENES, dataset_config="mixture", dataset_options={"rows": 6})
     answers = [load_rows(each, columns=("completion",))["answer"][:] for each in (args, whole)]
     assert answers[0] == answers[1][2:]
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [
+        ["--config", "recipe.yaml"],
+        ["--dataset_name", SCENES, "--dataset_options", '{"rows": 4, "wrong_answers": 0.5}'],
+        ["--config", "recipe.yaml", "--dataset_options", '{"rows": 4, "wrong_answers": 0.5}'],
+    ],
+    ids=["recipe", "command line", "both"],
+)
+def test_options_come_by_either_door(argv, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    rows = 9 if len(argv) > 2 else 4  # the command line has the last word
+    options = f"{{rows: {rows}, wrong_answers: 0.5}}"
+    (tmp_path / "recipe.yaml").write_text(f"dataset_name: {SCENES}\ndataset_options: {options}\n")
+    (args,) = recipes.parse([DataArguments], argv)
+    assert args.dataset_options == {"rows": 4, "wrong_answers": 0.5}
+
+
+def test_options_of_another_kind_are_told_by_their_recipe(tmp_path):
+    (tmp_path / "recipe.yaml").write_text(f"dataset_name: {SCENES}\ndataset_options: [4]\n")
+    with pytest.raises(ValueError, match=re.escape("has `dataset_options: [4]`, which is of another kind than")):
+        recipes.parse([DataArguments], ["--config", str(tmp_path / "recipe.yaml")])
+
+
+def test_a_bad_option_is_told_before_a_row_is_drawn():
+    args = DataArguments(
+        dataset_name=SCENES, dataset_config="mixture", dataset_options={"rows": 10**9, "skew": 2}, streaming=True
+    )
+    with pytest.raises(ValueError, match="`skew` of `embedded:scenes` is 2: give a share between 0 and 1."):
+        load_rows(args, columns=("prompt",))
 
 
 def test_streamed_rows_are_drawn_as_they_are_read():

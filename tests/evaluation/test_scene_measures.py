@@ -88,9 +88,46 @@ def test_pope_without_a_claim_has_no_precision():
     assert found == {"pope": {"presence (random)": expected}}
 
 
-def test_they_apply_where_they_can_be_measured():
-    columns = {"predictions": ["red"], "references": ["red"], "questions": ["what color?"], "kinds": ["color"]}
-    assert {score(**columns)[name] for name in ("chair_s", "chair_i", "object_recall", "pope")} == {None}
+@pytest.mark.parametrize(
+    ("kind", "reference", "measured"),
+    [
+        ("describe", "a red circle", {"chair_s", "chair_i", "object_recall"}),
+        ("describe", "a man on a horse", set()),
+        ("caption", "a red circle", set()),
+        ("presence (random)", "yes", {"pope"}),
+        ("presence", "yes", set()),
+        ("conversation", "yes", set()),
+        ("color", "red", set()),
+    ],
+)
+def test_they_apply_where_they_can_be_measured(kind, reference, measured):
+    columns = {"predictions": ["red"], "references": [reference], "questions": ["what?"], "kinds": [kind]}
+    found = score(**columns)
+    assert {name for name in ("chair_s", "chair_i", "object_recall", "pope") if found[name] is not None} == measured
+
+
+@pytest.mark.parametrize("kind", ["describe", "color"])
+def test_chair_needs_a_description(kind):
+    with pytest.raises(ValueError, match="No reference of kind `describe` names a thing"):
+        chair(["a red circle"], ["nothing"], [kind])
+
+
+def test_pope_by_hand():
+    """Capitals and a period do not count; what is neither yes nor no is wrong, and no claim."""
+    given = ["Yes.", "YES", "no", "a red circle", "yes no", ""]
+    right = ["yes", "no", "yes", "yes", "no", "no"]
+    found = Pope(keep_in_memory=True).compute(predictions=given, references=right, kinds=["presence (popular)"] * 6)
+    expected = {"accuracy": 1 / 6, "precision": 1 / 2, "recall": 1 / 3, "f1": 2 / 5, "yes": 2 / 6}
+    assert found == {"pope": {"presence (popular)": expected}}
+
+
+def test_pope_of_absent_things_alone_has_no_recall():
+    found = Pope(keep_in_memory=True).compute(
+        predictions=["yes", "no"], references=["no", "no"], kinds=["presence (random)"] * 2
+    )
+    assert found["pope"]["presence (random)"] == {
+        "accuracy": 0.5, "precision": 0.0, "recall": None, "f1": 0.0, "yes": 0.5
+    }  # fmt: skip
 
 
 def test_the_blind_baseline_is_measured_too():
