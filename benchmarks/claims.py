@@ -18,7 +18,7 @@ import yaml
 from claims_arms import answers_of, arm_of
 from claims_graph import run_all, with_inputs
 from claims_page import write_page
-from claims_statistics import figures, read_answers
+from claims_statistics import figures_of
 
 HERE = Path(__file__).resolve().parent
 
@@ -59,7 +59,7 @@ def picked_rates(plan, name, root):
     for arm, tried in validation_arms(plan, name).items():
         nodes = {rate: each.validation(VALIDATION_ROWS) for rate, each in tried.items()}
         if all(node.is_done(root) for node in nodes.values()):
-            scores = {rate: figures(read_answers(root / node.key))["exact_match"] for rate, node in nodes.items()}
+            scores = {rate: figures_of(root / node.key)["exact_match"] for rate, node in nodes.items()}
             found[arm] = {"learning_rate": max(scores, key=scores.get), "validation": scores}
     return found
 
@@ -98,10 +98,10 @@ def write_results(plan, names, seeds, root, results):
                 continue
             teacher = teachers.get((name, point, arm, seed))
             said = json.loads((root / built.model().key / "done.json").read_text())
-            entry = {"point": point, "arm": arm, "seed": seed, "learning_rate": built.learning_rate}
-            entry |= {"figures": figures(read_answers(root / node.key))}
+            entry = {"point": point, "arm": arm, "seed": seed, "key": node.key, "learning_rate": built.learning_rate}
+            entry |= {"figures": figures_of(root / node.key)}
             if teacher is not None and teacher.is_done(root):
-                entry["teacher"] = figures(read_answers(root / teacher.key))
+                entry["teacher"] = figures_of(root / teacher.key)
             entries.append(entry | {name: said[name] for name in ("seconds", "device", "threads")})
         if entries:
             results.mkdir(parents=True, exist_ok=True)
@@ -109,8 +109,10 @@ def write_results(plan, names, seeds, root, results):
             found = {"claim": name, "test_rows": plan["test_rows"], "picked": validation, "runs": entries}
             path = results / f"{name}.json"
             before = json.loads(path.read_text())["runs"] if path.is_file() else []
-            done = {(entry["point"], entry["arm"], entry["seed"]) for entry in entries}
-            found["runs"] += [each for each in before if (each["point"], each["arm"], each["seed"]) not in done]
+            # of other seeds, as far as they were made by this plan
+            planned = {node.key for node, _ in final_nodes(plan, name, plan["seeds"], root).values()}
+            kept = planned - {entry["key"] for entry in entries}
+            found["runs"] += [each for each in before if each["key"] in kept]
             path.write_text(json.dumps(found, indent=1), encoding="utf-8")
 
 
@@ -157,8 +159,10 @@ def main():
         if node.command == "answers":  # what is known so far, should the run be cut off
             write_results(plan, names, seeds, args.runs, args.results)
 
-    run_all(nodes, args.runs, minutes=args.minutes, on_done=keep, **options)
+    failed = run_all(nodes, args.runs, minutes=args.minutes, on_done=keep, **options)
     write_results(plan, names, seeds, args.runs, args.results)
+    if failed:
+        raise SystemExit(f"{len(failed)} commands failed: see the logs beside their folders in `{args.runs}`.")
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ from claims_graph import Node
 
 TEACHER, TOWER = "embedded:scenes-teacher", "embedded:scenes-vision-tower"
 
-TASKS_SEED = 50_000_000  # rows from here on are for validation
+VALIDATION_ROW = 50_000_000  # rows from here on are for validation
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,6 @@ class Arm:
         adapt_steps, dense_steps, sparse_steps (`int`): 0 leaves the stage out.
         learning_rate (`float`): of the dense and sparse stages.
         moe_layers (`list[str]`), num_experts, num_experts_per_tok: of the sparse stage.
-        sparse_loss (`str`, *optional*): as `loss`, which it is by default.
         intermediate_size (`int`): of the student's language model, pretrained here if it is not the embedded one's.
         reference_compat (`list[str]`, *optional*): as the recipes'.
         cache_top_k (`int`, *optional*): train from a cache of so many tokens.
@@ -54,7 +53,6 @@ class Arm:
     num_experts_per_tok: int
     intermediate_size: int
     answered: int | None = None
-    sparse_loss: str | None = None
     reference_compat: tuple | None = None
     cache_top_k: int | None = None
     prefer: dict | None = field(default=None)
@@ -97,9 +95,7 @@ class Arm:
 
     def _data(self, loss):
         """Options that say which rows a stage reads."""
-        if loss != "teacher_answers" and self.answered is None:
-            return {"dataset_options": self.world()}
-        if loss == "labels":
+        if loss == "labels" or (loss != "teacher_answers" and self.answered is None):
             return {"dataset_options": self.world()}
         prompts = {"dataset_name": "embedded:scenes", "dataset_config": "prompts"}
         prompts |= {"dataset_options": {"rows": self.rows}, "max_new_tokens": 24, "batch_size": 256}
@@ -140,7 +136,7 @@ class Arm:
         if experts:
             experts |= {"num_experts": self.num_experts, "num_experts_per_tok": self.num_experts_per_tok}
         recipe = "scenes/3_mimic_sparse.yaml" if experts else "scenes/2_mimic_dense.yaml"
-        return self._mimic(recipe, self.dense(), self.sparse_steps, self.sparse_loss or self.loss, **experts)
+        return self._mimic(recipe, self.dense(), self.sparse_steps, self.loss, **experts)
 
     def model(self):
         """[`Node`] of the finished student."""
@@ -175,7 +171,7 @@ class Arm:
 
     def validation(self, rows):
         """The same to rows of the training's kind that it has not seen, as often wrong."""
-        return answers_of(self.model(), self.seed, split="train", **self.world(rows=rows, first_row=TASKS_SEED))
+        return answers_of(self.model(), self.seed, split="train", **self.world(rows=rows, first_row=VALIDATION_ROW))
 
 
 def answers_of(model, seed, **world):

@@ -24,9 +24,16 @@ from pathlib import Path
 
 RECIPES = Path(__file__).resolve().parent.parent / "recipes"
 
+SHARDED = ("generate-completions", "make-preferences", "cache-teacher")  # which take up what they have written
+
 DONE = "done.json"
 
 TRAINING = ("pretrain", "adapt", "mimic", "prefer")
+
+
+@functools.cache
+def _recipe_text(name):
+    return (RECIPES / name).read_text(encoding="utf-8")
 
 
 @dataclass(frozen=True, eq=False)
@@ -48,7 +55,7 @@ class Node:
     def key(self):
         """`str`: hash of the command, its recipe's text, its options, and its inputs' keys."""
         options = {name: value.key if isinstance(value, Node) else value for name, value in self.options.items()}
-        recipe = (RECIPES / self.recipe).read_text(encoding="utf-8") if self.recipe else None
+        recipe = _recipe_text(self.recipe) if self.recipe else None
         text = json.dumps([self.command, recipe, options], sort_keys=True)
         return f"{self.command}-{hashlib.blake2b(text.encode(), digest_size=6).hexdigest()}"
 
@@ -138,8 +145,8 @@ def run_node(node, root, device, threads):
     hf_logging.disable_progress_bar()
     warnings.simplefilter("ignore")
     folder, start = Path(root) / node.key, time.perf_counter()
-    if folder.exists() and node.command not in ("generate-completions", "make-preferences"):
-        shutil.rmtree(folder)  # cut off; only shards are taken up
+    if folder.exists() and node.command not in SHARDED:
+        shutil.rmtree(folder)  # cut off
     log = folder.with_suffix(".log")
     with log.open("w") as stream, contextlib.redirect_stdout(stream), contextlib.redirect_stderr(stream):
         try:

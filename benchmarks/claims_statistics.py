@@ -1,5 +1,6 @@
 """Figures of answers, and how sure a difference between two models is: over seeds, and over the questions of one."""
 
+import functools
 import json
 import math
 import random
@@ -10,7 +11,10 @@ from llava_mod_hf.data.scenes import named_kinds
 from llava_mod_hf.evaluation.measures import normalize_answer
 
 # 97.5 % quantiles of Student's t with 1, 2, … degrees of freedom
-T_QUANTILES = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145)
+T_QUANTILES = (
+    12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131, 2.120,
+    2.110, 2.101, 2.093,
+)  # fmt: skip
 
 RESAMPLES = 2000
 
@@ -54,6 +58,12 @@ def figures(rows):
             entry[0] += numerator
             entry[1] += denominator
     return {name: numerator / denominator if denominator else 0.0 for name, (numerator, denominator) in sums.items()}
+
+
+@functools.cache
+def figures_of(folder):
+    """[`figures`] of the answers in a folder, which is read once: a plan asks for them after every command."""
+    return figures(read_answers(folder))
 
 
 def interval(values):

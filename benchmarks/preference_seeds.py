@@ -20,6 +20,7 @@ import warnings
 from pathlib import Path
 
 import datasets
+from claims_statistics import T_QUANTILES
 from transformers.utils import logging as hf_logging
 
 from llava_mod_hf import recipes
@@ -41,11 +42,6 @@ FIGURES = {
     "exact_match": "exact match",
 }
 LOGGED = ("loss", "margins/teacher", "margins/student", "margins/below", "kto/clamped_chosen", "kto/clamped_rejected")
-# 97.5 % quantiles of Student's t with 1, 2, … degrees of freedom
-T_QUANTILES = (
-    12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131, 2.120,
-    2.110, 2.101, 2.093,
-)  # fmt: skip
 
 
 def student_of(seed, args):

@@ -2,20 +2,17 @@
 
 import json
 import random
-import sys
-from pathlib import Path
 
+import claims
+import claims_graph
+import claims_page
 import pytest
+from claims_arms import arm_of
+from claims_graph import Node, run_all, with_inputs
+from claims_statistics import bootstrap, figures, interval
 
-BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
-sys.path.insert(0, str(BENCHMARKS))
-
-import claims  # noqa: E402
-import claims_graph  # noqa: E402
-import claims_page  # noqa: E402
-from claims_arms import arm_of  # noqa: E402
-from claims_graph import Node, run_all, with_inputs  # noqa: E402
-from claims_statistics import bootstrap, figures, interval  # noqa: E402
+from llava_mod_hf.data.scene_rows import load
+from llava_mod_hf.evaluation.measures import score
 
 
 @pytest.fixture(scope="module")
@@ -113,6 +110,56 @@ def test_figures_by_hand():
         "exact_match": 2 / 5, "chair_s": 1 / 2, "chair_i": 1 / 3, "object_recall": 2 / 3, "describe": 0.0,
         "presence": 1 / 2, "adversarial": 1.0, "count": 1.0,
     }  # fmt: skip
+
+
+def test_the_figures_are_those_of_evaluate():
+    """Counted row by row here, for the bootstrap, and by the metrics there."""
+    asked = load("mixture", "test", 0, {"rows": 300})
+    rng = random.Random(0)
+    given = [rng.choice([answer, "yes", "a red circle and a blue square"]) for answer in asked["answer"]]
+    columns = {"references": asked["answer"][:], "questions": asked["question"][:], "kinds": asked["kind"][:]}
+    expected = score(predictions=given, **columns)
+    found = figures(
+        [
+            dict(zip(("question", "answer", "kind", "given"), row, strict=True))
+            for row in zip(columns["questions"], columns["references"], columns["kinds"], given, strict=True)
+        ]
+    )
+    for name in ("exact_match", "chair_s", "chair_i", "object_recall"):
+        assert found[name] == expected[name]
+    assert found["adversarial"] == expected["pope"]["presence (adversarial)"]["accuracy"]
+
+
+def plan_of_two(tmp_path, **factors):
+    """A plan of one claim, and its answers as they lie in a folder of runs."""
+    plan = claims.read_claims()
+    plan["claims"] = {"stages": {**plan["claims"]["stages"], "arms": {"sparse alone": factors, "other": {"rows": 9}}}}
+    for node, built in claims.final_nodes(plan, "stages", [0], tmp_path).values():
+        for each in (node, built.model()):
+            (tmp_path / each.key).mkdir(exist_ok=True)
+            (tmp_path / each.key / "done.json").write_text('{"seconds": 1, "device": "cpu", "threads": 1}')
+        columns = {"question": ["d"], "answer": ["a red circle"], "kind": ["describe"], "given": ["a red circle"]}
+        (tmp_path / node.key / "answers.json").write_text(json.dumps(columns))
+    return plan
+
+
+def test_results_of_other_seeds_stay_and_those_of_another_plan_go(tmp_path):
+    results = tmp_path / "results"
+    plan = plan_of_two(tmp_path)
+    claims.write_results(plan, ["stages"], [0], tmp_path, results)
+    path = results / "stages.json"
+    found = json.loads(path.read_text())
+    key = claims.final_nodes(plan, "stages", [1], tmp_path)["", "sparse alone", 1][0].key
+    found["runs"].append({**found["runs"][0], "seed": 1, "key": key})
+    path.write_text(json.dumps(found))
+    claims.write_results(plan, ["stages"], [0], tmp_path, results)
+    seeds = [(run["arm"], run["seed"]) for run in json.loads(path.read_text())["runs"]]
+    assert sorted(seeds) == [("other", 0), ("sparse alone", 0), ("sparse alone", 1)]
+
+    changed = plan_of_two(tmp_path, learning_rate=1.0)
+    claims.write_results(changed, ["stages"], [0], tmp_path, results)
+    seeds = [(run["arm"], run["seed"]) for run in json.loads(path.read_text())["runs"]]
+    assert sorted(seeds) == [("other", 0), ("sparse alone", 0)]
 
 
 def test_the_bootstrap_is_as_wide_as_the_normal_interval():
