@@ -19,13 +19,14 @@ from llava_mod_hf.data.scenes import (
     ask,
     describe_in_words,
     draw_scene,
+    named_kinds,
     rejected_caption,
     uniform_scene,
 )
 
 DATASET = "embedded:scenes"
 
-TEST_SKEW = 0.3
+TEST_SKEW = 0.0
 
 CONFIGS = ("mixture", *TASKS, "preferences", "prompts")
 
@@ -43,20 +44,21 @@ class SceneOptions:
         first_row (`int`, *optional*, defaults to 0): where they begin.
         skew (`float`, *optional*):
             Probability that a kind brings its partner, if it has one, in scenes of several things; by default 0.95 in
-            training and 0.3 in the test. Kinds that would bring one into a scene that is full are drawn again: in the
-            pictures 0.92 and 0.28 of them have it beside them. At 0 the two still meet, by chance.
+            training and 0 in the test, where the two meet by chance. Kinds that would bring one into a scene that is
+            full are drawn again: in the pictures 0.93 and 0.15 of them have it beside them.
         wrong_answers (`float`, *optional*, defaults to 0.0):
-            Share of the rows whose answer is wrong; of `preferences` it is the chosen one.
+            Share of the rows whose answer is wrong; not of `preferences`, whose chosen answers are right.
         wrong_kind (`str`, *optional*, defaults to `"other"`):
             `"other"`: the answer to a question of that task about another picture, where it differs; `"uniform"`: the
-            same of a picture without habits, in which kinds, places and sizes are about as likely as each other, and
-            three things come oftener than two or one. Of yes and no it is the other one.
+            same of a picture without habits, in which kinds, numbers, places and sizes are as likely as each other. Of
+            yes and no it is the other one.
         rejected (`str`, *optional*, defaults to `"swapped"`):
             What the rejected descriptions of `preferences` have: a thing `"swapped"` for one that is absent, one
             `"added"`, or one `"dropped"` (a single thing is swapped).
         presence (`str`, *optional*):
             Ask for absent things of one sort alone: `"random"`, `"popular"` (the most frequent kinds) or
-            `"adversarial"` (the partner of what is there; any, where none is absent).
+            `"adversarial"` (the partner of what is there; scenes in which none is absent are drawn again). By default
+            of any sort for which the scene has one.
 
     Raises:
         ValueError: if a value is none of those.
@@ -105,10 +107,11 @@ def _wrong_answer(question, answer, rng, options, split):
     task = next(task for start, task in STARTS.items() if question.startswith(start))
     if task == "presence":
         return "no" if answer == "yes" else "yes"
+    meaning = (lambda text: set(named_kinds(text))) if task == "describe" else str  # things in another order are right
     while True:
         scene = draw_scene(rng, split, _skew(options, split)) if options.wrong_kind == "other" else uniform_scene(rng)
         asked = ask(scene, task, rng)
-        if asked is not None and asked[1] != answer:
+        if asked is not None and meaning(asked[1]) != meaning(answer):
             return asked[1]
 
 
@@ -134,18 +137,18 @@ def scene_row(number, config, split, seed, options):
     Returns:
         `tuple[Scene, dict]`: the scene; `turns` (questions and answers so far), `question`, `answer`, `kind`.
     """
-    rng = random.Random(f"{seed} {split} {number}")
-    scene = draw_scene(rng, split, _skew(options, split))
-    task = config if config in TASKS else "describe" if config == "preferences" else rng.choice(_tasks())
+    # the prompts are the mixture's; no other two configs share their pictures
+    rng = random.Random(f"{seed} {'mixture' if config == 'prompts' else config} {split} {number}")
+    task = {"preferences": "describe", "mixture": None, "prompts": None}.get(config, config) or rng.choice(_tasks())
+    last = rng.choice(("presence", "count", "where", "size")) if task == "conversation" else task
+    asked = None
+    while asked is None:
+        scene = draw_scene(rng, split, _skew(options, split))
+        asked = ask(scene, last, rng, options.presence)
+    question, answer, kind = asked
     turns = []
     if task == "conversation":
-        turns = [ask(scene, "describe", rng)[:2]]
-        asked = ask(scene, rng.choice(("presence", "count", "where", "size")), rng, options.presence)
-        asked = (*asked[:2], "conversation")
-    else:
-        while (asked := ask(scene, task, rng, options.presence)) is None:
-            scene = draw_scene(rng, split, _skew(options, split))
-    question, answer, kind = asked
+        turns, kind = [ask(scene, "describe", rng)[:2]], task
     if rng.random() < options.wrong_answers:
         answer = _wrong_answer(question, answer, rng, options, split)
     return scene, {"turns": turns, "question": question, "answer": answer, "kind": kind}
@@ -204,6 +207,11 @@ def load(config, split, seed=0, options=None, *, streaming=False):
             "`test`."
         )
     options = scene_options(options)
+    if config == "preferences" and options.wrong_answers:
+        raise ValueError(
+            f"`wrong_answers` of `{DATASET}` is {options.wrong_answers} for `preferences`, whose chosen answers are "
+            "right: leave it out."
+        )
     columns = {"preferences": ("chosen", "rejected"), "prompts": ()}.get(config, ("completion",))
     texts = dict.fromkeys(("question", "answer", "kind"), Value("string"))
     features = Features({"images": List(Image()), "prompt": _MESSAGES, **dict.fromkeys(columns, _MESSAGES), **texts})

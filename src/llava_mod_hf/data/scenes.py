@@ -2,8 +2,9 @@
 The embedded world of scenes: pictures of one to three coloured shapes, and what can be asked about them.
 
 A scene has things of 12 kinds (4 colours × 3 shapes), each small or large, in the cells of a 2×2 grid. In training half
-of the kinds come with a fixed partner nearly always, in the test seldom: a model that has learnt the habit and does not
-look names the partner where it is absent, which is what POPE's adversarial questions and CHAIR measure on photographs.
+of the kinds come with a fixed partner nearly always, in the test by chance alone: a model that has learnt the habit and
+does not look names the partner where it is absent, which is what POPE's adversarial questions and CHAIR measure on
+photographs.
 
 One arrangement in five (kinds, sizes and cells) belongs to the test alone. `scene_rows.py` makes data sets of it.
 """
@@ -62,22 +63,25 @@ class Scene:
         return zlib.crc32(text.encode())
 
 
-def _draw_things(rng, skew):
+# how many things: three more often than two, two more often than one
+COUNTS = (1, 2, 2, 3, 3, 3)
+
+
+def _draw_things(rng, skew, counts=COUNTS):
     """
-    Things whose kinds are drawn one by one: one with an absent partner brings it with probability `skew`, or else keeps
-    it out. Where there is no room for both, another kind is drawn, so that the last place goes to those that come alone
-    more often than `skew` says: of the kinds with a partner, 92 % have it beside them at 0.95, 28 % at 0.3, 8 % at 0.
+    Things whose kinds are drawn one by one: one with an absent partner brings it with probability `skew`, or else the
+    partner may still come by chance. Where there is no room for both, another kind is drawn. Of the kinds with a
+    partner, 93 % have it beside them at 0.95, 15 % at 0.
     """
-    count = rng.choice((1, 2, 2, 3, 3, 3))
+    count = rng.choice(counts)
     kinds: list[str] = []
     while len(kinds) < count:
-        missing = [PARTNERS[kind] for kind in kinds if PARTNERS.get(kind) not in (None, *kinds)]
-        kind = rng.choice([kind for kind in KINDS if kind not in (*kinds, *missing)])
-        comes = count > 1 and kind in PARTNERS and PARTNERS[kind] not in kinds and rng.random() < skew
-        if not comes:
+        kind = rng.choice([kind for kind in KINDS if kind not in kinds])
+        partner = PARTNERS.get(kind)
+        if count == 1 or partner is None or partner in kinds or rng.random() >= skew:
             kinds.append(kind)
         elif len(kinds) + 2 <= count:
-            kinds += [kind, PARTNERS[kind]]
+            kinds += [kind, partner]
         # else there is no room for both, and another kind is drawn
     places = sorted(rng.sample(range(len(PLACES)), count))
     rng.shuffle(kinds)
@@ -93,8 +97,8 @@ def draw_scene(rng, split, skew):
 
 
 def uniform_scene(rng):
-    """A scene of either split, in which partners meet by chance alone, and seldom."""
-    return Scene(_draw_things(rng, 0.0), 0)
+    """A scene of either split, in which partners meet by chance alone, and one thing is as likely as two or three."""
+    return Scene(_draw_things(rng, 0.0, (1, 2, 3)), 0)
 
 
 def caption(kinds):
@@ -110,26 +114,18 @@ def named_kinds(text):
 
 
 def _ask_presence(scene, rng, sort):
-    """
-    A question of presence: half of them of a thing that is there, the others of an absent one of the sort.
-
-    Where no partner is absent, the adversarial ones are of any absent thing: of them one in eight is of a partner at
-    the training's skew, and nearly six in ten at the test's.
-    """
-    sort = sort or rng.choice(PRESENCE)
+    """A question of presence: half of them of a thing that is there, the others of an absent one of the sort."""
     absent = [kind for kind in KINDS if kind not in scene.kinds]
-    if rng.random() < 0.5:
-        kind, answer = rng.choice(scene.kinds), "yes"
-    else:
-        partners = [PARTNERS[kind] for kind in scene.kinds if PARTNERS.get(kind) in absent]
-        candidates = {"random": absent, "popular": _popular(absent), "adversarial": partners or absent}[sort]
-        kind, answer = rng.choice(candidates), "no"
-    return f"is there a {kind}?", answer, f"presence ({sort})"
-
-
-def _popular(absent):
-    """The kinds that come more often than others: the partners."""
-    return [kind for kind in absent if kind in PARTNERS.values()] or absent
+    candidates = {
+        "random": absent,
+        "popular": [kind for kind in absent if kind in PARTNERS.values()],  # what comes more often than others
+        "adversarial": [PARTNERS[kind] for kind in scene.kinds if PARTNERS.get(kind) in absent],
+    }
+    sort = sort or rng.choice([sort for sort in PRESENCE if candidates[sort]])
+    if not candidates[sort]:
+        return None
+    kinds, answer = rng.choice([(scene.kinds, "yes"), (candidates[sort], "no")])
+    return f"is there a {rng.choice(kinds)}?", answer, f"presence ({sort})"
 
 
 def ask(scene, task, rng, sort=None):
@@ -143,8 +139,8 @@ def ask(scene, task, rng, sort=None):
         sort (`str`, *optional*): which absent things are asked for, one of [`PRESENCE`]; by default any.
 
     Returns:
-        `tuple[str, str, str]` or `None`: question, answer and kind; `None` if the shape whose colour is asked for is
-        there twice.
+        `tuple[str, str, str]` or `None`: question, answer and kind; `None` if the scene has nothing to ask for: the
+        shape whose colour is asked for is there twice, or no partner is absent for an adversarial question.
 
     Raises:
         ValueError: if there is no such task.

@@ -63,7 +63,7 @@ def response_batches(processor, dataset, *, batch_size, description):
     return _batches(dataset, ["images", "prompt", "completion"], collate, batch_size, description)
 
 
-def generate_answers(model, processor, dataset, *, batch_size=128, max_new_tokens=16):
+def generate_answers(model, processor, dataset, *, batch_size=128, max_new_tokens=64):
     """
     Greedy answers to the prompts of a dataset.
 
@@ -72,7 +72,7 @@ def generate_answers(model, processor, dataset, *, batch_size=128, max_new_token
         processor (`ProcessorMixin`): its processor, with a chat template.
         dataset (`datasets.Dataset`): columns `images` (lists of images, empty for text) and `prompt` (messages).
         batch_size (`int`, *optional*, defaults to 128): changes the speed, not the answers.
-        max_new_tokens (`int`, *optional*, defaults to 16): where an answer without an end is cut.
+        max_new_tokens (`int`, *optional*, defaults to 64): where an answer without an end is cut.
 
     Returns:
         `list[str]`: one answer per row, in their order, without special tokens.
