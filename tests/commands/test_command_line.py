@@ -196,6 +196,13 @@ def test_upcycle(save, tmp_path):
     assert load_model_and_processor(str(dense))[0].config.moe_layers == []
 
 
+@pytest.mark.parametrize(("option", "value"), [("expert_rank", 2), ("use_residual", True)])
+def test_upcycle_takes_every_kind_of_experts(option, value, save, tmp_path):
+    argv = ["--student", str(save(moe_layers=[])), "--output_dir", str(tmp_path / "sparse"), f"--{option}", str(value)]
+    assert main(["upcycle", *argv]) == 0
+    assert getattr(load_model_and_processor(str(tmp_path / "sparse"))[0].config, option) == value
+
+
 @pytest.mark.parametrize(
     ("given", "expected"), [(["0", "2"], [0, 2]), (["1"], [1]), (["all"], [0, 1, 2]), (None, [0, 2])]
 )

@@ -107,7 +107,9 @@ def test_more_experts_and_choices(published, capsys):
     parts = published("Qwen2-0.5B")
     four = run_json(capsys, *parts, "--moe_layers", "alternate")
     eight = run_json(capsys, *parts, "--moe_layers", "alternate", "--num_experts", "8", "--num_experts_per_tok", "1")
+    low_rank = run_json(capsys, *parts, "--moe_layers", "alternate", "--expert_rank", "8")
     dense = run_json(capsys, *parts)
+    assert low_rank["parts"]["experts"]["total"] < four["parts"]["experts"]["total"] / 2
     assert eight["parts"]["experts"]["total"] == 2 * four["parts"]["experts"]["total"]
     assert eight["parts"]["experts"]["active"] == four["parts"]["experts"]["active"] // 2
     assert (dense["moe_layers"], dense["num_experts"], dense["parts"]["experts"]["total"]) == ([], None, 0)

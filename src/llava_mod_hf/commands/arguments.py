@@ -57,8 +57,13 @@ class UpcycleArguments:
             `alternate`, `all`, `first_half`, `second_half`, or layer indices; without it the student stays as it is.
         num_experts (`int`, *optional*, defaults to 4).
         num_experts_per_tok (`int`, *optional*, defaults to 2).
+        expert_rank (`int`, *optional*):
+            The experts share the dense FFN and differ from it by matrices of this rank; by default they are whole FFNs.
+        use_residual (`bool`, *optional*, defaults to `False`): keep the dense FFN beside the experts.
     """
 
     moe_layers: list[str] | None = None
     num_experts: int = 4
     num_experts_per_tok: int = 2
+    expert_rank: int | None = None
+    use_residual: bool = False

@@ -83,16 +83,10 @@ def upcycle_student(student, args, *, router_aux_loss_coef=None, seed=0):
     """`upcycle` with the options of a recipe; the student itself if the recipe asks for no experts."""
     if args.moe_layers is None:
         return student
-    layers = chosen_layers(args.moe_layers)
+    options = dataclasses.asdict(args)
+    layers = chosen_layers(options.pop("moe_layers"))
     coef = {} if router_aux_loss_coef is None else {"router_aux_loss_coef": router_aux_loss_coef}
-    return upcycle(
-        student,
-        layers=layers,
-        num_experts=args.num_experts,
-        num_experts_per_tok=args.num_experts_per_tok,
-        seed=seed,
-        **coef,
-    )
+    return upcycle(student, layers=layers, seed=seed, **options, **coef)
 
 
 def fit_to_recipe(rows, student, processor, data_args, args):
