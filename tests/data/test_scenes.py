@@ -194,10 +194,12 @@ def test_truth_is_present_things_less_absent_ones():
     answers = [
         "a red circle",
         "a red circle and a green square",
-        "A Blue Square, a red circle and a red circle",
+        "A Blue Square and a red circle",
+        "a blue square, a red circle and a red circle",
+        "a green square and a green square",
         "nothing",
     ]
-    assert scenes.score_by_truth(row, answers) == [1, 0, 2, 0]
+    assert scenes.score_by_truth(row, answers) == [1, 0, 2, 1, -2, 0]
 
 
 # What is drawn

@@ -107,10 +107,15 @@ def caption(kinds):
     return " and ".join([", ".join(names[:-1]), names[-1]] if len(names) > 1 else names)
 
 
+def mentions(text):
+    """The kinds that a text names, as often as it names them, in its order."""
+    found = re.findall(rf"\b({'|'.join(COLORS)}) ({'|'.join(SHAPES)})\b", text.lower())
+    return [" ".join(pair) for pair in found]
+
+
 def named_kinds(text):
     """The kinds that a text names, each once, in order of their first mention."""
-    found = re.findall(rf"\b({'|'.join(COLORS)}) ({'|'.join(SHAPES)})\b", text.lower())
-    return list(dict.fromkeys(" ".join(pair) for pair in found))
+    return list(dict.fromkeys(mentions(text)))
 
 
 def _ask_presence(scene, rng, sort):
@@ -195,7 +200,8 @@ def rejected_caption(scene, how, rng):
 
 def score_by_truth(row, answers):
     """
-    How good descriptions are, for `llava-mod make-preferences`: present things named less absent ones.
+    How good descriptions are, for `llava-mod make-preferences`: present things named, less mentions of absent ones and
+    of what was named already.
 
     Args:
         row (`dict`): with `answer`, the right description.
@@ -205,8 +211,8 @@ def score_by_truth(row, answers):
         `list[int]`.
     """
     there = set(named_kinds(row["answer"]))
-    found = [set(named_kinds(answer)) for answer in answers]
-    return [len(named & there) - len(named - there) for named in found]
+    found = [mentions(answer) for answer in answers]
+    return [2 * len(there & set(named)) - len(named) for named in found]
 
 
 def describe_in_words(scene):
