@@ -80,6 +80,14 @@ claims: setup
 	$(BIN)/python benchmarks/claims.py
 	$(BIN)/python benchmarks/claims.py --page docs/claims.md
 
+# Three of the claims on one seed: `make claims-quick SEED=7 OUT=runs/claims-quick` writes OUT/claims.json.
+SHARE ?= 1
+
+.PHONY: claims-quick
+claims-quick: OUT = runs/claims-quick
+claims-quick: setup
+	$(BIN)/python benchmarks/claims_quick.py --seed $(SEED) --out $(OUT) --share $(SHARE)
+
 lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -99,10 +107,10 @@ weights: setup
 	    src/llava_mod_hf/weights/$$name/ || exit 1; \
 	done
 
-	for part in vision_tower student_lm teacher_lm teacher; do \
+	for part in vision_tower student_lm teacher_lm teacher clean_teacher; do \
 	  $(BIN)/llava-mod pretrain --config recipes/scenes/0_$$part.yaml || exit 1; \
 	done
-	for name in scenes-vision-tower scenes-student-lm scenes-teacher; do \
+	for name in scenes-vision-tower scenes-student-lm scenes-teacher scenes-clean-teacher; do \
 	  mkdir -p src/llava_mod_hf/weights/$$name && rm -f runs/weights/$$name/*.py && \
 	  cp runs/weights/$$name/* src/llava_mod_hf/weights/$$name/ || exit 1; \
 	done

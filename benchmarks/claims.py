@@ -29,6 +29,11 @@ def read_claims(path=HERE / "claims.yaml"):
     return yaml.safe_load(Path(path).read_text(encoding="utf-8"))
 
 
+def test_rows(plan, name):
+    """How many test rows a claim is judged on."""
+    return plan["claims"][name].get("test_rows", plan["test_rows"])
+
+
 def arms_of(plan, name):
     """`[(point, arm name, factors)]` of a claim: every arm at every point of `vary`."""
     claim = plan["claims"][name]
@@ -39,48 +44,61 @@ def arms_of(plan, name):
     ]
 
 
+def with_rate(factors, rate):
+    """Factors of an arm with another learning rate: of its preference stage, if it has one."""
+    if "prefer" in factors:
+        return {**factors, "prefer": {**factors["prefer"], "learning_rate": rate}}
+    return {**factors, "learning_rate": rate}
+
+
+def picks_rate(claim, factors):
+    """Whether an arm's learning rate is picked; where preferences are claimed, that of their stage alone."""
+    preferring = any("prefer" in changes for changes in claim["arms"].values())
+    return "learning_rates" in claim and ("prefer" in factors) == preferring
+
+
 def validation_arms(plan, name):
     """`{arm: {learning rate: Arm}}` of a claim that picks them, at the first point of `vary`."""
     claim = plan["claims"][name]
     point = next(iter(claim["vary"]))
     return {
         arm: {
-            rate: arm_of(plan["centre"], plan["validation_seed"], **{**factors, "learning_rate": rate})
+            rate: arm_of(plan["centre"], plan["validation_seed"], **with_rate(factors, rate))
             for rate in claim["learning_rates"]
         }
         for at, arm, factors in arms_of(plan, name)
-        if at == point and "learning_rates" in claim
+        if at == point and picks_rate(claim, factors)
     }
 
 
 def picked_rates(plan, name, root):
-    """`{arm: …}`: learning rate of the best exact match on validation rows; nothing of arms that have not run."""
-    found = {}
+    """`{arm: …}`: learning rate of the best validation score; nothing of arms that have not run."""
+    found, measure = {}, plan["claims"][name].get("picked_by", "exact_match")
     for arm, tried in validation_arms(plan, name).items():
         nodes = {rate: each.validation(VALIDATION_ROWS) for rate, each in tried.items()}
         if all(node.is_done(root) for node in nodes.values()):
-            scores = {rate: figures_of(root / node.key)["exact_match"] for rate, node in nodes.items()}
+            scores = {rate: figures_of(root / node.key)[measure] for rate, node in nodes.items()}
             found[arm] = {"learning_rate": max(scores, key=scores.get), "validation": scores}
     return found
 
 
 def final_nodes(plan, name, seeds, root):
     """`{(point, arm, seed): (Node, Arm)}` of what is measured, as far as learning rates are picked."""
-    picked, picks = picked_rates(plan, name, root), "learning_rates" in plan["claims"][name]
-    found = {}
+    picked, found = picked_rates(plan, name, root), {}
     for seed in seeds:
         for point, arm, factors in arms_of(plan, name):
+            picks = picks_rate(plan["claims"][name], factors)
             if not picks or arm in picked:
-                rate = {"learning_rate": picked[arm]["learning_rate"]} if picks else {}
-                built = arm_of(plan["centre"], seed, **{**factors, **rate})
-                found[point, arm, seed] = (built.answers(rows=plan["test_rows"]), built)
+                chosen = with_rate(factors, picked[arm]["learning_rate"]) if picks else factors
+                built = arm_of(plan["centre"], seed, **chosen)
+                found[point, arm, seed] = (built.answers(rows=test_rows(plan, name)), built)
     return found
 
 
 def teacher_nodes(plan, names, seeds):
     """`{(claim, point, arm, seed): Node}` of what each arm's teacher answers to the same test rows."""
     return {
-        (name, point, arm, seed): answers_of(built.teacher_node(), seed, rows=plan["test_rows"])
+        (name, point, arm, seed): answers_of(built.teacher_node(), seed, rows=test_rows(plan, name))
         for name in names
         for point, arm, factors in arms_of(plan, name)
         for seed in seeds
@@ -98,7 +116,8 @@ def write_results(plan, names, seeds, root, results):
                 continue
             teacher = teachers.get((name, point, arm, seed))
             said = json.loads((root / built.model().key / "done.json").read_text())
-            entry = {"point": point, "arm": arm, "seed": seed, "key": node.key, "learning_rate": built.learning_rate}
+            rate = (built.prefer or {}).get("learning_rate", built.learning_rate)
+            entry = {"point": point, "arm": arm, "seed": seed, "key": node.key, "learning_rate": rate}
             entry |= {"figures": figures_of(root / node.key)}
             if teacher is not None and teacher.is_done(root):
                 entry["teacher"] = figures_of(root / teacher.key)
@@ -106,7 +125,7 @@ def write_results(plan, names, seeds, root, results):
         if entries:
             results.mkdir(parents=True, exist_ok=True)
             validation = [{"arm": arm, **picked} for arm, picked in picked_rates(plan, name, root).items()]
-            found = {"claim": name, "test_rows": plan["test_rows"], "picked": validation, "runs": entries}
+            found = {"claim": name, "test_rows": test_rows(plan, name), "picked": validation, "runs": entries}
             path = results / f"{name}.json"
             before = json.loads(path.read_text())["runs"] if path.is_file() else []
             # of other seeds, as far as they were made by this plan

@@ -3,9 +3,15 @@
 import dataclasses
 from dataclasses import dataclass, field
 
-from claims_graph import Node
+import yaml
+from claims_graph import Node, recipe_text
+
+from llava_mod_hf.data.scene_rows import SceneOptions
 
 TEACHER, TOWER = "embedded:scenes-teacher", "embedded:scenes-vision-tower"
+
+# teachers that need not be trained here: their recipes are what would be run
+SHIPPED = {TEACHER: "scenes/0_teacher.yaml", "embedded:scenes-clean-teacher": "scenes/0_clean_teacher.yaml"}
 
 VALIDATION_ROW = 50_000_000  # rows from here on are for validation
 
@@ -22,8 +28,8 @@ class Arm:
         loss (`str`): `kl`, `labels`, `both`, or `teacher_answers` (labels that the teacher wrote, greedily).
         divergence (`str`): of `kl` and `both`.
         teacher (`str`):
-            `embedded`; or trained here: `clean` of `teacher_rows` right rows, `ten_times` of ten times the
-            student's rows, as often wrong, `equal` of as many, as often wrong.
+            `clean` of `teacher_rows` right rows, `ten_times` of ten times the student's rows, as often wrong, `equal`
+            of as many, as often wrong; trained here, but for those that are embedded.
         teacher_rows (`int`): of `clean`.
         teacher_steps (`int`): of a teacher that is trained here.
         adapt_steps, dense_steps, sparse_steps (`int`): 0 leaves the stage out.
@@ -32,6 +38,8 @@ class Arm:
         intermediate_size (`int`): of the student's language model, pretrained here if it is not the embedded one's.
         reference_compat (`list[str]`, *optional*): as the recipes'.
         cache_top_k (`int`, *optional*): train from a cache of so many tokens.
+        expert_rank (`int`, *optional*): of the sparse stage; by default experts are whole.
+        after (`str`, *optional*): what is done to the finished student: `merged` back to a dense one, or `int8`.
         prefer (`dict`, *optional*): the preference stage: `pairs`, `prompts`, and options of the recipe.
     """
 
@@ -55,6 +63,8 @@ class Arm:
     answered: int | None = None
     reference_compat: tuple | None = None
     cache_top_k: int | None = None
+    expert_rank: int | None = None
+    after: str | None = None
     prefer: dict | None = field(default=None)
 
     def world(self, **changes):
@@ -66,14 +76,16 @@ class Arm:
 
     def teacher_node(self):
         """Folder or name of the teacher."""
-        if self.teacher == "embedded":
-            return TEACHER
         world = {
             "clean": {"rows": self.teacher_rows},
             "ten_times": self.world(rows=10 * self.rows),
             "equal": self.world(rows=self.rows),
         }[self.teacher]
         steps = self.teacher_steps if self.teacher != "equal" else self.teacher_steps // 4
+        for name, recipe in SHIPPED.items():
+            made = yaml.safe_load(recipe_text(recipe))
+            if (SceneOptions(**made["world_options"]), made["max_steps"]) == (SceneOptions(**world), steps):
+                return name
         language_model = Node("pretrain", "scenes/0_teacher_lm.yaml")
         options = {"vision_tower": TOWER, "language_model": language_model, "world_options": world}
         # rows of a seed that no student has
@@ -135,12 +147,14 @@ class Arm:
         experts = {"moe_layers": list(self.moe_layers)} if self.moe_layers else {}
         if experts:
             experts |= {"num_experts": self.num_experts, "num_experts_per_tok": self.num_experts_per_tok}
+            experts |= {"expert_rank": self.expert_rank} if self.expert_rank else {}
         recipe = "scenes/3_mimic_sparse.yaml" if experts else "scenes/2_mimic_dense.yaml"
         return self._mimic(recipe, self.dense(), self.sparse_steps, self.loss, **experts)
 
     def model(self):
         """[`Node`] of the finished student."""
-        return self._preferred() if self.prefer else self.sparse()
+        finished = self._preferred() if self.prefer else self.sparse()
+        return Node("export", None, {"model": finished, "form": "uniform"}) if self.after == "merged" else finished
 
     def _preferred(self):
         options = dict(self.prefer)
@@ -167,11 +181,15 @@ class Arm:
 
     def answers(self, **world):
         """[`Node`] of what the student says to test rows of its seed."""
-        return answers_of(self.model(), self.seed, **world)
+        bits = {"bits": 8} if self.after == "int8" else {}
+        return answers_of(self.model(), self.seed, **bits, **world)
 
     def validation(self, rows):
-        """The same to rows of the training's kind that it has not seen, as often wrong."""
-        return answers_of(self.model(), self.seed, split="train", **self.world(rows=rows, first_row=VALIDATION_ROW))
+        """The same to rows of the training's kind that it has not seen, as often wrong; of preferences none is."""
+        world = self.world(rows=rows, first_row=VALIDATION_ROW)
+        if self.prefer:
+            world["wrong_answers"] = 0.0
+        return answers_of(self.model(), self.seed, split="train", **world)
 
 
 def answers_of(model, seed, **world):

@@ -32,7 +32,8 @@ TRAINING = ("pretrain", "adapt", "mimic", "prefer")
 
 
 @functools.cache
-def _recipe_text(name):
+def recipe_text(name):
+    """What a file of `recipes/` holds."""
     return (RECIPES / name).read_text(encoding="utf-8")
 
 
@@ -55,7 +56,7 @@ class Node:
     def key(self):
         """`str`: hash of the command, its recipe's text, its options, and its inputs' keys."""
         options = {name: value.key if isinstance(value, Node) else value for name, value in self.options.items()}
-        recipe = _recipe_text(self.recipe) if self.recipe else None
+        recipe = recipe_text(self.recipe) if self.recipe else None
         text = json.dumps([self.command, recipe, options], sort_keys=True)
         return f"{self.command}-{hashlib.blake2b(text.encode(), digest_size=6).hexdigest()}"
 
@@ -120,12 +121,15 @@ def _write_answers(node, root, device):
     from llava_mod_hf.data import scene_rows
     from llava_mod_hf.evaluation.answers import generate_answers
     from llava_mod_hf.loading import load_model_and_processor
+    from llava_mod_hf.students.quantisation import load_quantised
 
     options = dict(node.options)
-    model = options.pop("model")
+    model, bits = options.pop("model"), options.pop("bits", None)
     path = str(Path(root) / model.key) if isinstance(model, Node) else model
     rows = scene_rows.load("mixture", options.pop("split", "test"), options.pop("seed"), options)
     loaded, processor = load_model_and_processor(path)
+    if bits:
+        loaded = load_quantised(path, bits=bits, dtype="float32")
     given = generate_answers(loaded.to(device), processor, rows, batch_size=256)
     columns = {name: list(rows[name]) for name in ("question", "answer", "kind")}
     folder = Path(root) / node.key

@@ -12,6 +12,7 @@ NAMES = {
     "chair_s": "hallucinated descriptions",
     "chair_i": "absent of named things",
     "object_recall": "things found",
+    "object_f1": "F1 of things",
 }
 
 
@@ -39,6 +40,7 @@ def claim_lines(name, claim, found):
     """Markdown of one claim."""
     measures, runs = claim["measures"], by_arm(found["runs"])
     lines = [f"## {claim['section']}. {claim['says']}", "", f"Counts as holding: {claim['holds'].strip()}", ""]
+    lines += [f"{claim['test_rows']} test rows.", ""] if "test_rows" in claim else []
     points = list(dict.fromkeys(point for point, _ in runs))
     for point in [point for point in claim["vary"] if point in points]:
         lines += [f"### {point}", ""] if point else []
@@ -84,8 +86,8 @@ def page_lines(plan, names, results):
         "",
         "Each claim, its arms, budget, measure and what counts as holding were written into `benchmarks/claims.yaml` "
         "before it was run. Per cent, mean over seeds ± half width of the 95 % interval of the mean (Student's t); "
-        f"{plan['test_rows']} test rows for each seed, whose arrangements occur in no training row. Each figure of "
-        "each seed is in `benchmarks/results/claims/`.",
+        f"{plan['test_rows']} test rows for each seed, or as many as the claim says, whose arrangements occur in no "
+        "training row. Each figure of each seed is in `benchmarks/results/claims/`.",
         "",
         f"Every arm differs from this centre by what its name says: {centre}.",
         "",

@@ -3,11 +3,12 @@
 import functools
 import json
 import math
-import random
 import statistics
 from pathlib import Path
 
-from llava_mod_hf.data.scenes import named_kinds
+import numpy as np
+
+from llava_mod_hf.data.scenes import mentions, named_kinds
 from llava_mod_hf.evaluation.measures import normalize_answer
 
 # 97.5 % quantiles of Student's t with 1, 2, … degrees of freedom
@@ -29,8 +30,9 @@ def counts(row):
     """
     What a row adds to each measure: `{measure: (numerator, denominator)}`; a measure is the ratio of the sums.
 
-    `exact_match` of all rows; `chair_s` (descriptions with an absent thing), `chair_i` and `object_recall` of
-    descriptions; `presence` (right answers) of questions of presence, and `adversarial` of the adversarial ones.
+    `exact_match` of all rows; `chair_s` (descriptions with an absent thing), `chair_i`, `object_recall` and `object_f1`
+    (of mentions, so that a thing named twice counts against it) of descriptions; `presence` (right answers) of
+    questions of presence, and `adversarial` of the adversarial ones.
     """
     right = normalize_answer(row["given"]) == normalize_answer(row["answer"])
     found = {"exact_match": (right, 1)}
@@ -39,6 +41,7 @@ def counts(row):
         found["chair_s"] = (bool(named - there), 1)
         found["chair_i"] = (len(named - there), len(named))
         found["object_recall"] = (len(named & there), len(there))
+        found["object_f1"] = (2 * len(named & there), len(mentions(row["given"])) + len(there))
         found["describe"] = (right, 1)
     elif row["kind"].startswith("presence"):
         found["presence"] = (right, 1)
@@ -92,15 +95,13 @@ def bootstrap(first, second, measure, *, seed=0, resamples=RESAMPLES):
     """
     if [(r["question"], r["answer"]) for r in first] != [(r["question"], r["answer"]) for r in second]:
         raise ValueError("The two models were asked different questions: compare answers to the same rows.")
-    pairs = [
-        (*counts(a)[measure], *counts(b)[measure]) for a, b in zip(first, second, strict=True) if measure in counts(a)
-    ]
+    counted = [(counts(a), counts(b)) for a, b in zip(first, second, strict=True)]
+    pairs = np.array([(*a[measure], *b[measure]) for a, b in counted if measure in a], dtype=float)
 
-    def difference(chosen):
-        a, n, b, m = (sum(column) for column in zip(*chosen, strict=True))
-        return a / max(n, 1) - b / max(m, 1)
+    def difference(sums):
+        return sums[0] / max(sums[1], 1) - sums[2] / max(sums[3], 1)
 
-    rng = random.Random(seed)
-    drawn = sorted(difference(rng.choices(pairs, k=len(pairs))) for _ in range(resamples))
+    rng = np.random.default_rng(seed)
+    drawn = sorted(difference(pairs[rng.integers(len(pairs), size=len(pairs))].sum(0)) for _ in range(resamples))
     low, high = drawn[int(0.025 * resamples)], drawn[min(resamples - 1, int(0.975 * resamples))]
-    return difference(pairs), low, high
+    return float(difference(pairs.sum(0))), float(low), float(high)
