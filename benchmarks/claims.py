@@ -71,50 +71,68 @@ def validation_arms(plan, name):
     }
 
 
-def picked_rates(plan, name, root):
+def kept_results(results, name):
+    """What is known of a claim from before: also from another machine, whose checkpoints are not here."""
+    path = Path(results) / f"{name}.json"
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {"picked": [], "runs": []}
+
+
+def picked_rates(plan, name, root, results):
     """`{arm: …}`: learning rate of the best validation score; nothing of arms that have not run."""
     found, measure = {}, plan["claims"][name].get("picked_by", "exact_match")
+    before = {each["arm"]: each for each in kept_results(results, name)["picked"]}
     for arm, tried in validation_arms(plan, name).items():
         nodes = {rate: each.validation(VALIDATION_ROWS) for rate, each in tried.items()}
-        if all(node.is_done(root) for node in nodes.values()):
+        keys = [node.key for node in nodes.values()]
+        if before.get(arm, {}).get("keys") == keys:
+            found[arm] = before[arm]
+        elif all(node.is_done(root) for node in nodes.values()):
             scores = {rate: figures_of(root / node.key)[measure] for rate, node in nodes.items()}
-            found[arm] = {"learning_rate": max(scores, key=scores.get), "validation": scores}
+            found[arm] = {"arm": arm, "learning_rate": max(scores, key=scores.get), "validation": scores, "keys": keys}
     return found
 
 
-def final_nodes(plan, name, seeds, root):
-    """`{(point, arm, seed): (Node, Arm)}` of what is measured, as far as learning rates are picked."""
-    picked, found = picked_rates(plan, name, root), {}
+def final_nodes(plan, name, seeds, root, results):
+    """
+    `{(point, arm, seed): (Node, Arm, Node or None)}` of what is measured, as far as learning rates are picked: the
+    student's answers, how it comes to be, and its teacher's answers to the same rows.
+    """
+    picked, found = picked_rates(plan, name, root, results), {}
+    rows = {"rows": test_rows(plan, name)}
     for seed in seeds:
         for point, arm, factors in arms_of(plan, name):
             picks = picks_rate(plan["claims"][name], factors)
             if not picks or arm in picked:
                 chosen = with_rate(factors, picked[arm]["learning_rate"]) if picks else factors
                 built = arm_of(plan["centre"], seed, **chosen)
-                found[point, arm, seed] = (built.answers(rows=test_rows(plan, name)), built)
+                teacher = None if built.loss == "labels" else answers_of(built.teacher_node(), seed, **rows)
+                found[point, arm, seed] = (built.answers(**rows), built, teacher)
     return found
 
 
-def teacher_nodes(plan, names, seeds):
-    """`{(claim, point, arm, seed): Node}` of what each arm's teacher answers to the same test rows."""
-    return {
-        (name, point, arm, seed): answers_of(built.teacher_node(), seed, rows=test_rows(plan, name))
-        for name in names
-        for point, arm, factors in arms_of(plan, name)
-        for seed in seeds
-        if (built := arm_of(plan["centre"], seed, **factors)).loss != "labels"
-    }
+def nodes_left(plan, names, seeds, root, results, points=None):
+    """What can be run now: validation of rates that are not picked, and what has no result; teachers first."""
+    teachers, others = [], []
+    for name in names:
+        picked, kept = picked_rates(plan, name, root, results), kept_results(results, name)["runs"]
+        for arm, tried in validation_arms(plan, name).items():
+            others += [] if arm in picked else [each.validation(VALIDATION_ROWS) for each in tried.values()]
+        known = {each["key"]: "teacher" in each for each in kept}
+        for (point, _, _), (node, _, teacher) in final_nodes(plan, name, seeds, root, results).items():
+            if points and point not in points:
+                continue
+            others += [] if node.key in known else [node]
+            teachers += [] if teacher is None or known.get(node.key) else [teacher]
+    return [*dict.fromkeys(teachers), *others]
 
 
 def write_results(plan, names, seeds, root, results):
     """A JSON file per claim: every arm and seed that is there, and its teacher."""
-    teachers = teacher_nodes(plan, names, seeds)
     for name in names:
         entries = []
-        for (point, arm, seed), (node, built) in final_nodes(plan, name, seeds, root).items():
+        for (point, arm, seed), (node, built, teacher) in final_nodes(plan, name, seeds, root, results).items():
             if not node.is_done(root):
                 continue
-            teacher = teachers.get((name, point, arm, seed))
             said = json.loads((root / built.model().key / "done.json").read_text())
             rate = (built.prefer or {}).get("learning_rate", built.learning_rate)
             entry = {"point": point, "arm": arm, "seed": seed, "key": node.key, "learning_rate": rate}
@@ -122,23 +140,22 @@ def write_results(plan, names, seeds, root, results):
             if teacher is not None and teacher.is_done(root):
                 entry["teacher"] = figures_of(root / teacher.key)
             entries.append(entry | {name: said[name] for name in ("seconds", "device", "threads")})
-        if entries:
+        picked = list(picked_rates(plan, name, root, results).values())
+        if entries or picked:
             results.mkdir(parents=True, exist_ok=True)
-            validation = [{"arm": arm, **picked} for arm, picked in picked_rates(plan, name, root).items()]
-            found = {"claim": name, "test_rows": test_rows(plan, name), "picked": validation, "runs": entries}
-            path = results / f"{name}.json"
-            before = json.loads(path.read_text())["runs"] if path.is_file() else []
-            # of other seeds, as far as they were made by this plan
-            planned = {node.key for node, _ in final_nodes(plan, name, plan["seeds"], root).values()}
+            found = {"claim": name, "test_rows": test_rows(plan, name), "picked": picked, "runs": entries}
+            # of other seeds, or from another machine, as far as they were made by this plan
+            planned = {node.key for node, *_ in final_nodes(plan, name, plan["seeds"], root, results).values()}
             kept = planned - {entry["key"] for entry in entries}
-            found["runs"] += [each for each in before if each["key"] in kept]
-            path.write_text(json.dumps(found, indent=1), encoding="utf-8")
+            found["runs"] += [each for each in kept_results(results, name)["runs"] if each["key"] in kept]
+            (results / f"{name}.json").write_text(json.dumps(found, indent=1), encoding="utf-8")
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--plan", type=Path, default=HERE / "claims.yaml")
     parser.add_argument("--only", nargs="+", metavar="CLAIM", help="by default all")
+    parser.add_argument("--points", nargs="+", metavar="POINT", help="of the claims' `vary`, by default all")
     parser.add_argument("--seeds", type=int, nargs="+", help="by default the plan's")
     parser.add_argument("--runs", type=Path, default=Path("runs/claims"), help="checkpoints and answers")
     parser.add_argument("--results", type=Path, default=HERE / "results" / "claims", help="a JSON file per claim")
@@ -161,13 +178,7 @@ def main():
     options = {"device": args.device, "jobs": args.jobs, "threads": args.threads}
 
     def nodes():
-        """What can be run now: validation, and all whose learning rate is picked."""
-        found = list(dict.fromkeys(teacher_nodes(plan, names, seeds[:1]).values()))  # the longest first
-        for name in names:
-            tried = [arm for arms in validation_arms(plan, name).values() for arm in arms.values()]
-            found += [arm.validation(VALIDATION_ROWS) for arm in tried]
-            found += [node for node, _ in final_nodes(plan, name, seeds, args.runs).values()]
-        return [*found, *teacher_nodes(plan, names, seeds).values()]
+        return nodes_left(plan, names, seeds, args.runs, args.results, args.points)
 
     if args.count:
         left = [node for node in with_inputs(nodes()) if not node.is_done(args.runs)]

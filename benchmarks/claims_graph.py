@@ -22,7 +22,9 @@ from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from dataclasses import dataclass, field
 from pathlib import Path
 
-RECIPES = Path(__file__).resolve().parent.parent / "recipes"
+ROOT = Path(__file__).resolve().parent.parent
+
+RECIPES, WEIGHTS = ROOT / "recipes", ROOT / "src" / "llava_mod_hf" / "weights"
 
 SHARDED = ("generate-completions", "make-preferences", "cache-teacher")  # which take up what they have written
 
@@ -35,6 +37,13 @@ TRAINING = ("pretrain", "adapt", "mimic", "prefer")
 def recipe_text(name):
     """What a file of `recipes/` holds."""
     return (RECIPES / name).read_text(encoding="utf-8")
+
+
+@functools.cache
+def weights_hash(name):
+    """Of an embedded model: when it is trained anew, what was made with it is made anew. `None` of anything else."""
+    path = WEIGHTS / str(name).removeprefix("embedded:") / "model.safetensors"
+    return hashlib.blake2b(path.read_bytes(), digest_size=6).hexdigest() if path.is_file() else None
 
 
 @dataclass(frozen=True, eq=False)
@@ -54,8 +63,9 @@ class Node:
 
     @functools.cached_property
     def key(self):
-        """`str`: hash of the command, its recipe's text, its options, and its inputs' keys."""
+        """`str`: hash of the command, its recipe's text, its options, its inputs' keys, and the embedded weights."""
         options = {name: value.key if isinstance(value, Node) else value for name, value in self.options.items()}
+        options["weights"] = [weights_hash(value) for value in options.values() if str(value).startswith("embedded:")]
         recipe = recipe_text(self.recipe) if self.recipe else None
         text = json.dumps([self.command, recipe, options], sort_keys=True)
         return f"{self.command}-{hashlib.blake2b(text.encode(), digest_size=6).hexdigest()}"

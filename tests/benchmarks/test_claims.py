@@ -80,6 +80,16 @@ def test_a_key_depends_on_the_inputs():
     assert with_inputs(outer) == [inner[0], outer[0], inner[2], outer[2]]
 
 
+def test_a_key_depends_on_the_embedded_weights(monkeypatch):
+    options = {"student": "embedded:scenes-teacher", "dataset_name": "embedded:scenes"}
+    assert claims_graph.weights_hash("embedded:scenes-teacher") != claims_graph.weights_hash(
+        "embedded:scenes-student-lm"
+    )
+    key = Node("mimic", None, options).key
+    monkeypatch.setattr(claims_graph, "weights_hash", lambda name: "another")
+    assert Node("mimic", None, options).key != key
+
+
 def test_a_failure_stops_what_needs_it_and_nothing_else(tmp_path, monkeypatch):
     class Pool:
         """Runs at once, in this process."""
@@ -161,7 +171,7 @@ def plan_of_two(tmp_path, **factors):
     """A plan of one claim, and its answers as they lie in a folder of runs."""
     plan = claims.read_claims()
     plan["claims"] = {"stages": {**plan["claims"]["stages"], "arms": {"sparse alone": factors, "other": {"rows": 9}}}}
-    for node, built in claims.final_nodes(plan, "stages", [0], tmp_path).values():
+    for node, built, _ in claims.final_nodes(plan, "stages", [0], tmp_path, tmp_path).values():
         for each in (node, built.model()):
             (tmp_path / each.key).mkdir(exist_ok=True)
             (tmp_path / each.key / "done.json").write_text('{"seconds": 1, "device": "cpu", "threads": 1}')
@@ -176,7 +186,7 @@ def test_results_of_other_seeds_stay_and_those_of_another_plan_go(tmp_path):
     claims.write_results(plan, ["stages"], [0], tmp_path, results)
     path = results / "stages.json"
     found = json.loads(path.read_text())
-    key = claims.final_nodes(plan, "stages", [1], tmp_path)["", "sparse alone", 1][0].key
+    key = claims.final_nodes(plan, "stages", [1], tmp_path, results)["", "sparse alone", 1][0].key
     found["runs"].append({**found["runs"][0], "seed": 1, "key": key})
     path.write_text(json.dumps(found))
     claims.write_results(plan, ["stages"], [0], tmp_path, results)
@@ -187,6 +197,46 @@ def test_results_of_other_seeds_stay_and_those_of_another_plan_go(tmp_path):
     claims.write_results(changed, ["stages"], [0], tmp_path, results)
     seeds = [(run["arm"], run["seed"]) for run in json.loads(path.read_text())["runs"]]
     assert sorted(seeds) == [("other", 0), ("sparse alone", 0)]
+
+
+def test_what_another_machine_found_is_not_run_again(tmp_path):
+    plan, results = plan_of_two(tmp_path), tmp_path / "results"
+    before = claims.nodes_left(plan, ["stages"], [0], tmp_path / "new", results)
+    claims.write_results(plan, ["stages"], [0], tmp_path, results)
+    after = claims.nodes_left(plan, ["stages"], [0], tmp_path / "new", results)
+    assert len(before) == 4
+    assert after == before[:2]  # what the two arms' teachers answer is not known
+    assert after[0].options["model"] == "embedded:scenes-teacher"
+    path = results / "stages.json"
+    found = json.loads(path.read_text())
+    for run in found["runs"]:
+        run["teacher"] = run["figures"]
+    path.write_text(json.dumps(found))
+    assert claims.nodes_left(plan, ["stages"], [0], tmp_path / "new", results) == []
+    claims.write_results(plan, ["stages"], [0], tmp_path / "new", results)
+    assert json.loads(path.read_text())["runs"] == found["runs"]
+
+
+def test_a_picked_rate_is_kept(tmp_path, plan):
+    nodes = [
+        arm.validation(claims.VALIDATION_ROWS) for arm in claims.validation_arms(plan, "noise")["supervised"].values()
+    ]
+    for node, right in zip(nodes, (0.1, 0.9, 0.5), strict=True):
+        columns = {name: [row[name] for row in rows(right)] for name in ("question", "answer", "kind", "given")}
+        (tmp_path / node.key).mkdir()
+        (tmp_path / node.key / "answers.json").write_text(json.dumps(columns))
+        (tmp_path / node.key / "done.json").write_text("{}")
+    results = tmp_path / "results"
+    picked = claims.picked_rates(plan, "noise", tmp_path, results)
+    assert {arm: each["learning_rate"] for arm, each in picked.items()} == {"supervised": 2e-3}
+    claims.write_results(plan, ["noise"], [0], tmp_path, results)
+    kept = claims.picked_rates(plan, "noise", tmp_path / "new", results)
+    assert kept["supervised"]["learning_rate"] == 2e-3
+    assert not {node.key for node in nodes} & {
+        node.key for node in claims.nodes_left(plan, ["noise"], [0], tmp_path / "new", results)
+    }
+    final = claims.nodes_left(plan, ["noise"], [0], tmp_path / "new", results, ["clean"])
+    assert [node.options["seed"] for node in final if node.options["seed"] != 99] == [0]  # the arm that has its rate
 
 
 def test_the_bootstrap_is_as_wide_as_the_normal_interval():
