@@ -36,6 +36,40 @@ def differences(first, second, measure):
     return [first[seed]["figures"][measure] - second[seed]["figures"][measure] for seed in seeds]
 
 
+def to_teacher(seeds, measure):
+    """A measure's differences, a seed each, of an arm to its teacher."""
+    return [run["figures"][measure] - run["teacher"][measure] for run in seeds.values() if "teacher" in run]
+
+
+def _side(values):
+    _, low, high = interval(values)
+    return "above" if low > 0 else "below" if high < 0 else "no difference shown"
+
+
+def verdict(claim, point, runs):
+    """One sentence: on which side of what they are compared with the arms lie, by the first measure."""
+    measure, against = claim["measures"][0], runs.get((point, claim["against"]), {})
+    sides: dict[str, list] = {"above": [], "below": [], "no difference shown": []}
+    for arm in claim["arms"]:
+        found = differences(runs.get((point, arm), {}), against, measure)
+        if arm != claim["against"] and len(found) > 1:
+            sides[_side(found)].append(f"{arm} ({_percent(found, '+')})")
+    said = [f"{side}: {', '.join(arms)}" for side, arms in sides.items() if arms]
+    return f"{NAMES[measure].capitalize()} against “{claim['against']}”, {'; '.join(said)}." if said else ""
+
+
+def told_first(claim, point, runs):
+    """Sentences on pairs of arms that the claim names: the first measure, and recall beside it."""
+    lines = []
+    for arm, rival in claim.get("told_first", []):
+        first, second = runs.get((point, arm), {}), runs.get((point, rival), {})
+        cells = [(NAMES[each], differences(first, second, each)) for each in (claim["measures"][0], "object_recall")]
+        if len(cells[0][1]) > 1:
+            said = ", ".join(f"{name} {_percent(values, '+')}" for name, values in cells)
+            lines.append(f"“{arm}” less “{rival}”: {said}.")
+    return lines
+
+
 def claim_lines(name, claim, found):
     """Markdown of one claim."""
     measures, runs = claim["measures"], by_arm(found["runs"])
@@ -44,6 +78,12 @@ def claim_lines(name, claim, found):
     points = list(dict.fromkeys(point for point, _ in runs))
     for point in [point for point in claim["vary"] if point in points]:
         lines += [f"### {point}", ""] if point else []
+        lines += [
+            line
+            for said in (*told_first(claim, point, runs), verdict(claim, point, runs))
+            if said
+            for line in (said, "")
+        ]
         lines += [
             "| | seeds | " + " | ".join(NAMES[each] for each in measures) + " |",
             "|---" * (len(measures) + 2) + "|",
@@ -70,6 +110,9 @@ def claim_lines(name, claim, found):
                     continue
                 cells = [_percent(differences(seeds, against, each), "+") for each in measures]
                 lines.append(f"| {arm} | {len(seeds.keys() & against.keys())} | {' | '.join(cells)} |")
+                if claim["measures"][0] == "chair_s" and to_teacher(seeds, "chair_s"):
+                    cells = [f"*{_percent(to_teacher(seeds, each), '+')}*" for each in measures]
+                    lines.append(f"| *to its teacher* | {len(to_teacher(seeds, 'chair_s'))} | {' | '.join(cells)} |")
         lines.append("")
     picked = [f"{each['arm']}: {each['learning_rate']:g}" for each in found["picked"]]
     lines += ["Learning rates picked on validation rows: " + "; ".join(picked) + ".", ""] if picked else []
