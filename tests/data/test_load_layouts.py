@@ -42,7 +42,7 @@ def test_llavas_files(tmp_path, folder, suffix, streaming):
     assert "<image>" not in str([row["prompt"] for row in rows])
     assert set(rows[0]) == {"images", "prompt", "completion", "source_row"}
 
-    rows = list(load(path, image_folder=str(folder), streaming=streaming, multi_turn="messages", max_samples=2))
+    rows = list(load(path, image_folder=str(folder), streaming=streaming, max_samples=2))
     assert [[message["content"] for message in row["messages"]] for row in rows] == [
         ["what is it?", "a square", "its color?", "red"],
         ["hello?", "hi"],

@@ -11,11 +11,11 @@ from huggingface_hub import DatasetCard, DatasetCardData
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 from trl.chat_template_utils import get_training_chat_template, has_generation_markers
-from trl.trainer.sft_trainer import DataCollatorForVisionLanguageModeling
 
 from llava_mod_hf.commands.arguments import DistillArguments, UpcycleArguments
 from llava_mod_hf.commands.parts import fit_to_recipe, load_teacher, settings_of_teacher
 from llava_mod_hf.data.arguments import DataArguments
+from llava_mod_hf.data.conversations import AnswersCollator, supervises_answers
 from llava_mod_hf.data.load import load_rows
 from llava_mod_hf.data.parquet_shards import check_shards, shard_path, write_shards
 from llava_mod_hf.fingerprints import row_key
@@ -93,15 +93,14 @@ class CacheCommand(ShardArguments):
 
 
 def response_collator(processor, args, columns):
-    """The collator that [`~trl.SFTTrainer`] makes of these arguments, for rows with images."""
+    """The collator that [`~llava_mod_hf.MimicTrainer`] makes of these arguments, for rows with images."""
     template = None
     if args.assistant_only_loss and not has_generation_markers(processor.chat_template):
         template = get_training_chat_template(processor)
-    completion_only = {"prompt", "completion"} <= set(columns)
-    return DataCollatorForVisionLanguageModeling(
+    return AnswersCollator(
         processor=processor,
         max_length=args.max_length,
-        completion_only_loss=completion_only if args.completion_only_loss is None else args.completion_only_loss,
+        completion_only_loss=supervises_answers(args, columns),
         assistant_only_loss=args.assistant_only_loss,
         chat_template=template,
     )

@@ -10,7 +10,7 @@ from accelerate import PartialState
 from datasets import Dataset, Features, Image, List
 from pyarrow.parquet import read_metadata
 
-from llava_mod_hf.data.arguments import DataArguments
+from llava_mod_hf.data.arguments import PromptArguments
 from llava_mod_hf.data.load import MESSAGES, image_root, load_rows
 from llava_mod_hf.data.marks import find_mark, leave_out_marked, marks_of
 from llava_mod_hf.data.parquet_shards import check_shards, write_shards
@@ -19,7 +19,7 @@ from llava_mod_hf.fingerprints import content_hash, processor_parts
 from llava_mod_hf.loading import load_model_and_processor
 from llava_mod_hf.teachers.answer_cache import teacher_settings
 
-OPTIONS = ("data.arguments:DataArguments", "commands.generate_completions:GenerationArguments")
+OPTIONS = ("data.arguments:PromptArguments", "commands.generate_completions:GenerationArguments")
 
 logger = logging.getLogger(__name__)
 
@@ -194,7 +194,7 @@ def write_answers(folder, prompts, settings, make, *, shard_size):
     return counts
 
 
-def run(data_args: DataArguments, args: GenerationArguments):
+def run(data_args: PromptArguments, args: GenerationArguments):
     """
     Writes a model's answers to the prompts of a data set as Parquet, which the same recipe trains on.
 

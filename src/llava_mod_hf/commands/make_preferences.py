@@ -16,7 +16,7 @@ from llava_mod_hf.commands.generate_completions import (
     shard_seed,
     write_answers,
 )
-from llava_mod_hf.data.arguments import DataArguments
+from llava_mod_hf.data.arguments import PromptArguments
 from llava_mod_hf.data.formats import check_answer, text_of
 from llava_mod_hf.data.load import MESSAGES, image_root
 from llava_mod_hf.data.marks import check_marks, find_mark, leave_out_marked, marks_of
@@ -24,7 +24,7 @@ from llava_mod_hf.evaluation.answers import evaluating, inputs_for, sample_answe
 from llava_mod_hf.evaluation.measures import normalize_answer
 from llava_mod_hf.losses.rows import shift_for_next_token
 
-OPTIONS = ("data.arguments:DataArguments", "commands.make_preferences:PairArguments")
+OPTIONS = ("data.arguments:PromptArguments", "commands.make_preferences:PairArguments")
 
 logger = logging.getLogger(__name__)
 
@@ -254,7 +254,7 @@ class PairMaker:
         return dataset_of(pairs, self.features)
 
 
-def run(data_args: DataArguments, args: PairArguments):
+def run(data_args: PromptArguments, args: PairArguments):
     """
     Writes pairs of a model's own answers as Parquet, which `llava-mod prefer` trains on.
 

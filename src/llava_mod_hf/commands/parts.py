@@ -103,6 +103,7 @@ def fit_to_recipe(rows, student, processor, data_args, args):
         rows,
         processor,
         max_length=args.max_length,
+        multi_turn=data_args.multi_turn,
         assistant_only_loss=getattr(args, "assistant_only_loss", False),  # of pairs there is no such option
         bad_rows=data_args.bad_rows,
         num_proc=args.dataset_num_proc,

@@ -3,7 +3,7 @@
 import json
 from dataclasses import dataclass, field
 
-CHOICES = {"multi_turn": ["expand", "messages"], "check_images": ["all", "header"], "bad_rows": ["error", "drop"]}
+CHOICES = {"multi_turn": ["whole", "expand"], "check_images": ["all", "header"], "bad_rows": ["error", "drop"]}
 
 
 @dataclass
@@ -26,11 +26,11 @@ class DataArguments:
         image_folder (`str`, *optional*):
             Where relative image paths of a local file or folder start, by default there; none may leave it.
         max_samples (`int`, *optional*): take the first rows only.
-        multi_turn (`str`, *optional*, defaults to `"expand"`):
-            What becomes of a conversation. `"expand"`: a row for every answer, with all that came before as its prompt.
-            Every answer is supervised whatever the chat template, and one that does not fit the context costs the later
-            turns only; but the turns before are computed again for each. `"messages"`: one row, in which the trainer
-            finds the answers by the template's `{% generation %}` marks; it needs `assistant_only_loss`.
+        multi_turn (`str`, *optional*, defaults to `"whole"`):
+            What becomes of a conversation. `"whole"`: one row and one pass, of which every answer is supervised,
+            whatever the chat template; where the template writes earlier turns otherwise once others follow, a row for
+            every answer all the same. `"expand"`: a row for every answer, with all that came before as its prompt,
+            which is computed again for each; one that does not fit the context costs the later turns only.
         check_images (`str`, *optional*, defaults to `"all"`):
             `"all"` reads every image of a local file to its end; `"header"` its size and format only, and does not
             notice a truncated one. Either refuses decompression bombs and files that are missing or no images.
@@ -49,7 +49,7 @@ class DataArguments:
     dataset_test_split: str = "test"
     image_folder: str | None = None
     max_samples: int | None = None
-    multi_turn: str = field(default="expand", metadata={"choices": CHOICES["multi_turn"]})
+    multi_turn: str = field(default="whole", metadata={"choices": CHOICES["multi_turn"]})
     check_images: str = field(default="all", metadata={"choices": CHOICES["check_images"]})
     bad_rows: str = field(default="error", metadata={"choices": CHOICES["bad_rows"]})
     streaming: bool = False
@@ -67,3 +67,10 @@ class DataArguments:
         for name, known in CHOICES.items():
             if getattr(self, name) not in known:
                 raise ValueError(f"`{name}` is {getattr(self, name)!r}: give one of {', '.join(known)}.")
+
+
+@dataclass
+class PromptArguments(DataArguments):
+    """[`DataArguments`] of a command that answers prompts, of which each answer of a conversation has its own."""
+
+    multi_turn: str = field(default="expand", metadata={"choices": ["expand"]})

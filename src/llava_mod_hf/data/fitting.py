@@ -10,6 +10,7 @@ from PIL import Image as PILImage
 from trl import apply_chat_template, is_conversational, prepare_multimodal_messages
 from trl.chat_template_utils import get_training_chat_template, has_generation_markers
 
+from llava_mod_hf.data.conversations import as_answers, conversation_texts, expand_conversations
 from llava_mod_hf.data.formats import check_answer, check_pair
 from llava_mod_hf.data.images import map_undecoded, open_image
 from llava_mod_hf.data.marks import check_marks, marks_of
@@ -34,7 +35,9 @@ CHECKED_ROWS = 8  # of a stream, whose rows are read when they are trained on
 logger = logging.getLogger(__name__)
 
 
-def fit_rows(rows, processor, *, max_length, assistant_only_loss=False, bad_rows="error", num_proc=None):
+def fit_rows(
+    rows, processor, *, max_length, multi_turn="whole", assistant_only_loss=False, bad_rows="error", num_proc=None
+):
     """
     Leaves out the rows that training would cut, skip or learn nothing from.
 
@@ -46,7 +49,11 @@ def fit_rows(rows, processor, *, max_length, assistant_only_loss=False, bad_rows
             `images` with `prompt` and `completion`, `messages`, or `prompt`, `chosen` and `rejected`.
         processor (`ProcessorMixin`): the student's.
         max_length (`int` or `None`): tokens of the context; `None` for no limit.
-        assistant_only_loss (`bool`, *optional*, defaults to `False`): as the trainer's; rows of `messages` need it.
+        multi_turn (`str`, *optional*, defaults to `"whole"`):
+            A conversation of several answers stays one row unless the chat template rewrites its history, or
+            `"expand"` asks for a row for each: [`~llava_mod_hf.data.conversations.expand_conversations`].
+        assistant_only_loss (`bool`, *optional*, defaults to `False`):
+            As the trainer's, of rows of `messages`: the template's `{% generation %}` marks say what is supervised.
         bad_rows (`str`, *optional*, defaults to `"error"`): `"drop"` counts malformed rows and goes on.
         num_proc (`int`, *optional*): processes that tokenise.
 
@@ -59,17 +66,15 @@ def fit_rows(rows, processor, *, max_length, assistant_only_loss=False, bad_rows
         ValueError: if a row is malformed (an empty answer, placeholders that do not fit its images, images inside an
             answer, a missing part), or if no row is left.
     """
+    if not assistant_only_loss:
+        rows = expand_conversations(rows, processor, every=multi_turn == "expand", num_proc=num_proc)
     names = rows.column_names
-    if "messages" in names and "prompt" not in names and not assistant_only_loss:
-        raise ValueError(
-            "Rows of `messages` are trained on as a whole, questions too, unless `assistant_only_loss` is true: set "
-            "it, or take `multi_turn: expand`."
-        )
     measure = functools.partial(
         _measure_batch,
         processor=processor,
         image_tokens=image_token_counter(processor),
         max_length=max_length,
+        by_marks=assistant_only_loss,
         bad_rows=bad_rows,
         seen={},  # text → what is known of it: short questions and answers come again and again
     )
@@ -215,7 +220,7 @@ def _constant(value, _):
     return value
 
 
-def _measure_batch(batch, indices, *, processor, image_tokens, max_length, bad_rows, seen):
+def _measure_batch(batch, indices, *, processor, image_tokens, max_length, by_marks, bad_rows, seen):
     """`length`, `num_images` and the reason to leave a row out, for a batch of rows with undecoded images."""
     columns = {name: values for name, values in batch.items() if name in COLUMNS}
     rows = [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
@@ -229,7 +234,7 @@ def _measure_batch(batch, indices, *, processor, image_tokens, max_length, bad_r
         keys.append(key)
         if key not in seen and key not in new:
             try:
-                new[key] = _render(texts, num_images, processor, f"Row {row.get('source_row', index)}")
+                new[key] = _render(texts, num_images, processor, f"Row {row.get('source_row', index)}", by_marks)
             except ValueError:
                 if bad_rows == "error":
                     raise
@@ -239,17 +244,17 @@ def _measure_batch(batch, indices, *, processor, image_tokens, max_length, bad_r
     for row, key in zip(rows, keys, strict=True):
         length, reason = sum(image_tokens(image) - 1 for image in row["images"] or []), "bad"
         if seen[key] is not None:
-            tokens, shortest_answer, equal = seen[key]
+            tokens, supervised, equal = seen[key]
             length += tokens
             too_long = max_length is not None and length > max_length
-            reason = "ties" if equal else "unsupervised" if shortest_answer == 0 else "too_long" if too_long else None
+            reason = "ties" if equal else "unsupervised" if supervised == 0 else "too_long" if too_long else None
         lengths.append(length)
         reasons.append(reason)
     return {LENGTH: lengths, NUM_IMAGES: [len(row["images"] or []) for row in rows], REASON: reasons}
 
 
 def _count_tokens(rendered, processor):
-    """For each row: its tokens, an image as one; those of its shortest answer; whether both of a pair are equal."""
+    """For each row: its tokens, an image as one; those of its answers; whether both of a pair are equal."""
     texts = [text for row in rendered for text in row.values() if isinstance(text, str)]
     tokens = iter(processor.tokenizer(texts, add_special_tokens=False)["input_ids"] if texts else ())
     found = []
@@ -257,15 +262,16 @@ def _count_tokens(rendered, processor):
         counts = {name: len(next(tokens)) if isinstance(text, str) else text for name, text in row.items()}
         if "supervised" in counts:
             found.append((counts["messages"], counts["supervised"], False))
-            continue
-        answers = [count for name, count in counts.items() if name != "prompt"]
-        equal = "chosen" in row and row["chosen"] == row["rejected"]
-        found.append((counts["prompt"] + max(answers), min(answers), equal))
+        elif "chosen" in row:
+            answers = counts["chosen"], counts["rejected"]
+            found.append((counts["prompt"] + max(answers), min(answers), row["chosen"] == row["rejected"]))
+        else:  # by turns, what comes before an answer and the answer
+            found.append((sum(counts.values()), sum([*counts.values()][1::2]), False))
     return found
 
 
-def _render(row, num_images, processor, where):
-    """The texts that the collator tokenises, an image as one token; of `messages` the numbers of tokens."""
+def _render(row, num_images, processor, where, by_marks):
+    """The texts that the collator tokenises, an image as one token; of marked `messages` the numbers of tokens."""
     if "prompt" in row and not row["prompt"]:
         raise ValueError(f"{where} has no `prompt`: give it one, or leave out the row.")
     if "chosen" in row:
@@ -275,16 +281,21 @@ def _render(row, num_images, processor, where):
     if is_conversational(row):
         for messages in row.values():
             check_marks(messages, marks_of(processor), where)
+        images = [None] * num_images
         try:
-            rendered = {
-                name: prepare_multimodal_messages(
-                    messages, images=[None] * num_images if name in ("prompt", "messages") else None
+            if by_marks and "messages" in row:
+                return _count_messages(prepare_multimodal_messages(row["messages"], images=images), processor)
+            if "chosen" in row:
+                row = apply_chat_template(
+                    {
+                        name: prepare_multimodal_messages(messages, images=images if name == "prompt" else None)
+                        for name, messages in row.items()
+                    },
+                    processor,
                 )
-                for name, messages in row.items()
-            }
-            if "messages" in row:
-                return _count_messages(rendered["messages"], processor)
-            row = apply_chat_template(rendered, processor)
+            else:
+                texts = conversation_texts(as_answers(row), images, processor)
+                row = {f"turn {i}" if i else "prompt": text for i, text in enumerate(texts)}
         except (ValueError, KeyError, TypeError, TemplateError) as error:
             raise ValueError(f"{where} does not fit the chat template: {error}") from error
     places = {name: text.count(processor.image_token) for name, text in row.items()}

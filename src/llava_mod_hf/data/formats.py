@@ -265,7 +265,30 @@ def llava_messages(turns, num_images, where):
     return system + messages
 
 
-def read_row(row, layout, where, *, multi_turn="expand"):
+def answer_places(messages, first=1):
+    """`list[int]`: where the answers of a conversation are; from `first` on, since a first turn has no question."""
+    return [place for place in range(first, len(messages)) if messages[place]["role"] == "assistant"]
+
+
+def one_row(messages, where):
+    """
+    A conversation as `prompt`, what comes before its first answer, and `completion`, from there to the last one.
+
+    Raises:
+        ValueError: if nothing comes before an answer.
+    """
+    places = answer_places(messages)
+    if not places:
+        raise ValueError(f"{where} has no question: give it one, or leave out the row.")
+    return {"prompt": messages[: places[0]], "completion": messages[places[0] : places[-1] + 1]}
+
+
+def each_answer(messages, first=1):
+    """A conversation as a `prompt` and `completion` for every answer from turn `first` on."""
+    return [{"prompt": messages[:place], "completion": [messages[place]]} for place in answer_places(messages, first)]
+
+
+def read_row(row, layout, where, *, multi_turn="whole"):
     """
     One row of a published layout as rows of TRL.
 
@@ -273,13 +296,13 @@ def read_row(row, layout, where, *, multi_turn="expand"):
         row (`dict`).
         layout (`str`): a key of `FORMATS`.
         where (`str`): the row, for messages.
-        multi_turn (`str`, *optional*, defaults to `"expand"`):
-            `"expand"`: a row for every answer of a conversation, the turns before it as its prompt; `"messages"`: one
-            row with all turns.
+        multi_turn (`str`, *optional*, defaults to `"whole"`):
+            `"whole"`: one row of a conversation, whose completion begins with the first answer and holds all turns
+            after it; `"expand"`: a row for every answer, the turns before it as its prompt.
 
     Returns:
-        `list[dict]`: each with `images` (undecoded) and `prompt` and `completion`, `messages`, or `prompt`, `chosen`
-        and `rejected`.
+        `list[dict]`: each with `images` (undecoded) and `prompt` and `completion`, or `prompt`, `chosen` and
+        `rejected`.
 
     Raises:
         ValueError: if the row lacks a part, has an empty answer, or its placeholders do not fit its images.
@@ -294,15 +317,10 @@ def read_row(row, layout, where, *, multi_turn="expand"):
     read = {"images": images, **entry.read(row, images, where)}
     if "messages" not in read:
         return [read]
-    check_answer(read["messages"], where)
-    if multi_turn == "messages":
-        return [read]
     messages = read["messages"]
-    return [
-        {"images": images, "prompt": messages[:i], "completion": [message]}
-        for i, message in enumerate(messages)
-        if message["role"] == "assistant" and i > 0
-    ]
+    check_answer(messages, where)
+    whole = one_row(messages, where)
+    return [{"images": images, **each} for each in ([whole] if multi_turn == "whole" else each_answer(messages))]
 
 
 def _pair(row, prompt, where):

@@ -38,8 +38,7 @@ def load_rows(args: DataArguments, *, columns, split=None, seed=0, num_proc=None
 
     Returns:
         `datasets.Dataset`, or `datasets.IterableDataset` if streamed, with `images` (lists of PIL images when read) and
-        `columns`; with `multi_turn="messages"`, `messages` stands for `prompt` and `completion`. Rows that were
-        converted also have `source_row`, their number in the data set.
+        `columns`. Rows that were converted also have `source_row`, their number in the data set.
 
     Raises:
         ValueError: if the file or a column is missing, the format is unknown, a row is malformed, an image path leaves
@@ -63,9 +62,7 @@ def load_rows(args: DataArguments, *, columns, split=None, seed=0, num_proc=None
             raise ValueError(f"`{args.dataset_name}` has no rows that can be read ({cause}).") from error
 
     names = dataset.column_names
-    stands_for = {"messages": {"prompt", "completion"}} if args.multi_turn == "messages" else {}
-    found = {*names, *(column for name in names for column in stands_for.get(name, ()))}
-    missing = [name for name in ("images", *columns) if name not in found]
+    missing = [name for name in ("images", *columns) if name not in names]
     if missing:
         raise ValueError(
             f"`{args.dataset_name}` has the columns {names}, and this stage needs {', '.join(missing)} as well: "
@@ -174,9 +171,9 @@ def _standard_rows(row, index, layout, args):
     return [{**each, "source_row": index, PROBLEM: problem} for each in rows]
 
 
-def _standard_features(layout, multi_turn, messages=MESSAGES):
+def _standard_features(layout, messages=MESSAGES):
     names = FORMATS[layout].gives
-    if names == ("messages",) and multi_turn == "expand":
+    if names == ("messages",):
         names = ("prompt", "completion")
     return {
         "images": List(Image()),
@@ -188,7 +185,7 @@ def _standard_features(layout, multi_turn, messages=MESSAGES):
 
 def _read_json(args, path, layout):
     """LLaVA's and RLAIF-V's JSON files, read here: `datasets` refuses columns of mixed type, as their `id` is."""
-    features = Features(_standard_features(layout, args.multi_turn))
+    features = Features(_standard_features(layout))
 
     def generate(path, layout, args, changed, read):
         rows = (_standard_rows(row, index, layout, args) for index, row in enumerate(json_rows(path)))
@@ -210,14 +207,14 @@ def _to_trl(dataset, args, num_proc):
     layout = recognise(names, args.dataset_name)
     single_image = "image" in names and "images" not in names
     entry = FORMATS[layout]
-    expanded = entry.gives == ("messages",) and args.multi_turn == "expand"
-    if entry.is_trl and not single_image and not expanded:
+    conversations = entry.gives == ("messages",)
+    if entry.is_trl and not single_image and not conversations:
         return dataset
 
-    features = _standard_features(layout, args.multi_turn, dataset.features.get("messages", MESSAGES))
-    if entry.is_trl and entry.gives != ("messages",):  # only the image is in the wrong place
+    features = _standard_features(layout, dataset.features.get("messages", MESSAGES))
+    if entry.is_trl and not conversations:  # only the image is in the wrong place
         features = {name: feature for name, feature in features.items() if feature is not MESSAGES}
-    consumed = {"image", "images", "image_path", *(entry.columns if not entry.is_trl or expanded else ())}
+    consumed = {"image", "images", "image_path", *(entry.columns if not entry.is_trl or conversations else ())}
     extras = {name: feature for name, feature in dataset.features.items() if name not in consumed}
     features = Features({**features, **extras})
 

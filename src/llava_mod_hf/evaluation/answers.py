@@ -7,8 +7,8 @@ from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 from transformers.utils.logging import is_progress_bar_enabled
 from trl import prepare_multimodal_messages
-from trl.trainer.sft_trainer import DataCollatorForVisionLanguageModeling
 
+from llava_mod_hf.data.conversations import AnswersCollator
 from llava_mod_hf.data.easy_vqa import most_frequent_answers
 from llava_mod_hf.data.marks import leave_out_marked
 from llava_mod_hf.evaluation.measures import score
@@ -53,13 +53,13 @@ def _batches(dataset, columns, collate, batch_size, description):
 
 def response_batches(processor, dataset, *, batch_size, description):
     """
-    Batches of prompt and reference answer, as the trainers see them: labels on the answer and its end only.
+    Batches of prompt and reference answers, as the trainers see them: labels on the answers and their ends only.
 
     Raises:
         ValueError: if a text spells out a mark ([`~llava_mod_hf.data.marks.marks_of`]).
     """
     dataset = leave_out_marked(dataset, processor, columns=("prompt", "completion"))
-    collate = DataCollatorForVisionLanguageModeling(processor, completion_only_loss=True)
+    collate = AnswersCollator(processor, completion_only_loss=True)
     return _batches(dataset, ["images", "prompt", "completion"], collate, batch_size, description)
 
 

@@ -10,6 +10,7 @@ from huggingface_hub import snapshot_download
 from torch.nn import functional as F
 from transformers import AutoConfig, AutoProcessor
 
+from llava_mod_hf.data.conversations import supervises_answers
 from llava_mod_hf.data.parquet_shards import SHARDS_FILE, read_settings
 from llava_mod_hf.fingerprints import ROW_KEY_VERSION, content_hash, processor_parts, weights_hash
 from llava_mod_hf.loading import resolve
@@ -44,10 +45,8 @@ def mimic_settings(args, processor, columns):
     Returns:
         `dict`: flat and plain, for `shards.yaml`.
     """
-    completion_only = args.completion_only_loss
-    if completion_only is None:  # as the parent of the trainer decides
-        completion_only = {"prompt", "completion"} <= set(columns)
-    loss_on = "assistant" if args.assistant_only_loss else "completion" if completion_only else "all"
+    answers = supervises_answers(args, columns)
+    loss_on = "assistant" if args.assistant_only_loss else "completion" if answers else "all"
     return {"temperature": args.temperature, **_student_settings(args, processor, loss_on)}
 
 

@@ -6,6 +6,7 @@ import logging
 import torch
 from trl.chat_template_utils import get_training_chat_template, has_generation_markers
 
+from llava_mod_hf.data.conversations import RewrittenHistory
 from llava_mod_hf.fingerprints import processor_parts
 from llava_mod_hf.losses.rows import ProjectedRows, shift_for_next_token
 from llava_mod_hf.teachers.output_head import head_of
@@ -65,6 +66,13 @@ class LiveTeacher:
             options["chat_template"] = None if marked else get_training_chat_template(processor)
         return dataclasses.replace(collator, **options)
 
+    def _own_batch(self, examples):
+        """What the teacher's processor makes of rows; the collator writes into them."""
+        try:
+            return dict(self.collator([dict(example) for example in examples]))
+        except RewrittenHistory as error:
+            raise ValueError(f"Of the teacher's own chat template: {error}") from error
+
     def check_run(self, args, processor, rows):
         """Nothing: it was compared with the student when it was made."""
 
@@ -83,7 +91,7 @@ class LiveTeacher:
         """
         if self.collator is None:
             return {}
-        own = dict(self.collator([dict(example) for example in examples]))
+        own = self._own_batch(examples)
         aligned, keep = align_labels(batch["labels"], own.pop("labels"), self.tokenizer)
         return {**own, "keep": keep, "aligned": aligned}
 
@@ -102,7 +110,7 @@ class LiveTeacher:
         """
         if self.collator is None:
             return 0.0
-        their_labels = self.collator([dict(example) for example in examples])["labels"]
+        their_labels = self._own_batch(examples)["labels"]
         share = check_responses(batch["labels"], their_labels, self.tokenizer)
         logger.info("The teacher says nothing about %.1f %% of the response tokens.", 100 * share)
         return share

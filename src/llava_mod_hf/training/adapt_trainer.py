@@ -11,9 +11,10 @@ from llava_mod_hf.training.noted_model import NotedModel
 from llava_mod_hf.training.safe_run import SafeRun
 from llava_mod_hf.training.trainable import train_only
 from llava_mod_hf.training.trainer_options import check_trainer
+from llava_mod_hf.training.whole_conversations import WholeConversations
 
 
-class AdaptTrainer(KeepsMetrics, GroupedBatches, SafeRun, SFTTrainer):
+class AdaptTrainer(KeepsMetrics, GroupedBatches, WholeConversations, SafeRun, SFTTrainer):
     """
     [`~trl.SFTTrainer`] that trains the adaptor alone, or what [`AdaptConfig`] names, and whose
     `train_sampling_strategy: group_by_length` knows rows with images. A sparse student's router losses are those of

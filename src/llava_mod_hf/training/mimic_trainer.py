@@ -31,13 +31,14 @@ from llava_mod_hf.training.on_policy import answer_batches, check_on_policy
 from llava_mod_hf.training.safe_run import SafeRun
 from llava_mod_hf.training.trainable import train_only
 from llava_mod_hf.training.trainer_options import check_trainer, check_weights
+from llava_mod_hf.training.whole_conversations import WholeConversations
 
 logger = logging.getLogger(__name__)
 
 ALIGNMENT_SAMPLE = 8  # rows on which a teacher with its own processor is compared before training
 
 
-class MimicTrainer(GroupedBatches, SafeRun, SFTTrainer):
+class MimicTrainer(GroupedBatches, WholeConversations, SafeRun, SFTTrainer):
     """
     [`~trl.SFTTrainer`] whose loss is that of [`MimicConfig`], on the supervised positions only.
 

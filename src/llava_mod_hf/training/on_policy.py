@@ -6,6 +6,8 @@ import torch
 from trl.data_utils import apply_chat_template, is_conversational, prepare_multimodal_messages
 from trl.models.utils import unwrap_model_for_generation
 
+from llava_mod_hf.data.conversations import as_answers, is_whole
+from llava_mod_hf.data.formats import each_answer
 from llava_mod_hf.data.marks import marks_of, without_marks
 from llava_mod_hf.teachers.live_teacher import LiveTeacher
 
@@ -16,7 +18,7 @@ def check_on_policy(dataset, teachers):
         ValueError: if the rows have no prompt to answer, or a teacher cannot judge new answers.
     """
     columns = next(iter(dataset)).keys()
-    if not {"images", "prompt", "completion"} <= columns:
+    if not ({"images", "prompt", "completion"} <= columns or {"images", "messages"} <= columns):
         raise ValueError(
             f"`on_policy_share` needs rows with `images`, `prompt` and `completion`, and these have "
             f"{', '.join(sorted(columns))}: the student writes another completion of the prompt."
@@ -65,18 +67,21 @@ def answered_by_student(trainer, examples):
     """
     The rows with completions that the student samples at temperature 1.
 
+    Of a conversation one answer is drawn, and the turns before it are the prompt: there is one answer a row.
+
     An answer that is cut off by `on_policy_max_new_tokens` is followed by the end of the turn all the same: there the
     teacher says what it would go on with. A mark, such as the placeholder of a picture, is left out of an answer,
     whether the student says it as one token or spells it out: read again, it would be a picture that is not there.
 
     Args:
         trainer ([`~llava_mod_hf.training.mimic_trainer.MimicTrainer`]).
-        examples (`list[dict]`): with `images`, `prompt` and `completion`; not changed.
+        examples (`list[dict]`): with `images`, `prompt` and `completion`, or `messages`; not changed.
 
     Returns:
         `list[dict]`.
     """
     processor, device = trainer.processing_class, trainer.accelerator.device
+    examples = [_one_turn(example) for example in examples]
     inputs = prompt_inputs(examples, processor)
     inputs = {name: value.to(device) for name, value in inputs.items()}
     settings = {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0}
@@ -96,6 +101,15 @@ def answered_by_student(trainer, examples):
         {**example, "completion": [{"role": "assistant", "content": text}] if is_conversational(example) else text}
         for example, text in zip(examples, texts, strict=True)
     ]
+
+
+def _one_turn(example):
+    """A row of one answer, drawn from those of a conversation."""
+    example = as_answers(example)
+    if not is_whole(example):
+        return example
+    turns = each_answer([*example["prompt"], *example["completion"]], len(example["prompt"]))
+    return {**example, **turns[torch.randint(len(turns), ()).item()]}
 
 
 def prompt_inputs(examples, processor):

@@ -1,0 +1,246 @@
+"""Conversations of several answers: one row and one pass, of which every answer is supervised, or a row for each."""
+
+import functools
+import logging
+import os
+
+import torch
+from datasets import Features, IterableDataset, Value
+from jinja2 import TemplateError
+from trl import apply_chat_template, prepare_multimodal_messages
+from trl.trainer.sft_trainer import DataCollatorForVisionLanguageModeling
+
+from llava_mod_hf.data.formats import answer_places, each_answer, one_row
+from llava_mod_hf.data.images import map_undecoded
+
+ROWS = "rows"  # column: how many rows a row becomes
+
+ADDED = ("length", "num_images")  # columns of a row's own, which are another's for its parts
+
+SHOWN = 40  # characters of a text in a message
+
+logger = logging.getLogger(__name__)
+
+
+class RewrittenHistory(ValueError):
+    """A chat template writes a turn otherwise once others follow, so no text holds all answers as they are asked."""
+
+
+def supervises_answers(args, columns):
+    """
+    Whether the loss is on the answers alone: as TRL decides, but of rows of `messages` too.
+
+    Args:
+        args ([`~trl.SFTConfig`]): `completion_only_loss` and `assistant_only_loss`; `false` of the first supervises
+            questions as well, and the second finds the answers by the template's `{% generation %}` marks.
+        columns (`Iterable[str]`): of the rows.
+
+    Returns:
+        `bool`.
+    """
+    if args.completion_only_loss is None:
+        return {"prompt", "completion"} <= set(columns) or ("messages" in columns and not args.assistant_only_loss)
+    return args.completion_only_loss
+
+
+def is_whole(row):
+    """Whether a row's completion, messages, is more than an answer."""
+    return isinstance(row.get("completion"), list) and len(row["completion"]) > 1
+
+
+def as_answers(row):
+    """A row of `messages` as one of `prompt` and `completion`, which begins with the first answer; others as is."""
+    if row.get("messages") is None:
+        return row
+    return {**{name: value for name, value in row.items() if name != "messages"}, **one_row(row["messages"], "a row")}
+
+
+def conversation_texts(row, images, processor):
+    """
+    What a conversation is as text, cut where answers begin and end.
+
+    Each piece is that of TRL's row with this answer as its completion: what is supervised, end of turn included, is what
+    it would be there.
+
+    Args:
+        row (`dict`): `prompt` and `completion`, messages; an answer in the prompt is not supervised.
+        images (`list`): of the row; all in turns before the first answer.
+        processor (`ProcessorMixin`): with the chat template.
+
+    Returns:
+        `list[str]`: what comes before an answer, and the answer, by turns.
+
+    Raises:
+        RewrittenHistory: if what came before an answer is not how the text of the whole begins.
+        ValueError: if there is no answer, or a picture comes after one.
+    """
+    first = len(row["prompt"])
+    messages = prepare_multimodal_messages([*row["prompt"], *row["completion"]], images=images)
+    places = answer_places(messages, first)
+    if not places:
+        raise ValueError("a row has no answer: give it one, or leave it out.")
+    if any(part["type"] == "image" for message in messages[places[0] :] for part in message.get("content") or ()):
+        raise ValueError("a picture comes after an answer: put all pictures into the first question.")
+    options = {name: row[name] for name in ("chat_template_kwargs",) if row.get(name) is not None}
+    texts, written = [], ""
+    for place in places:
+        turn = {"prompt": messages[:place], "completion": messages[place : place + 1]}
+        turn = apply_chat_template({**turn, **options}, processor)
+        if not turn["prompt"].startswith(written):
+            same = len(os.path.commonprefix([turn["prompt"], written]))
+            raise RewrittenHistory(
+                f"the chat template writes a turn as {written[same:][:SHOWN]!r} that is "
+                f"{turn['prompt'][same:][:SHOWN]!r} once others follow"
+            )
+        texts += [turn["prompt"][len(written) :], turn["completion"]]
+        written = turn["prompt"] + turn["completion"]
+    return texts
+
+
+def expand_conversations(rows, processor, *, every=False, num_proc=None):
+    """
+    Rows for each answer of the conversations that one pass cannot read, since the chat template rewrites their history.
+
+    Args:
+        rows (`datasets.Dataset` or `datasets.IterableDataset`): of a trainer; other rows are left as they are.
+        processor (`ProcessorMixin`): the student's.
+        every (`bool`, *optional*, defaults to `False`): of all conversations, as `multi_turn: expand` asks.
+        num_proc (`int`, *optional*): processes that render.
+
+    Returns:
+        `datasets.Dataset` or `datasets.IterableDataset`: `rows` itself if nothing is to be done.
+    """
+    names = rows.column_names or []
+    texts = [name for name in ("prompt", "completion", "messages", "chat_template_kwargs") if name in names]
+    if rows.features is None or not ("messages" in names or {"prompt", "completion"} <= set(names)):
+        return rows
+    told: list[str] = []
+    streamed = isinstance(rows, IterableDataset)
+    if not streamed:
+        counted = map_undecoded(
+            rows.select_columns(texts),
+            functools.partial(_count, processor=processor, every=every),
+            features=Features({ROWS: Value("int64"), "reason": Value("string")}),
+            num_proc=num_proc,
+            desc="Looking for conversations",
+            remove_columns=texts,
+        )
+        if all(count == 1 for count in counted[ROWS][:]):
+            return rows
+        reasons = [reason for reason in counted["reason"][:] if reason is not None]
+        if reasons:
+            logger.warning(
+                "%d of %d rows are a row for each answer, as with `multi_turn: expand`: %s.",
+                len(reasons),
+                len(rows),
+                reasons[0],
+            )
+            told.append(reasons[0])
+    features = {name: feature for name, feature in rows.features.items() if name not in (*ADDED, "messages")}
+    if "messages" in names:
+        features |= dict.fromkeys(("prompt", "completion"), rows.features["messages"])
+    return map_undecoded(
+        rows,
+        functools.partial(_expand, names=list(features), processor=processor, every=every, told=told),
+        features=Features(features),
+        num_proc=num_proc,
+        desc="Expanding conversations",
+        remove_columns=[name for name in names if name not in features],
+    )
+
+
+def _rows_of(row, processor, every):
+    """`(rows, reason)`: what a row becomes, and why, if the chat template is to blame."""
+    try:
+        whole = as_answers(row)
+        if not is_whole(whole):
+            return [whole], None
+        messages, first = [*whole["prompt"], *whole["completion"]], len(whole["prompt"])
+        if not every and len(answer_places(messages, first)) > 1:
+            pictures = [part for m in messages for part in _parts(m) if part["type"] == "image"]
+            conversation_texts(whole, [None] * len(pictures), processor)
+        turns, reason = (each_answer(messages, first) if every else []) or [whole], None
+    except RewrittenHistory as error:
+        turns, reason = each_answer(messages, first), str(error)
+    except (ValueError, KeyError, TypeError, TemplateError):  # who reads the row says so
+        return [row], None
+    return [{**whole, **turn} for turn in turns], reason
+
+
+def _parts(message):
+    return message["content"] if isinstance(message["content"], list) else ()
+
+
+def _as_rows(batch):
+    return [dict(zip(batch, values, strict=True)) for values in zip(*batch.values(), strict=True)]
+
+
+def _count(batch, indices, *, processor, every):
+    found = [_rows_of(row, processor, every) for row in _as_rows(batch)]
+    return {ROWS: [len(rows) for rows, _ in found], "reason": [reason for _, reason in found]}
+
+
+def _expand(batch, indices, *, names, processor, every, told):
+    found = []
+    for row in _as_rows(batch):
+        rows, reason = _rows_of(row, processor, every)
+        if reason is not None and not told:
+            told.append(reason)
+            logger.warning("Conversations are a row for each answer, as with `multi_turn: expand`: %s.", reason)
+        found += rows
+    return {name: [row.get(name) for row in found] for name in names}
+
+
+class AnswersCollator(DataCollatorForVisionLanguageModeling):
+    """
+    TRL's collator, of whose rows every answer is supervised: `messages`, or a `completion` of several turns.
+
+    A row of one answer is TRL's own. Of a longer one the parent makes prompt and first answer, and the turns after it
+    are written behind, each piece tokenised by itself, as the parent does with the one answer: the supervised tokens are
+    those of a row for each answer. With `completion_only_loss=False` all is the parent's.
+    """
+
+    def torch_call(self, examples):
+        if self.completion_only_loss and not self.assistant_only_loss:
+            examples = [as_answers(example) for example in examples]
+        return super().torch_call(examples)
+
+    def _collate_prompt_completion(self, examples):
+        if not self.completion_only_loss or not any(map(is_whole, examples)):
+            return super()._collate_prompt_completion(examples)
+        firsts, later = [], []
+        for example in examples:
+            images = example["images"] if "images" in example else [example["image"]]
+            try:
+                before, answer, *turns = conversation_texts(example, images, self.processor)
+            except RewrittenHistory as error:
+                raise RewrittenHistory(
+                    f"A conversation cannot be read in one pass, since {error}: take `multi_turn: expand`, which makes "
+                    "a row of each answer, or another chat template."
+                ) from error
+            firsts.append({**example, "prompt": before, "completion": answer})
+            later.append([self.processor.tokenizer(text, add_special_tokens=False)["input_ids"] for text in turns])
+        batch = super()._collate_prompt_completion(firsts)
+        for name, values in self._with_turns(batch, later).items():
+            batch[name] = values if self.max_length is None else values[:, : self.max_length]
+        return batch
+
+    def _with_turns(self, batch, later):
+        """What the batch has for each token, with the turns that come `later`, of which every other is supervised."""
+        ids, lengths = batch["input_ids"], batch["attention_mask"].sum(1).tolist()
+        width = max(length + sum(map(len, turns)) for length, turns in zip(lengths, later, strict=True))
+        fill = {"input_ids": self.processor.tokenizer.pad_token_id, "labels": -100}
+        found = {}
+        for name, values in batch.items():
+            if torch.is_tensor(values) and values.shape == ids.shape:
+                found[name] = values.new_full((len(ids), max(width, ids.shape[1])), fill.get(name, 0))
+                found[name][:, : ids.shape[1]] = values
+        for row, (start, turns) in enumerate(zip(lengths, later, strict=True)):
+            for number, turn in enumerate(turns):
+                places = slice(start, start + len(turn))
+                found["input_ids"][row, places] = torch.tensor(turn, dtype=ids.dtype)
+                found["attention_mask"][row, places] = 1
+                if number % 2:
+                    found["labels"][row, places] = found["input_ids"][row, places]
+                start += len(turn)
+        return found
