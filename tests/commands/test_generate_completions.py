@@ -13,7 +13,7 @@ from llava_mod_hf.commands import generate_completions
 from llava_mod_hf.commands.generate_completions import GenerationArguments
 from llava_mod_hf.commands.generate_completions import run as run_generate_completions
 from llava_mod_hf.data import easy_vqa
-from llava_mod_hf.data.arguments import DataArguments
+from llava_mod_hf.data.arguments import DataArguments, PromptArguments
 from llava_mod_hf.data.load import load_rows
 from llava_mod_hf.evaluation.answers import generate_answers, sample_answers
 
@@ -47,7 +47,7 @@ def options(folder, output, **values):
 
 
 def data(**values):
-    return DataArguments(easy_vqa.DATASET, "questions", **{"max_samples": ROWS, **values})
+    return PromptArguments(easy_vqa.DATASET, "questions", **{"max_samples": ROWS, **values})
 
 
 def written(output):
@@ -151,7 +151,7 @@ def test_other_settings_models_and_rows_do_not_mix(folder, make_student, process
     processor.save_pretrained(tmp_path / "other")
     with pytest.raises(ValueError, match="was begun with `model`"):
         run_generate_completions(data(max_samples=4), options(tmp_path / "other", tmp_path / "set"))
-    captions = DataArguments(easy_vqa.DATASET, "captions", max_samples=4)
+    captions = PromptArguments(easy_vqa.DATASET, "captions", max_samples=4)
     with pytest.raises(ValueError, match="was begun with `rows`"):
         run_generate_completions(captions, options(folder, tmp_path / "set"))
     (tmp_path / "full").mkdir()
@@ -176,7 +176,7 @@ def test_images_in_a_folder_stay_there(folder, tmp_path):
     turns = [("human", "<image>\nwhat is it?"), ("gpt", "x"), ("human", "and its color?"), ("gpt", "y")]
     row = {"image": "00/a.png", "conversations": [{"from": who, "value": text} for who, text in turns]}
     (tmp_path / "rows.json").write_text(json.dumps([row]))
-    source = DataArguments(str(tmp_path / "rows.json"), image_folder=str(tmp_path / "images"))
+    source = PromptArguments(str(tmp_path / "rows.json"), image_folder=str(tmp_path / "images"))
     run_generate_completions(source, options(folder, tmp_path / "set"))
     found = DataArguments(str(tmp_path / "set"), image_folder=str(tmp_path / "images"))
     dataset = load_rows(found, columns=("prompt", "completion"))
@@ -230,7 +230,7 @@ def test_streams_whole_conversations_and_prompts_of_text_are_refused(folder, tmp
     with pytest.raises(ValueError, match="`streaming` is true"):
         run_generate_completions(data(streaming=True), options(folder, tmp_path))
     with pytest.raises(ValueError, match='`multi_turn` must be "expand"'):
-        run_generate_completions(data(multi_turn="messages"), options(folder, tmp_path))
+        run_generate_completions(data(multi_turn="whole"), options(folder, tmp_path))
     (tmp_path / "rows.json").write_text(json.dumps([{"images": [], "prompt": "what?"}]))
     with pytest.raises(ValueError, match="are no messages"):
-        run_generate_completions(DataArguments(str(tmp_path / "rows.json")), options(folder, tmp_path / "set"))
+        run_generate_completions(PromptArguments(str(tmp_path / "rows.json")), options(folder, tmp_path / "set"))

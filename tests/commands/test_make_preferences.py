@@ -14,7 +14,7 @@ from llava_mod_hf.commands import make_preferences
 from llava_mod_hf.commands.make_preferences import PairArguments, answer_log_probs, best_and_worst, right_answers
 from llava_mod_hf.commands.make_preferences import run as run_make_preferences
 from llava_mod_hf.data import easy_vqa
-from llava_mod_hf.data.arguments import DataArguments
+from llava_mod_hf.data.arguments import DataArguments, PromptArguments
 from llava_mod_hf.data.load import load_rows
 from llava_mod_hf.evaluation.answers import sample_answers
 
@@ -48,7 +48,7 @@ def rows():
 def make(folders, output, rows=ROWS, **values):
     values = {"scorer": f"{__name__}:longest", "num_answers": 3, "max_new_tokens": 3, "shard_size": 2, **values}
     args = PairArguments(model=folders["student"], output_dir=str(output), keep_unfinished=True, batch_size=4, **values)
-    return run_make_preferences(DataArguments(easy_vqa.DATASET, "questions", max_samples=rows), args)
+    return run_make_preferences(PromptArguments(easy_vqa.DATASET, "questions", max_samples=rows), args)
 
 
 def written(output):
@@ -172,7 +172,7 @@ def test_the_teachers_likelihood_and_training_on_what_was_written(folders, tmp_p
     assert all(row["chosen_score"] > row["rejected_score"] for row in dataset)
     with pytest.raises(ValueError, match="was begun with `likelihood`"):
         run_make_preferences(
-            DataArguments(easy_vqa.DATASET, "questions", max_samples=3),
+            PromptArguments(easy_vqa.DATASET, "questions", max_samples=3),
             PairArguments(
                 **{k: v for k, v in recipe.items() if "set" not in k and k != "max_samples"}, likelihood="sum"
             ),

@@ -150,11 +150,6 @@ def test_malformed_pairs_are_named(processor):
             fit_rows(rows_of(PAIRS[0], row), processor, max_length=None)
 
 
-def test_messages_need_assistant_only_loss(processor):
-    with pytest.raises(ValueError, match="unless `assistant_only_loss` is true"):
-        fit_rows(rows_of(*CONVERSATIONS), processor, max_length=None)
-
-
 def test_equal_words_with_other_images_are_measured_anew(processor):
     rows = rows_of(*(completion("red", images=count) for count in (1, 2, 0)))
     fitted, _ = fit_rows(rows, processor, max_length=None)

@@ -8,9 +8,11 @@ from transformers.trainer_pt_utils import get_length_grouped_indices
 from trl import DPOTrainer, SFTTrainer
 from trl.models import prepare_deepspeed
 from trl.models.utils import _ForwardRedirection, unwrap_model_for_generation
+from trl.trainer.sft_trainer import DataCollatorForVisionLanguageModeling
 from trl.trainer.utils import maybe_gather_lm_head_ctx
 
 from llava_mod_hf import MimicTrainer, PreferenceTrainer
+from llava_mod_hf.data.conversations import AnswersCollator
 from llava_mod_hf.data.grouping import GroupedBatches
 from llava_mod_hf.training.adapt_trainer import AdaptTrainer
 from llava_mod_hf.training.finite_steps import FiniteSteps
@@ -32,6 +34,10 @@ OVERRIDDEN = {
     AdaptTrainer: (
         SFTTrainer,
         {"__init__": SFT_INIT, "compute_loss": "self model inputs return_outputs num_items_in_batch"},
+    ),
+    AnswersCollator: (
+        DataCollatorForVisionLanguageModeling,
+        {"torch_call": "self examples", "_collate_prompt_completion": "self examples"},
     ),
     KeepsMetrics: (Trainer, {"log": "self logs start_time"}),
     MimicTrainer: (

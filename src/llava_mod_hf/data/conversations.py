@@ -43,6 +43,20 @@ def supervises_answers(args, columns):
     return args.completion_only_loss
 
 
+def check_assistant_only(columns):
+    """
+    Refuses `assistant_only_loss` where TRL's collator would, at the first batch.
+
+    Raises:
+        ValueError: if the rows are not of `messages`.
+    """
+    if "messages" not in columns:
+        raise ValueError(
+            "`assistant_only_loss` is true, and it is of rows of `messages`, given in Python: leave it out, every "
+            "answer of a conversation is supervised without it."
+        )
+
+
 def is_whole(row):
     """Whether a row's completion, messages, is more than an answer."""
     return isinstance(row.get("completion"), list) and len(row["completion"]) > 1
@@ -139,7 +153,7 @@ def expand_conversations(rows, processor, *, every=False, num_proc=None):
     features = {name: feature for name, feature in rows.features.items() if name not in (*ADDED, "messages")}
     if "messages" in names:
         features |= dict.fromkeys(("prompt", "completion"), rows.features["messages"])
-    return map_undecoded(
+    found = map_undecoded(
         rows,
         functools.partial(_expand, names=list(features), processor=processor, every=every, told=told),
         features=Features(features),
@@ -147,6 +161,7 @@ def expand_conversations(rows, processor, *, every=False, num_proc=None):
         desc="Expanding conversations",
         remove_columns=[name for name in names if name not in features],
     )
+    return found.decode() if streamed else found  # what a stream maps it takes for decoded
 
 
 def _rows_of(row, processor, every):

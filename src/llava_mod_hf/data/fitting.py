@@ -10,7 +10,7 @@ from PIL import Image as PILImage
 from trl import apply_chat_template, is_conversational, prepare_multimodal_messages
 from trl.chat_template_utils import get_training_chat_template, has_generation_markers
 
-from llava_mod_hf.data.conversations import as_answers, conversation_texts, expand_conversations
+from llava_mod_hf.data.conversations import as_answers, check_assistant_only, conversation_texts, expand_conversations
 from llava_mod_hf.data.formats import check_answer, check_pair
 from llava_mod_hf.data.images import map_undecoded, open_image
 from llava_mod_hf.data.marks import check_marks, marks_of
@@ -66,7 +66,9 @@ def fit_rows(
         ValueError: if a row is malformed (an empty answer, placeholders that do not fit its images, images inside an
             answer, a missing part), or if no row is left.
     """
-    if not assistant_only_loss:
+    if assistant_only_loss:
+        check_assistant_only(rows.column_names)
+    else:
         rows = expand_conversations(rows, processor, every=multi_turn == "expand", num_proc=num_proc)
     names = rows.column_names
     measure = functools.partial(

@@ -102,8 +102,10 @@ def check_responses(labels, their_labels, tokenizer):
     words = ~torch.isin(targets, torch.tensor(tokenizer.all_special_ids, device=targets.device))
     share = (missing & words).sum().item() / max(1, words.sum().item())
     if share > MAX_UNALIGNED:
-        row = (keep & ~aligned).any(1).nonzero()[0].item()
-        ours, theirs = (tokenizer.decode(ids[row][ids[row] != -100]) for ids in (labels, their_labels))
+        row, place = (keep & ~aligned).nonzero()[0].tolist()
+        runs, their_runs = _responses(labels[row]), _responses(their_labels[row])
+        number = sum(start <= place + 1 for start, _ in runs) - 1
+        ours, theirs = (tokenizer.decode(each[number][1]) if number < len(each) else "" for each in (runs, their_runs))
         raise ValueError(
             f"{share:.0%} of the words of the responses have no counterpart in the teacher's, and at most "
             f"{MAX_UNALIGNED:.0%} may: the first differing response is {ours!r} for the student and {theirs!r} for the "

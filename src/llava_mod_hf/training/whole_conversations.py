@@ -5,7 +5,12 @@ import dataclasses
 from transformers import Trainer
 from trl.trainer.sft_trainer import DataCollatorForVisionLanguageModeling
 
-from llava_mod_hf.data.conversations import AnswersCollator, expand_conversations, supervises_answers
+from llava_mod_hf.data.conversations import (
+    AnswersCollator,
+    check_assistant_only,
+    expand_conversations,
+    supervises_answers,
+)
 from llava_mod_hf.data.fitting import LENGTH
 
 
@@ -18,11 +23,14 @@ class WholeConversations(Trainer):
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
+        columns = next(iter(self.train_dataset))
+        if self.args.assistant_only_loss:
+            check_assistant_only(columns)
         collator = self.data_collator
         if kwargs.get("data_collator") is not None or not isinstance(collator, DataCollatorForVisionLanguageModeling):
             return
         options = {item.name: getattr(collator, item.name) for item in dataclasses.fields(collator)}
-        options["completion_only_loss"] = supervises_answers(self.args, next(iter(self.train_dataset)))
+        options["completion_only_loss"] = supervises_answers(self.args, columns)
         self.data_collator = AnswersCollator(**options)
         if options["completion_only_loss"] and not self.args.assistant_only_loss:
             self.train_dataset = self._readable(self.train_dataset)

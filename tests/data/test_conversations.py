@@ -1,0 +1,189 @@
+"""Conversations in one pass: the tokens of a row for each answer, whatever the chat template; else a row for each."""
+
+import logging
+
+import pytest
+import torch
+from datasets import Dataset, Features, List, Value
+from datasets import Image as ImageFeature
+from trl.trainer.sft_trainer import DataCollatorForVisionLanguageModeling
+
+from helpers.templates import (
+    CONVERSATIONS,
+    REWRITING,
+    TALK,
+    TEMPLATES,
+    as_row,
+    assistant,
+    expanded,
+    picture,
+    templated,
+    user,
+)
+from llava_mod_hf.data.conversations import AnswersCollator, RewrittenHistory, expand_conversations
+from llava_mod_hf.data.fitting import fit_rows
+
+MESSAGES = [{"role": Value("string"), "content": Value("string")}]
+
+
+def rows_of(rows):
+    features = {name: MESSAGES for name in rows[0] if name != "images"}
+    return Dataset.from_list(rows, features=Features({"images": List(ImageFeature()), **features}))
+
+
+def collated(collator, rows):
+    return collator([dict(row) for row in rows])
+
+
+def read_tokens(batch, row):
+    """Ids and labels of a row, without its padding."""
+    mask = batch["attention_mask"][row].bool()
+    assert mask.sum() == mask.nonzero().max() + 1, "the padding is on the right"
+    return batch["input_ids"][row][mask].tolist(), batch["labels"][row][mask].tolist()
+
+
+@pytest.mark.parametrize("form", ["completion", "messages"])
+@pytest.mark.parametrize("template", [None, *TEMPLATES])
+def test_every_answer_has_the_tokens_and_the_context_of_its_own_row(tokenizer, template, form):
+    processor = templated(tokenizer, template)
+    given = CONVERSATIONS if form == "messages" else [as_row(row) for row in CONVERSATIONS]
+    batch = collated(AnswersCollator(processor, completion_only_loss=True), given)
+    theirs = DataCollatorForVisionLanguageModeling(processor, completion_only_loss=True)
+    for number, row in enumerate(CONVERSATIONS):
+        ids, labels = read_tokens(batch, number)
+        learnt = torch.full((len(ids),), -100)
+        for each in expanded(row):
+            own_ids, own_labels = read_tokens(collated(theirs, [each]), 0)
+            assert ids[: len(own_ids)] == own_ids
+            supervised = torch.tensor(own_labels) != -100
+            learnt[: len(own_ids)][supervised] = torch.tensor(own_ids)[supervised]
+        assert learnt.tolist() == labels
+        assert len(ids) == len(own_ids), "nothing comes after the last answer"
+    pictures = [picture for row in CONVERSATIONS for picture in row["images"]]
+    assert len(batch["pixel_values"]) == len(pictures)
+    assert (batch["input_ids"] == processor.image_token_id).sum() == 16 * len(pictures)
+    pad = batch["input_ids"][batch["attention_mask"] == 0]
+    assert len(pad) and (batch["labels"][batch["attention_mask"] == 0] == -100).all()
+
+
+def test_text_alone_and_rows_of_one_answer_are_as_trl_has_them(tokenizer):
+    processor = templated(tokenizer)
+    ours = AnswersCollator(processor, completion_only_loss=True)
+    theirs = DataCollatorForVisionLanguageModeling(processor, completion_only_loss=True)
+    single = [each for row in CONVERSATIONS for each in expanded(row)]
+    for name, values in collated(theirs, single).items():
+        assert torch.equal(collated(ours, single)[name], values), name
+    assert "pixel_values" not in collated(ours, CONVERSATIONS[2:3])
+
+
+@pytest.mark.parametrize("options", [{"completion_only_loss": False}, {"assistant_only_loss": True}])
+def test_who_asks_for_trls_labels_gets_them(tokenizer, options):
+    processor = templated(tokenizer)
+    ours, theirs = AnswersCollator(processor, **options), DataCollatorForVisionLanguageModeling(processor, **options)
+    for name, values in collated(theirs, CONVERSATIONS).items():
+        assert torch.equal(collated(ours, CONVERSATIONS)[name], values), name
+
+
+def test_whatever_lies_token_by_token_goes_on(tokenizer):
+    """Some processors give a type for each token as well."""
+    collator = AnswersCollator(templated(tokenizer), completion_only_loss=True)
+    batch = collated(DataCollatorForVisionLanguageModeling(collator.processor, completion_only_loss=True), expanded(CONVERSATIONS[3]))
+    batch["mm_token_type_ids"] = (batch["input_ids"] == collator.processor.image_token_id).int()
+    found = collator._with_turns(batch, [[[7, 8], [9]]])
+    assert set(found) == {"input_ids", "attention_mask", "labels", "mm_token_type_ids"}
+    for name, end in (("input_ids", [7, 8, 9]), ("labels", [-100, -100, 9]), ("mm_token_type_ids", [0, 0, 0])):
+        assert found[name].tolist() == [batch[name][0].tolist() + end]
+
+
+def test_a_limit_in_python_cuts_where_trl_would(tokenizer):
+    processor = templated(tokenizer)
+    whole = collated(AnswersCollator(processor, completion_only_loss=True), CONVERSATIONS[:2])
+    for limit in (5, 30, 40, 1000):
+        cut = collated(AnswersCollator(processor, completion_only_loss=True, max_length=limit), CONVERSATIONS[:2])
+        for name in ("input_ids", "labels", "attention_mask"):
+            assert torch.equal(cut[name], whole[name][:, :limit]), (limit, name)
+
+
+def thinking(*answers):
+    turns = [turn for answer in answers for turn in (user("what?"), assistant(answer))]
+    return {"images": [picture()], "messages": turns}
+
+
+THINKING = [
+    thinking("<think>hm</think>red", "<think>oh</think>blue"),
+    thinking("red", "<think>oh</think>blue"),
+    thinking("<think>hm</think>red"),
+    thinking("<think>one</think>red", "blue", "green"),
+]
+SENTENCE = "the chat template writes a turn as '<think>hm</think>red<|im_end|>\\n' that is 'red<|im_end|>\\n"
+
+
+@pytest.mark.parametrize("form", ["completion", "messages"])
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_template_that_rewrites_history_makes_a_row_of_each_answer(tokenizer, streaming, form, caplog):
+    processor = templated(tokenizer, REWRITING)
+    rows = rows_of(THINKING if form == "messages" else [as_row(row) for row in THINKING]).add_column("kind", [*"abcd"])
+    source = rows.to_iterable_dataset() if streaming else rows
+    with caplog.at_level(logging.WARNING):
+        found = list(expand_conversations(source, processor))
+    expected = [*expanded(THINKING[0]), as_row(THINKING[1]), as_row(THINKING[2]), *expanded(THINKING[3])]
+    plain = [{name: row[name] for name in ("prompt", "completion")} for row in found]
+    assert plain == [{name: row[name] for name in ("prompt", "completion")} for row in expected]
+    assert [row["kind"] for row in found] == [*"aabcddd"]
+    assert all(row["images"][0].size == (20, 10) for row in found)
+    assert [record.message.count(SENTENCE) for record in caplog.records] == [1]
+    assert streaming or "2 of 4 rows are a row for each answer" in caplog.text
+    batch = collated(AnswersCollator(processor, completion_only_loss=True), found)
+    assert "<think>one</think>red" in processor.decode(batch["labels"][4][batch["labels"][4] != -100])
+    with pytest.raises(RewrittenHistory, match="cannot be read in one pass, since the chat template writes a turn as"):
+        collated(AnswersCollator(processor, completion_only_loss=True), [as_row(THINKING[0])])
+
+
+@pytest.mark.parametrize("form", ["completion", "messages"])
+def test_rows_that_one_pass_can_read_are_not_copied_and_all_are_on_demand(tokenizer, form, caplog):
+    rows = rows_of(CONVERSATIONS if form == "messages" else [as_row(row) for row in CONVERSATIONS])
+    processor = templated(tokenizer)
+    assert expand_conversations(rows, processor) is rows
+    found = expand_conversations(rows, processor, every=True)
+    expected = [each for row in CONVERSATIONS for each in expanded(row)]
+    assert [(row["prompt"], row["completion"]) for row in found] == [(r["prompt"], r["completion"]) for r in expected]
+    assert not caplog.records
+    pairs = rows_of([{"images": [], "prompt": TALK[:1], "chosen": TALK[1:2], "rejected": TALK[1:2]}])
+    assert expand_conversations(pairs, processor, every=True) is pairs
+
+
+@pytest.mark.parametrize("form", ["completion", "messages"])
+@pytest.mark.parametrize("streaming", [False, True])
+def test_the_length_of_a_conversation_is_all_of_it_and_too_long_ones_are_left_out(tokenizer, form, streaming, caplog):
+    processor = templated(tokenizer, "chatml")
+    batch = collated(AnswersCollator(processor, completion_only_loss=True), CONVERSATIONS)
+    lengths = batch["attention_mask"].sum(1).tolist()
+    rows = rows_of(CONVERSATIONS if form == "messages" else [as_row(row) for row in CONVERSATIONS])
+    for limit in (None, max(lengths), max(lengths) - 1, min(lengths)):
+        fitted, report = fit_rows(rows.to_iterable_dataset() if streaming else rows, processor, max_length=limit)
+        expected = [length for length in lengths if limit is None or length <= limit]
+        assert [row["length"] for row in fitted] == expected
+        assert report["too_long"] == len(lengths) - len(expected) and report["longest"] == max(lengths)
+    fitted, report = fit_rows(rows, processor, max_length=None, multi_turn="expand")
+    assert len(fitted) == report["rows"] == sum(len(expanded(row)) for row in CONVERSATIONS)
+
+
+def parts(*texts):
+    return [{"type": "image"} if text is None else {"type": "text", "text": text} for text in texts]
+
+
+def test_what_one_pass_cannot_read_is_named(tokenizer):
+    processor = templated(tokenizer)
+    later = {"images": [picture()], "prompt": [user(parts("hello?"))]}
+    later["completion"] = [assistant(parts("hi")), user(parts(None, "what?")), assistant(parts("red"))]
+    with pytest.raises(ValueError, match="a picture comes after an answer: put all pictures into the first question"):
+        collated(AnswersCollator(processor, completion_only_loss=True), [later])
+    for rows, told in (
+        ([{"images": [], "messages": TALK[1:2]}], "Row 0.*has no question"),
+        ([{"images": [], "messages": [*TALK[:3], assistant(" ")]}], "Row 0: an answer is empty"),
+        ([{"images": [], "messages": [*TALK[:2], user("<image>"), TALK[3]]}], "Row 0: a text holds `<image>`"),
+    ):
+        with pytest.raises(ValueError, match=told):
+            fit_rows(rows_of(rows), processor, max_length=None)
+    with pytest.raises(ValueError, match="`assistant_only_loss` is true, and it is of rows of `messages`"):
+        fit_rows(rows_of([as_row(CONVERSATIONS[0])]), processor, max_length=None, assistant_only_loss=True)

@@ -1,0 +1,171 @@
+"""Conversations in one pass: gradients, teachers and the student's own answers as with a row for each answer."""
+
+import logging
+
+import pytest
+import torch
+from datasets import Dataset, Features, List, Value
+from datasets import Image as ImageFeature
+
+from helpers.ddp_gradients import RUN, mimic_trainer, raw_gradients, sharpened, smaller_images
+from helpers.templates import (
+    CONVERSATIONS,
+    REWRITING,
+    TEMPLATES,
+    as_row,
+    assistant,
+    expanded,
+    picture,
+    templated,
+    user,
+)
+from helpers.tiny import make_student as new_student
+from llava_mod_hf.data.conversations import AnswersCollator
+from llava_mod_hf.data.fitting import fit_rows
+from llava_mod_hf.evaluation.answers import kl_to_teacher
+from llava_mod_hf.training import on_policy
+from llava_mod_hf.training.adapt_config import AdaptConfig
+from llava_mod_hf.training.adapt_trainer import AdaptTrainer
+
+MESSAGES = [{"role": Value("string"), "content": Value("string")}]
+
+
+def dataset(rows):
+    features = {name: MESSAGES for name in rows[0] if name != "images"}
+    return Dataset.from_list(rows, features=Features({"images": List(ImageFeature()), **features}))
+
+
+WHOLE = dataset([as_row(row) for row in CONVERSATIONS])
+EACH = dataset([each for row in CONVERSATIONS for each in expanded(row)])
+
+
+@pytest.fixture
+def models(tokenizer):
+    """`models(processor, moe_layers)`: student and teacher in float64 (but what the family itself does in float32)."""
+
+    def make(processor, moe_layers=(0, 2)):
+        student = sharpened(new_student(processor.tokenizer, moe_layers=moe_layers, seed=0)).double()
+        student.set_experts_implementation("eager")  # grouped_mm knows no float64
+        return student, sharpened(new_student(processor.tokenizer, moe_layers=(), seed=1)).double()
+
+    return make
+
+
+def assert_same_gradients(found, expected):
+    assert found.keys() == expected.keys()
+    largest = max(gradient.abs().max() for gradient in expected.values())
+    assert largest > 1e-3 and all(gradient.dtype == torch.float64 for gradient in found.values())
+    for name, gradient in expected.items():
+        torch.testing.assert_close(found[name], gradient, rtol=1e-5, atol=1e-6 * largest.item(), msg=lambda s: name + s)
+
+
+@pytest.mark.parametrize("case", ["same teacher", "messages", "another template", "batches"])
+def test_gradients_are_those_of_a_row_for_each_answer(tokenizer, models, tmp_path, case):
+    processor = templated(tokenizer, "llama-3")
+    rows = dataset(CONVERSATIONS) if case == "messages" else WHOLE
+    options = {"batch": 2, "accumulation": 2} if case == "batches" else {"batch": len(rows)}
+    found, logs = [], []
+    for each, sizes in ((rows, options), (EACH, {"batch": len(EACH)})):
+        (student, teacher), own = models(processor), None
+        if case == "another template":  # a space before each answer, another end of turn, fewer tokens of a picture
+            teacher, own = smaller_images(teacher, templated(tokenizer, "mistral"))
+            teacher = teacher.double()
+        trainer = mimic_trainer(
+            student, teacher, processor, tmp_path, dataset=each, kl_weight=0.7, teacher_processor=own, **sizes
+        )
+        found.append(raw_gradients(trainer))
+        logs.append(trainer.state.log_history[0])
+    assert_same_gradients(*found)
+    for name in ("loss", "kl", "lm_loss", *(("unaligned",) if own else ())):
+        assert 0 < logs[0][name] == pytest.approx(logs[1][name], rel=1e-6), name
+
+
+def test_adapt_has_the_same_gradients(tokenizer, models, tmp_path):
+    processor = templated(tokenizer)
+    found = []
+    for rows in (WHOLE, EACH):
+        student, _ = models(processor, moe_layers=())
+        args = AdaptConfig(output_dir=str(tmp_path), per_device_train_batch_size=len(rows), **RUN)
+        found.append(raw_gradients(AdaptTrainer(student, args, train_dataset=rows, processing_class=processor)))
+    assert_same_gradients(*found)
+
+
+THINKING = [user("what?"), assistant("<think>hm</think>red"), user("sure?"), assistant("yes")]
+
+
+@pytest.mark.parametrize("fitted", [False, True])
+def test_what_a_template_rewrites_is_a_row_for_each_answer_in_a_trainer_too(
+    tokenizer, models, tmp_path, fitted, caplog
+):
+    processor = templated(tokenizer, REWRITING)
+    rows = dataset([as_row({"images": [picture()], "messages": THINKING}), as_row(CONVERSATIONS[2])])
+    with caplog.at_level(logging.WARNING):
+        given = fit_rows(rows, processor, max_length=None)[0] if fitted else rows
+        student, teacher = models(processor, ())
+        trainer = mimic_trainer(student, teacher, processor, tmp_path, dataset=given)
+    assert [len(row["completion"]) for row in trainer.train_dataset] == [1, 1, 3]
+    assert caplog.text.count("1 of 2 rows are a row for each answer") == 1
+    trainer.eval_dataset = {"own": trainer._readable(rows)}
+    assert len(trainer.eval_dataset["own"]) == 3
+
+
+def test_a_teacher_whose_template_rewrites_history_or_answers_is_refused(tokenizer, models, tmp_path):
+    processor = templated(tokenizer, "chatml")
+    rows = dataset([as_row({"images": [picture()], "messages": THINKING})])
+    student, teacher = models(processor, ())
+    told = "Of the teacher's own chat template: A conversation cannot be read in one pass, .*: take `multi_turn: expand`"
+    with pytest.raises(ValueError, match=told):
+        mimic_trainer(
+            student, teacher, processor, tmp_path, dataset=rows, teacher_processor=templated(tokenizer, REWRITING)
+        )
+    said = "('other words' if m['role'] == 'assistant' else text(m)) | trim"
+    shouting = TEMPLATES["gemma"].replace("text(m) | trim", said)
+    with pytest.raises(ValueError, match="of the words of the responses have no counterpart in the teacher's"):
+        mimic_trainer(
+            student, teacher, processor, tmp_path, dataset=WHOLE, teacher_processor=templated(tokenizer, shouting)
+        )
+
+
+@pytest.mark.parametrize("form", ["completion", "messages"])
+def test_the_student_answers_one_question_of_a_conversation(tokenizer, models, tmp_path, form):
+    processor = templated(tokenizer)
+    student, teacher = models(processor, ())
+    trainer = mimic_trainer(
+        student.float(),
+        teacher.float(),
+        processor,
+        tmp_path,
+        dataset=dataset(CONVERSATIONS) if form == "messages" else WHOLE,
+        on_policy_share=1.0,
+        on_policy_max_new_tokens=2,
+    )
+    rows = [trainer.train_dataset[number] for number in range(4)]
+    prompts = [[each["prompt"] for each in expanded(row)] for row in CONVERSATIONS]
+    drawn = [set() for _ in rows]
+    for seed in range(8):
+        torch.manual_seed(seed)
+        for place, answered in enumerate(on_policy.answered_by_student(trainer, rows)):
+            drawn[place].add(prompts[place].index(answered["prompt"]))
+            assert len(answered["completion"]) == 1 and "messages" not in answered
+    assert [len(places) for places in drawn] == [len(each) for each in prompts], "every question comes in turn"
+    trainer.train()
+    assert trainer.state.log_history[0]["on_policy"] == 1.0
+
+
+def test_the_divergence_that_is_measured_counts_every_answer(tokenizer, models):
+    processor = templated(tokenizer)
+    student, teacher = models(processor, ())
+    whole, each = (kl_to_teacher(student, teacher, processor, rows, batch_size=3) for rows in (WHOLE, EACH))
+    assert whole == pytest.approx(each, rel=1e-9) and whole > 0.01
+
+
+def test_a_collator_of_ones_own_stays(tokenizer, models, tmp_path):
+    processor = templated(tokenizer)
+    student, _ = models(processor, ())
+    args = AdaptConfig(output_dir=str(tmp_path), per_device_train_batch_size=4, **RUN)
+    own = AnswersCollator(processor, completion_only_loss=False)
+    trainer = AdaptTrainer(student, args, train_dataset=WHOLE, processing_class=processor, data_collator=own)
+    assert trainer.data_collator is own
+    with pytest.raises(ValueError, match="`assistant_only_loss` is true, and it is of rows of `messages`"):
+        args = AdaptConfig(output_dir=str(tmp_path), assistant_only_loss=True, **RUN)
+        AdaptTrainer(student, args, train_dataset=WHOLE, processing_class=processor)
