@@ -87,7 +87,7 @@ def test_who_asks_for_trls_labels_gets_them(tokenizer, options):
 def test_whatever_lies_token_by_token_goes_on(tokenizer):
     """Some processors give a type for each token as well."""
     collator = AnswersCollator(templated(tokenizer), completion_only_loss=True)
-    batch = collated(DataCollatorForVisionLanguageModeling(collator.processor, completion_only_loss=True), expanded(CONVERSATIONS[3]))
+    batch = collated(collator, expanded(CONVERSATIONS[3]))
     batch["mm_token_type_ids"] = (batch["input_ids"] == collator.processor.image_token_id).int()
     found = collator._with_turns(batch, [[[7, 8], [9]]])
     assert set(found) == {"input_ids", "attention_mask", "labels", "mm_token_type_ids"}

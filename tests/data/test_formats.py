@@ -64,14 +64,22 @@ def test_a_caption_with_the_placeholder_before_or_behind():
         ]
 
 
-def test_several_turns_are_a_row_for_each_answer_or_one_of_messages():
+def test_several_turns_are_one_row_or_one_for_each_answer():
     row = llava(human("<image>\nWhat is it?"), gpt("A cat."), human("And its colour?"), gpt("Grey."), image="a.jpg")
     whole = [user("What is it?"), assistant("A cat."), user("And its colour?"), assistant("Grey.")]
-    assert read_row(row, "LLaVA", "Row 0") == [
+    assert read_row(row, "LLaVA", "Row 0", multi_turn="expand") == [
         {"images": [image("a.jpg")], "prompt": whole[:1], "completion": whole[1:2]},
         {"images": [image("a.jpg")], "prompt": whole[:3], "completion": whole[3:]},
     ]
-    assert read_row(row, "LLaVA", "Row 0", multi_turn="messages") == [{"images": [image("a.jpg")], "messages": whole}]
+    assert read_row(row, "LLaVA", "Row 0") == [
+        {"images": [image("a.jpg")], "prompt": whole[:1], "completion": whole[1:]}
+    ]
+    greeted = {"messages": [assistant("Hi."), *whole, user("And?")]}  # a first turn is nobody's answer
+    assert read_row(greeted, "messages", "Row 0") == [
+        {"images": [], "prompt": [assistant("Hi."), whole[0]], "completion": whole[1:]}
+    ]
+    with pytest.raises(ValueError, match="Row 0 has no question"):
+        read_row({"messages": whole[1:2]}, "messages", "Row 0", multi_turn="expand")
 
 
 def test_text_only_a_system_turn_several_images_and_turns_that_nobody_asked_for():

@@ -34,7 +34,7 @@ def answers(dataset):
 @pytest.mark.parametrize("suffix", [".json", ".jsonl"])
 def test_llavas_files(tmp_path, folder, suffix, streaming):
     path = write(tmp_path / f"rows{suffix}", LLAVA)
-    rows = list(load(path, image_folder=str(folder), streaming=streaming))
+    rows = list(load(path, image_folder=str(folder), streaming=streaming, multi_turn="expand"))
     assert answers(rows) == ANSWERS
     assert [[image.size for image in row["images"]] for row in rows] == [[(8, 8)], [(8, 8)], [], [(16, 8)]]
     assert [row["source_row"] for row in rows] == [0, 0, 1, 2]
@@ -43,9 +43,10 @@ def test_llavas_files(tmp_path, folder, suffix, streaming):
     assert set(rows[0]) == {"images", "prompt", "completion", "source_row"}
 
     rows = list(load(path, image_folder=str(folder), streaming=streaming, max_samples=2))
-    assert [[message["content"] for message in row["messages"]] for row in rows] == [
-        ["what is it?", "a square", "its color?", "red"],
-        ["hello?", "hi"],
+    assert [row["source_row"] for row in rows] == [0, 1]
+    assert [[[turn["content"] for turn in row[name]] for name in ("prompt", "completion")] for row in rows] == [
+        [["what is it?"], ["a square", "its color?", "red"]],
+        [["hello?"], ["hi"]],
     ]
 
 
@@ -54,6 +55,8 @@ def test_a_changed_file_is_read_anew(tmp_path, folder):
     load(path, image_folder=str(folder))
     write(path, LLAVA[1:])
     assert answers(load(path, image_folder=str(folder))) == ANSWERS[2:]
+    write(path, LLAVA)
+    assert [len(load(path, image_folder=str(folder), multi_turn=name)) for name in ("whole", "expand")] == [3, 4]
 
 
 def rlaif(folder, **columns):
@@ -101,13 +104,14 @@ def test_messages_and_a_single_image_in_a_folder_of_parquet(tmp_path, folder, st
     for shard in range(2):
         dataset = Dataset.from_list(rows).cast_column("image", ImageFeature())
         dataset.to_parquet(tmp_path / "set" / f"train-{shard:05d}-of-00002.parquet")
-    found = list(load(tmp_path / "set", streaming=streaming))
+    found = list(load(tmp_path / "set", streaming=streaming, multi_turn="expand"))
     assert answers(found) == ["b", "d"] * 2
     assert [len(row["prompt"]) for row in found] == [1, 3] * 2
     assert [row["images"][0].size for row in found] == [(8, 8)] * 4
     assert {row["kind"] for row in found} == {"x"}
-    whole = list(load(tmp_path / "set", streaming=streaming, multi_turn="messages"))
-    assert [row["messages"] for row in whole] == [turns] * 2
+    whole = list(load(tmp_path / "set", streaming=streaming))
+    assert [(row["prompt"], row["completion"]) for row in whole] == [(turns[:1], turns[1:])] * 2
+    assert {row["kind"] for row in whole} == {"x"} and set(whole[0]) == set(found[0])
     (tmp_path / "set" / "shards.yaml").write_text("num_shards: 3\n")
     with pytest.raises(ValueError, match="lacks 3 of 3 shards: run the command that wrote it again"):
         load(tmp_path / "set")
@@ -160,8 +164,8 @@ BAD = [
 def test_bad_rows_stop_the_reading_or_are_left_out_and_named(tmp_path, folder, streaming, caplog):
     path = write(tmp_path / "rows.json", BAD)
     rows = list(load(path, image_folder=str(folder), bad_rows="drop", streaming=streaming))
-    assert answers(rows) == ["a square", "red", "blue"]
-    assert [row["source_row"] for row in rows] == [0, 0, 4]
+    assert answers(rows) == ["a square", "blue"]
+    assert [row["source_row"] for row in rows] == [0, 4]
     assert "problem" not in rows[0]
     for part in ("Row 1: image", "nowhere.png` does not exist", "Row 2: an answer is empty", "Row 3 has 0 images"):
         assert part in caplog.text

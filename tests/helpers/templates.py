@@ -51,9 +51,7 @@ TEMPLATES = {
         "{{ '<start_of_turn>model\n' }}",
     ),
     "marked": _turns(
-        "{{ '<|im_start|>' + m['role'] + '\n' }}"
-        + MARKED
-        + "{{ text(m) }}{{ '<|im_end|>' }}{% endif %}{{ '\n' }}",
+        "{{ '<|im_start|>' + m['role'] + '\n' }}" + MARKED + "{{ text(m) }}{{ '<|im_end|>' }}{% endif %}{{ '\n' }}",
         CHATML_OPEN,
     ),
 }
@@ -92,7 +90,14 @@ def picture(color="red"):
 
 SYSTEM = {"role": "system", "content": "be brief."}
 
-TALK = [user("what?"), assistant("a red square"), user("and where?"), assistant("left"), user("sure?"), assistant("yes")]
+TALK = [
+    user("what?"),
+    assistant("a red square"),
+    user("and where?"),
+    assistant("left"),
+    user("sure?"),
+    assistant("yes"),
+]
 
 # one picture and three answers, two pictures and a system turn, text alone, one answer
 CONVERSATIONS = [

@@ -113,7 +113,9 @@ def test_a_teacher_whose_template_rewrites_history_or_answers_is_refused(tokeniz
     processor = templated(tokenizer, "chatml")
     rows = dataset([as_row({"images": [picture()], "messages": THINKING})])
     student, teacher = models(processor, ())
-    told = "Of the teacher's own chat template: A conversation cannot be read in one pass, .*: take `multi_turn: expand`"
+    told = (
+        "Of the teacher's own chat template: A conversation cannot be read in one pass, .*: take `multi_turn: expand`"
+    )
     with pytest.raises(ValueError, match=told):
         mimic_trainer(
             student, teacher, processor, tmp_path, dataset=rows, teacher_processor=templated(tokenizer, REWRITING)

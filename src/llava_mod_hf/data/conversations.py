@@ -1,8 +1,8 @@
 """Conversations of several answers: one row and one pass, of which every answer is supervised, or a row for each."""
 
 import functools
+import itertools
 import logging
-import os
 
 import torch
 from datasets import Features, IterableDataset, Value
@@ -73,8 +73,8 @@ def conversation_texts(row, images, processor):
     """
     What a conversation is as text, cut where answers begin and end.
 
-    Each piece is that of TRL's row with this answer as its completion: what is supervised, end of turn included, is what
-    it would be there.
+    Each piece is that of TRL's row with this answer as its completion: what is supervised, end of turn included, is
+    what it would be there.
 
     Args:
         row (`dict`): `prompt` and `completion`, messages; an answer in the prompt is not supervised.
@@ -101,7 +101,8 @@ def conversation_texts(row, images, processor):
         turn = {"prompt": messages[:place], "completion": messages[place : place + 1]}
         turn = apply_chat_template({**turn, **options}, processor)
         if not turn["prompt"].startswith(written):
-            same = len(os.path.commonprefix([turn["prompt"], written]))
+            pairs = zip(turn["prompt"], written, strict=False)
+            same = sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))
             raise RewrittenHistory(
                 f"the chat template writes a turn as {written[same:][:SHOWN]!r} that is "
                 f"{turn['prompt'][same:][:SHOWN]!r} once others follow"
@@ -211,8 +212,8 @@ class AnswersCollator(DataCollatorForVisionLanguageModeling):
     TRL's collator, of whose rows every answer is supervised: `messages`, or a `completion` of several turns.
 
     A row of one answer is TRL's own. Of a longer one the parent makes prompt and first answer, and the turns after it
-    are written behind, each piece tokenised by itself, as the parent does with the one answer: the supervised tokens are
-    those of a row for each answer. With `completion_only_loss=False` all is the parent's.
+    are written behind, each piece tokenised by itself, as the parent does with the one answer: the supervised tokens
+    are those of a row for each answer. With `completion_only_loss=False` all is the parent's.
     """
 
     def torch_call(self, examples):

@@ -222,7 +222,7 @@ def _constant(value, _):
     return value
 
 
-def _measure_batch(batch, indices, *, processor, image_tokens, max_length, by_marks, bad_rows, seen):
+def _measure_batch(batch, indices, *, processor, image_tokens, max_length, bad_rows, seen, by_marks=False):
     """`length`, `num_images` and the reason to leave a row out, for a batch of rows with undecoded images."""
     columns = {name: values for name, values in batch.items() if name in COLUMNS}
     rows = [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
