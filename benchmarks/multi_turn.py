@@ -4,9 +4,9 @@ answer, and the authors' one pass.
 
     python benchmarks/multi_turn.py [--conversations 2000] [--seed 0]
 
-The mix: 1 to 20 answers a conversation, five on average (a cut geometric distribution), questions of 12 tokens, answers
-of 40 with their end; 576 tokens of a picture, one conversation in ten without. Nothing is trained: the lengths are those
-that `fit_rows` finds, which its tests hold to the collator's.
+The mix: 1 to 20 answers a conversation, five on average (a cut geometric distribution), questions of 12 tokens,
+answers of 40 with their end; 576 tokens of a picture, one conversation in ten without. Nothing is trained: the lengths
+are those that `fit_rows` finds, which its tests hold to the collator's.
 """
 
 import argparse
@@ -94,8 +94,8 @@ def authors_tokens(rows, processor):
 def measure(conversations, seed):
     """
     Returns:
-        `dict`: `answers` and `supervised` tokens of the mix, and of each way the tokens read for a supervised one, alone
-        and with the padding of batches.
+        `dict`: `answers` and `supervised` tokens of the mix, and of each way the tokens read for a supervised one,
+        alone and with the padding of batches.
     """
     processor, rows = make_processor(), make_rows(conversations, np.random.default_rng(seed))
     supervised = ANSWER * sum(len(row["completion"]) // 2 + 1 for row in rows.select_columns("completion"))

@@ -8,7 +8,8 @@ from helpers.tiny import make_processor
 
 TEXT = (
     "{% macro text(m) %}{% if m['content'] is string %}{{ m['content'] }}{% else %}{% for part in m['content'] %}"
-    "{% if part['type'] == 'image' %}<image>{% else %}{{ part['text'] }}{% endif %}{% endfor %}{% endif %}{% endmacro %}"
+    "{% if part['type'] == 'image' %}<image>{% else %}{{ part['text'] }}{% endif %}{% endfor %}{% endif %}"
+    "{% endmacro %}"
 )
 
 TURNS = "{% for m in messages %}TURN{% endfor %}{% if add_generation_prompt %}OPEN{% endif %}"

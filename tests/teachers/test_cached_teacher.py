@@ -241,7 +241,7 @@ def test_another_teacher_is_refused_by_what_differs(models, caches, tmp_path, wh
         ("temperature", {"temperature": 1.0}),
         ("teacher dtype", {"teacher_dtype": "bfloat16"}),
         ("teacher quantization", {"teacher_quantization": "8bit"}),
-        ("loss on", {"rows": [{"messages": [], "images": []}]}),
+        ("loss on", {"rows": [{"text": "", "images": []}]}),
         ("mixed precision", {"bf16": True}),
     ],
 )
