@@ -132,7 +132,7 @@ def test_a_template_that_rewrites_history_makes_a_row_of_each_answer(tokenizer, 
     assert [row["kind"] for row in found] == [*"aabcddd"]
     assert all(row["images"][0].size == (20, 10) for row in found)
     assert [record.message.count(SENTENCE) for record in caplog.records] == [1]
-    assert streaming or "2 of 4 rows are a row for each answer" in caplog.text
+    assert streaming or "2 of 4 rows cannot be read in one pass" in caplog.text
     batch = collated(AnswersCollator(processor, completion_only_loss=True), found)
     assert "<think>one</think>red" in processor.decode(batch["labels"][4][batch["labels"][4] != -100])
     with pytest.raises(RewrittenHistory, match="cannot be read in one pass, since the chat template writes a turn as"):
@@ -161,8 +161,12 @@ def test_the_length_of_a_conversation_is_all_of_it_and_too_long_ones_are_left_ou
     rows = rows_of(CONVERSATIONS if form == "messages" else [as_row(row) for row in CONVERSATIONS])
     for limit in (None, max(lengths), max(lengths) - 1, min(lengths)):
         fitted, report = fit_rows(rows.to_iterable_dataset() if streaming else rows, processor, max_length=limit)
-        expected = [length for length in lengths if limit is None or length <= limit]
-        assert [row["length"] for row in fitted] == expected
+        expected = [number for number, length in enumerate(lengths) if limit is None or length <= limit]
+        kept = list(fitted)
+        assert [row["length"] for row in kept] == [lengths[number] for number in expected]
+        assert [[each.size for each in row["images"]] for row in kept] == [
+            [each.size for each in CONVERSATIONS[number]["images"]] for number in expected
+        ]
         assert report["too_long"] == len(lengths) - len(expected) and report["longest"] == max(lengths)
     fitted, report = fit_rows(rows, processor, max_length=None, multi_turn="expand")
     assert len(fitted) == report["rows"] == sum(len(expanded(row)) for row in CONVERSATIONS)

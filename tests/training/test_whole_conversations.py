@@ -104,7 +104,7 @@ def test_what_a_template_rewrites_is_a_row_for_each_answer_in_a_trainer_too(
         student, teacher = models(processor, ())
         trainer = mimic_trainer(student, teacher, processor, tmp_path, dataset=given)
     assert [len(row["completion"]) for row in trainer.train_dataset] == [1, 1, 3]
-    assert caplog.text.count("1 of 2 rows are a row for each answer") == 1
+    assert caplog.text.count("1 of 2 rows cannot be read in one pass") == 1
     trainer.eval_dataset = {"own": trainer._readable(rows)}
     assert len(trainer.eval_dataset["own"]) == 3
 

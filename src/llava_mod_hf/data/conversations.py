@@ -145,7 +145,8 @@ def expand_conversations(rows, processor, *, every=False, num_proc=None):
         reasons = [reason for reason in counted["reason"][:] if reason is not None]
         if reasons:
             logger.warning(
-                "%d of %d rows are a row for each answer, as with `multi_turn: expand`: %s.",
+                "%d of %d rows cannot be read in one pass and become a row for each answer, as with "
+                "`multi_turn: expand`, since %s.",
                 len(reasons),
                 len(rows),
                 reasons[0],
@@ -202,7 +203,11 @@ def _expand(batch, indices, *, names, processor, every, told):
         rows, reason = _rows_of(row, processor, every)
         if reason is not None and not told:
             told.append(reason)
-            logger.warning("Conversations are a row for each answer, as with `multi_turn: expand`: %s.", reason)
+            logger.warning(
+                "A row cannot be read in one pass and becomes a row for each answer, as with `multi_turn: expand`, "
+                "since %s; there may be more.",
+                reason,
+            )
         found += rows
     return {name: [row.get(name) for row in found] for name in names}
 
