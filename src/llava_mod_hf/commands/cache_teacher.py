@@ -255,9 +255,12 @@ def finish_cache(
         if cache_args.push_to:
             check_shards(folder)
         return
-    public, given = PublicNames(), {"teacher": distill_args.teacher, "dataset": data_args.dataset_name}
-    names = {role: last_part(name) if public.is_local(name) else name for role, name in given.items()}
-    linked = {role: [name] if public.is_hub_id(name) else None for role, name in given.items()}
+    public, given = PublicNames(), {"teacher": [distill_args.teacher], "dataset": dict.fromkeys(data_args.names())}
+    names = {
+        role: ", ".join(last_part(name) if public.is_local(name) else name for name in each)
+        for role, each in given.items()
+    }
+    linked = {role: [name for name in each if public.is_hub_id(name)] or None for role, each in given.items()}
     card = DatasetCard.from_template(
         DatasetCardData(
             pretty_name=f"{title} of {names['teacher']}",

@@ -109,7 +109,9 @@ def load_prompts(data_args, args, *, columns=()):
         raise ValueError('`multi_turn` must be "expand" here: each answer of a conversation has its own prompt.')
     rows = load_rows(data_args, columns=("prompt", *columns), seed=args.seed, num_proc=args.num_proc)
     if not isinstance(rows[:1]["prompt"][0], list):
-        raise ValueError(f"The prompts of `{data_args.dataset_name}` are no messages: write them as `role`, `content`.")
+        raise ValueError(
+            f"The prompts of `{'`, `'.join(data_args.names())}` are no messages: write them as `role`, `content`."
+        )
     return rows
 
 
