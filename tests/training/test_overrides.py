@@ -16,6 +16,7 @@ from llava_mod_hf.training.adapt_trainer import AdaptTrainer
 from llava_mod_hf.training.finite_steps import FiniteSteps
 from llava_mod_hf.training.logs import KeepsMetrics
 from llava_mod_hf.training.progress import LossOnBar, StepTimer
+from llava_mod_hf.training.rows_read import CountsRows, RowsRead
 from llava_mod_hf.training.safe_run import EndAtLastStep, SafeRun
 
 INIT = (
@@ -65,6 +66,11 @@ OVERRIDDEN = {
     ),
     EndAtLastStep: (TrainerCallback, {"on_epoch_begin": CALLBACK}),
     FiniteSteps: (TrainerCallback, {"on_step_end": CALLBACK}),
+    CountsRows: (
+        Trainer,
+        {"get_train_dataloader": "self", "get_batch_samples": "self epoch_iterator num_batches device"},
+    ),
+    RowsRead: (TrainerCallback, {"on_train_begin": CALLBACK, "on_step_end": CALLBACK}),
     GroupedBatches: (
         Trainer,
         {"_get_train_sampler": "self train_dataset", "_get_eval_sampler": "self eval_dataset"},

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from transformers import ProgressCallback
 
+from llava_mod_hf.data.mixture import count_sources
 from llava_mod_hf.publishing.provenance import RUN_FILE
 from llava_mod_hf.training.checkpoints import chosen_checkpoint
 from llava_mod_hf.training.hub_pushes import UNFINISHED
@@ -81,7 +82,8 @@ def train_and_save(trainer, stage, begun):
 
     Returns:
         `dict`: what `run.json` holds: `stage`, `steps`, `seconds` (all of this start), `seconds_per_step` (without the
-        first step), `first_loss`, `last_loss`, `log_history`, and `recipe` (the options that somebody chose).
+        first step), `first_loss`, `last_loss`, `log_history`, `recipe` (the options that somebody chose), and of a
+        mixture `datasets`, as [`rows_of_each`].
     """
     if trainer.pop_callback(ProgressCallback) is not None:
         trainer.add_callback(LossOnBar)
@@ -100,6 +102,7 @@ def train_and_save(trainer, stage, begun):
         "first_loss": losses[0] if losses else None,
         "last_loss": losses[-1] if losses else None,
         "log_history": history,
+        **rows_of_each(trainer),
         "recipe": begun.recipe.changed,
     }
     output_dir = Path(trainer.args.output_dir)
@@ -112,6 +115,22 @@ def train_and_save(trainer, stage, begun):
     if trainer.args.push_to_hub:
         trainer.push_to_hub()
     return run
+
+
+def rows_of_each(trainer):
+    """
+    How many rows each data set of a mixture has given.
+
+    Returns:
+        `dict`: nothing, or of a mixture `datasets`: each one's name → `rows` in the mixture (`None` of a stream), and
+        those that the steps `read`, resumed ones too.
+    """
+    if trainer.rows_read is None:
+        return {}
+    rows = trainer.train_dataset
+    there = count_sources(rows) if hasattr(rows, "__len__") else {}
+    read = zip(trainer.rows_read.names, trainer.rows_read.counts, strict=True)
+    return {"datasets": {name: {"rows": there.get(name), "read": count} for name, count in read}}
 
 
 def save_checkpoint(model, processor, folder):

@@ -5,7 +5,7 @@ import shutil
 from pathlib import Path
 
 from safetensors import SafetensorError
-from transformers import Trainer, TrainerCallback
+from transformers import TrainerCallback
 from transformers.trainer_utils import HubStrategy, TrainOutput
 from transformers.utils import PushInProgress
 
@@ -14,6 +14,7 @@ from llava_mod_hf.teachers.protocol import row_sets
 from llava_mod_hf.training.checkpoints import STATE_FILE, chosen_checkpoint
 from llava_mod_hf.training.finite_steps import FiniteSteps
 from llava_mod_hf.training.hub_pushes import UNFINISHED, push_model
+from llava_mod_hf.training.rows_read import CountsRows
 from llava_mod_hf.training.run_recipe import Recipe, check_same_recipe, resolved_options, write_processes, write_recipe
 
 
@@ -29,7 +30,7 @@ class EndAtLastStep(TrainerCallback):
             raise AllStepsTaken
 
 
-class SafeRun(Trainer):
+class SafeRun(CountsRows):
     """
     For a trainer, before its own parent:
 
@@ -37,6 +38,8 @@ class SafeRun(Trainer):
       [`~llava_mod_hf.data.fitting.fit_rows`];
     - a run stops at the step whose loss or weights are not finite, and writes nothing of it;
     - `train` takes up whole checkpoints alone, of the same recipe, and takes no step more than there are;
+    - of a mixture, the rows that were read of each data set are counted
+      ([`~llava_mod_hf.training.rows_read.CountsRows`]);
     - no file that it writes contains the Hub token, and what it pushes is the model alone, without a path of this
       machine.
 
