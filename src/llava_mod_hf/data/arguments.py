@@ -5,6 +5,7 @@ import dataclasses
 import difflib
 import json
 import math
+import os
 from dataclasses import dataclass, field
 
 from trl.scripts.utils import DatasetConfig
@@ -42,6 +43,9 @@ class DatasetEntry(DatasetConfig):
     options: dict | None = None
 
     def __post_init__(self):
+        for key in ("path", "image_folder"):
+            if isinstance(getattr(self, key), os.PathLike):
+                setattr(self, key, os.fspath(getattr(self, key)))
         where = f"The entry `{self.path}` of `datasets`"
         if not isinstance(self.path, str) or not self.path:
             raise ValueError(f"An entry of `datasets` has the `path` {self.path!r}: give a file, folder or data set.")
