@@ -121,21 +121,24 @@ def test_both_front_doors_train_on_the_same_rows(folders, entries, tmp_path, mon
     assert all(mine[0].tobytes() == other[0].tobytes() for mine, other in pairs)
 
 
-@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("rows", ["all", "streamed", "streamed again and again"])
 def test_a_run_that_is_taken_up_reads_the_same_rows_and_goes_on_counting(
-    folders, entries, tmp_path, monkeypatch, streaming
+    folders, entries, tmp_path, monkeypatch, rows
 ):
-    data = DataArguments(datasets=entries, streaming=streaming)
+    streaming, again = rows != "all", rows.endswith("again")
+    # passes of 3 rows that end in the middle of a batch, and a stop in the second of them
+    data = DataArguments(datasets=entries, streaming=streaming, max_samples=3 if again else None)
+    stop = 4 if again else 3
     whole = mimic(folders, tmp_path / "whole", data)
     with monkeypatch.context() as patch, pytest.raises(InterruptedError):
-        patch.setattr(mimic_module, "MimicTrainer", functools.partial(MimicTrainer, callbacks=[StopsAt(3)]))
+        patch.setattr(mimic_module, "MimicTrainer", functools.partial(MimicTrainer, callbacks=[StopsAt(stop)]))
         mimic(folders, tmp_path / "run", data)
-    state = json.loads((tmp_path / "run" / "checkpoint-2" / "trainer_state.json").read_text())
-    assert sum(state["stateful_callbacks"]["RowsRead"]["attributes"]["counts"]) == 4
+    state = json.loads((tmp_path / "run" / f"checkpoint-{stop - 1}" / "trainer_state.json").read_text())
+    assert sum(state["stateful_callbacks"]["RowsRead"]["attributes"]["counts"]) == 2 * (stop - 1)
     run = mimic(folders, tmp_path / "run", data)
     assert run["datasets"] == whole["datasets"]
     assert sum(found["read"] for found in run["datasets"].values()) == 8
-    assert all(found["read"] > 0 for found in run["datasets"].values())
+    assert again or all(found["read"] > 0 for found in run["datasets"].values())
     assert (run["datasets"][NAME]["rows"] is None) == streaming
     expected, found = (load_file(tmp_path / name / "model.safetensors") for name in ("whole", "run"))
     assert all(found[name].equal(value) for name, value in expected.items())

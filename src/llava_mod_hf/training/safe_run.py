@@ -4,6 +4,7 @@ import contextlib
 import shutil
 from pathlib import Path
 
+from datasets import IterableDataset
 from safetensors import SafetensorError
 from transformers import TrainerCallback
 from transformers.trainer_utils import HubStrategy, TrainOutput
@@ -37,7 +38,8 @@ class SafeRun(CountsRows):
     - a `max_length` that cuts through an image is refused, where the rows did not go through
       [`~llava_mod_hf.data.fitting.fit_rows`];
     - a run stops at the step whose loss or weights are not finite, and writes nothing of it;
-    - `train` takes up whole checkpoints alone, of the same recipe, and takes no step more than there are;
+    - `train` takes up whole checkpoints alone, of the same recipe, and takes no step more than there are; a stream that
+      ends before begins anew, so that it goes on with the right row there too;
     - of a mixture, the rows that were read of each data set are counted
       ([`~llava_mod_hf.training.rows_read.CountsRows`]);
     - no file that it writes contains the Hub token, and what it pushes is the model alone, without a path of this
@@ -57,6 +59,9 @@ class SafeRun(CountsRows):
                 max_length=self.args.max_length,
                 num_proc=self.args.dataset_num_proc,
             )
+        if isinstance(self.train_dataset, IterableDataset):
+            # the parent's resumption knows no second pass: it would skip batches in the first alone
+            self.train_dataset = self.train_dataset.repeat(None)
         self.recipe = None
         self._finite_steps = FiniteSteps(self)
         self.add_callback(self._finite_steps)
