@@ -77,6 +77,8 @@ def test_a_recipe_parses_and_its_values_arrive(recipe, stage, monkeypatch):
     assert values.pop("report_to") == "none"  # which the trainer's options turn into an empty list
     for name, value in values.items():
         found = next(getattr(group, name) for group in groups if hasattr(group, name))
+        if name == "datasets":
+            found = [{key: getattr(entry, key) for key in given} for entry, given in zip(found, value, strict=True)]
         assert found == value, name
 
 
@@ -170,7 +172,7 @@ def refusal(tmp_path):
         "max_steps: true",
         "dataset_name: [a, b]",
         "dataset_name: 5",
-        "dataset_name: null",
+        "student: null",
         "learning_rate: [0.1]",
         "bf16: 2",
         "save_strategy: no",
@@ -284,8 +286,8 @@ def overrides(path, small_models, data, output, student):
             changed[name] = small_models / values[name]
     if student:
         changed["student"] = student
-    changed["dataset_name"] = data / DATA[Path(path).stem]
-    if "image_folder" in values:
+    changed["datasets" if "datasets" in values else "dataset_name"] = data / DATA[Path(path).stem]
+    if "image_folder" in values or "datasets" in values:
         changed["image_folder"] = data / "images"
     return [part for name, value in changed.items() for part in (f"--{name}", str(value))]
 
@@ -355,6 +357,8 @@ def test_accelerate_launches_the_readmes_commands_in_two_processes(small_models,
         student = tmp_path / stage
         run = json.loads((student / "run.json").read_text())
         assert run["steps"] == 2
+        counts = list(run.get("datasets", {}).values())
+        assert counts == ([] if stage == "1_adapt" else [{"rows": 8, "read": 8}]), stage  # of both processes
         # two steps of 2 rows in each of 2 processes
         assert run["log_history"][-1]["train_samples_per_second"] * run["log_history"][-1][
             "train_runtime"
