@@ -122,9 +122,7 @@ def test_both_front_doors_train_on_the_same_rows(folders, entries, tmp_path, mon
 
 
 @pytest.mark.parametrize("rows", ["all", "streamed", "streamed again and again"])
-def test_a_run_that_is_taken_up_reads_the_same_rows_and_goes_on_counting(
-    folders, entries, tmp_path, monkeypatch, rows
-):
+def test_a_run_that_is_taken_up_reads_the_same_rows_and_goes_on_counting(folders, entries, tmp_path, monkeypatch, rows):
     streaming, again = rows != "all", rows.endswith("again")
     # passes of 3 rows that end in the middle of a batch, and a stop in the second of them
     data = DataArguments(datasets=entries, streaming=streaming, max_samples=3 if again else None)

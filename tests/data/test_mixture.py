@@ -1,19 +1,24 @@
 """Mixtures: their shares, their order, one form of rows, and each data set's name in what is said of it."""
 
 import json
+import re
 import subprocess
 import sys
 from collections import Counter
+from pathlib import Path
 
 import pytest
+import yaml
 from datasets import Dataset
 from PIL import Image
 from trl.scripts.utils import DatasetConfig
 
 from helpers.load_cases import COLUMNS, row, write
 from llava_mod_hf.data.arguments import STOPPING, DataArguments, DatasetEntry
+from llava_mod_hf.data.formats import FORMATS
 from llava_mod_hf.data.load import load_rows
 from llava_mod_hf.data.mixture import count_sources, mix_rows, row_names, source_names
+from llava_mod_hf.recipes import parse
 
 ORDER = "aabbaaaabaababbbabbaabaa"
 
@@ -44,9 +49,9 @@ def sets(tmp_path):
             "prompt": [{"role": "user", "content": parts("question", "x.png")}],
             "completion": [{"role": "assistant", "content": parts(f"b{number}")}],
         }
-        for number in range(400)
+        for number in range(130)
     ]
-    write(tmp_path / "a" / "rows.json", [llava(number) for number in range(900)])
+    write(tmp_path / "a" / "rows.json", [llava(number) for number in range(300)])
     write(tmp_path / "b" / "rows.jsonl", rows)
     return [str(tmp_path / "a" / "rows.json"), str(tmp_path / "b" / "rows.jsonl")]
 
@@ -69,13 +74,13 @@ def answers(rows):
 
 def test_without_weights_each_row_comes_once_with_its_picture_and_its_place(sets):
     rows = load([{"path": path} for path in sets])
-    assert answers(rows) == [f"a{number}" for number in range(900)] + [f"b{number}" for number in range(400)]
-    assert count_sources(rows) == {sets[0]: 900, sets[1]: 400}
-    assert rows["source_row"][:] == [*range(900), *range(400)]
-    colors = [rows[number]["images"][0].getpixel((0, 0)) for number in (0, 899, 900, 1299)]
+    assert answers(rows) == [f"a{number}" for number in range(300)] + [f"b{number}" for number in range(130)]
+    assert count_sources(rows) == {sets[0]: 300, sets[1]: 130}
+    assert rows["source_row"][:] == [*range(300), *range(130)]
+    colors = [rows[number]["images"][0].getpixel((0, 0)) for number in (0, 299, 300, 429)]
     assert colors == [(255, 0, 0)] * 2 + [(0, 0, 255)] * 2
-    assert rows[1000]["prompt"] == [{"role": "user", "content": "question"}]
-    assert row_names(rows)[901] == f"Row 1 of `{sets[1]}`"
+    assert rows[400]["prompt"] == [{"role": "user", "content": "question"}]
+    assert row_names(rows)[301] == f"Row 1 of `{sets[1]}`"
     assert set(rows.column_names) == {"images", "prompt", "completion", "source_row", "source_dataset"}
 
 
@@ -83,14 +88,14 @@ def test_rows_are_drawn_by_their_weights_until_the_first_data_set_ends(sets):
     rows = load(weighted(sets, 1, 3))
     found = answers(rows)
     counts = count_sources(rows)
-    assert counts[sets[1]] == 400  # all, each once, and nothing after the last
-    assert found[-1] == "b399"
-    assert [answer for answer in found if answer[0] == "b"] == [f"b{number}" for number in range(400)]
+    assert counts[sets[1]] == 130  # all, each once, and nothing after the last
+    assert found[-1] == "b129"
+    assert [answer for answer in found if answer[0] == "b"] == [f"b{number}" for number in range(130)]
     assert [answer for answer in found if answer[0] == "a"] == [f"a{number}" for number in range(counts[sets[0]])]
-    assert counts[sets[1]] / len(rows) == pytest.approx(0.75, abs=0.04)  # 0.019 is a standard deviation of 530 draws
-    for start in (0, 100, 200, 300):  # all along
-        part = Counter(answer[0] for answer in found[start : start + 100])
-        assert part["b"] == pytest.approx(75, abs=15)
+    assert counts[sets[1]] / len(rows) == pytest.approx(0.75, abs=0.07)  # 0.033 is a standard deviation of 173 draws
+    for start in (0, 50, 100):  # all along
+        part = Counter(answer[0] for answer in found[start : start + 50])
+        assert part["b"] == pytest.approx(37.5, abs=9)
     # weights are shares of their sum
     assert answers(load(weighted(sets, 0.2, 0.6))) == found
 
@@ -138,7 +143,7 @@ def test_max_samples_is_of_the_mixture_and_max_samples_of_an_entry_of_that(sets)
     for streaming in (False, True):
         assert answers(load(weighted(sets, 1, 1), max_samples=30, streaming=streaming)) == whole[:30]
     rows = load([{"path": sets[0], "max_samples": 3}, {"path": sets[1]}])
-    assert count_sources(rows) == {sets[0]: 3, sets[1]: 400}
+    assert count_sources(rows) == {sets[0]: 3, sets[1]: 130}
 
 
 def test_a_stream_has_pictures_rows_and_names(sets):
@@ -157,8 +162,8 @@ def test_pairs_of_different_formats(tmp_path, sets):
             for number in range(3)
         ],
     )
-    rows = load([str(path), {"path": "embedded:easy-vqa", "name": "preferences", "max_samples": 2}], columns=PAIR)
-    assert count_sources(rows) == {str(path): 3, "embedded:easy-vqa (preferences)": 2}
+    rows = load([str(path), {"path": "embedded:scenes", "name": "preferences", "options": {"rows": 2}}], columns=PAIR)
+    assert count_sources(rows) == {str(path): 3, "embedded:scenes (preferences)": 2}
     assert [messages[0]["role"] for messages in rows["chosen"]] == ["assistant"] * 5
     assert rows["source_row"][:] == [0, 1, 2, 0, 1]
 
@@ -224,7 +229,7 @@ def test_pictures_between_words_cannot_become_texts(tmp_path, sets):
     with pytest.raises(ValueError, match=rf"Row 0 of `{path}` has 1 images and 1 places for them, which are not all"):
         load([sets[0], str(path)])
     rows = load([sets[0], str(path)], bad_rows="drop")
-    assert count_sources(rows) == {sets[0]: 900, str(path): 0}
+    assert count_sources(rows) == {sets[0]: 300, str(path): 0}
 
 
 def test_texts_and_messages_do_not_mix(tmp_path, sets):
@@ -325,6 +330,46 @@ def test_a_mixture_of_ones_own_rows():
         mix_rows([Dataset.from_dict({"a": [1]})], ["x", "y"])
     with pytest.raises(ValueError, match="There are 1 data sets and 1 names and 2 weights"):
         mix_rows([Dataset.from_dict({"a": [1]})], ["x"], [1, 2])
+
+
+PAGE = (Path(__file__).parents[2] / "docs" / "data.md").read_text()
+
+
+def test_the_pages_example_is_read(tmp_path):
+    (example,) = re.findall(r"```yaml\n(datasets:.*?)```", PAGE, re.DOTALL)
+    (tmp_path / "recipe.yaml").write_text(example)
+    (arguments,) = parse([DataArguments], ["--config", str(tmp_path / "recipe.yaml")])
+    given = yaml.safe_load(example)
+    assert [
+        {key: getattr(entry, key) for key in keys}
+        for entry, keys in zip(arguments.datasets, given["datasets"], strict=True)
+    ] == given["datasets"]
+    assert arguments.stopping_strategy == given["stopping_strategy"] == STOPPING[0]
+
+
+def test_the_pages_python_runs():
+    (code,) = re.findall(r"```python\n(.*?load_rows.*?)```", PAGE, re.DOTALL)
+    found = {}
+    exec(code, found)
+    counts = count_sources(found["rows"])
+    assert list(counts) == ["embedded:easy-vqa (captions)", "embedded:scenes (describe)"]
+    assert counts["embedded:scenes (describe)"] == 600
+
+
+def test_the_pages_keys_and_formats_are_those_that_there_are():
+    section = PAGE.split("## Several data sets")[1].split("\n## ")[0]
+    named = {
+        name
+        for line in section.splitlines()
+        if line.startswith("| `")
+        for name in re.findall(r"`(\w+)`", line.split("|")[1])
+    }
+    assert named == set(DatasetEntry.__dataclass_fields__) - {"fraction"}
+    rows = re.findall(
+        r"^\| ([^|]+) \| ((?:`\w+`(?: of `\{[^|]+\}`)?(?:, )?)+) \|", PAGE.split("## Several")[0], re.MULTILINE
+    )
+    columns = [tuple(re.findall(r"`(\w+)`", re.sub(r" of `[^`]+`", "", names))) for _, names in rows]
+    assert columns == [entry.columns for entry in FORMATS.values()]
 
 
 def test_trls_keys_are_all_known_here():

@@ -19,6 +19,12 @@ PAIR = ("prompt", "chosen", "rejected")
 RED, BLUE, GREEN = (255, 0, 0), (0, 0, 255), (0, 128, 0)
 
 
+@pytest.fixture(autouse=True)
+def at_once(monkeypatch):
+    """`datasets` waits for Arrow's threads at the end of streams of Parquet that were interleaved."""
+    monkeypatch.setattr("datasets.config.SLEEP_TIME_ON_THREADS_SHUTDOWN", 0)
+
+
 def picture(folder, name="a.png"):
     return {"bytes": (folder / name).read_bytes(), "path": name}
 
@@ -47,7 +53,7 @@ def said(row):
 
 
 def llava_json(folder, place):
-    """liuhaotian/LLaVA-Instruct-150K, `llava_v1_5_mix665k.json`: a list; ids of two types, and rows without a picture."""
+    """liuhaotian/LLaVA-Instruct-150K, `llava_v1_5_mix665k.json`: ids of two types, rows without a picture."""
     rows = [
         {"id": "000000033471", "image": "a.png", "conversations": turns("<image>\nWhat colors?", "Red.")},
         {"id": 7, "conversations": turns("How are you?", "Well."), "model": ""},
@@ -191,7 +197,7 @@ def test_answers(tmp_path, folder, layout, streaming):
     assert [said(row) for row in rows] == expected
     # and as a part of a mixture
     entry = {"path": str(path), **options, "weight": 1}
-    other = {"path": "embedded:scenes", "name": "presence", "options": {"rows": 30}, "weight": 1}
+    other = {"path": "embedded:scenes", "name": "presence", "options": {"rows": 9}, "weight": 1}
     rows = load_rows(DataArguments(datasets=[entry, other], streaming=streaming), columns=COLUMNS)
     assert [said(row) for row in rows if row["source_dataset"] == 0][: len(expected)] == expected
 
