@@ -18,7 +18,7 @@ from llava_mod_hf.commands.arguments import DistillArguments, UpcycleArguments
 from llava_mod_hf.data.arguments import DataArguments
 from llava_mod_hf.data.fitting import fit_rows
 from llava_mod_hf.data.load import load_rows
-from llava_mod_hf.data.mixture import count_sources
+from llava_mod_hf.data.mixture import SOURCE, count_sources
 from llava_mod_hf.loading import load_model_and_processor
 from llava_mod_hf.publishing.provenance import gather_facts
 from llava_mod_hf.training.run_recipe import Recipe, check_same_recipe, write_recipe
@@ -185,6 +185,8 @@ def test_evaluation_during_training_counts_nothing(folders, entries, tmp_path):
     )
     trainer.train()
     assert sum(trainer.rows_read.counts) == 4
+    assert SOURCE in next(iter(trainer.get_train_dataloader()))
+    assert SOURCE not in next(iter(trainer.get_eval_dataloader()))
     plain = MimicTrainer(
         model,
         teacher,
