@@ -13,6 +13,7 @@ from pyarrow.parquet import read_metadata
 from llava_mod_hf.data.arguments import DataArguments
 from llava_mod_hf.data.load import MESSAGES, image_root, load_rows
 from llava_mod_hf.data.marks import find_mark, leave_out_marked, marks_of
+from llava_mod_hf.data.mixture import SOURCE
 from llava_mod_hf.data.parquet_shards import check_shards, write_shards
 from llava_mod_hf.evaluation.answers import sample_answers
 from llava_mod_hf.fingerprints import content_hash, processor_parts
@@ -128,7 +129,9 @@ class PromptRows:
 
     def __init__(self, rows, root):
         self.root = root
-        self.rows = rows.remove_columns([name for name in self.dropped if name in rows.column_names])
+        # the names of a mixture's data sets are paths of this machine, and its rows' numbers say nothing without them
+        dropped = (*self.dropped, *((SOURCE, "source_row") if SOURCE in rows.column_names else ()))
+        self.rows = rows.remove_columns([name for name in dropped if name in rows.column_names])
 
     def features(self, **added):
         """Of the written rows, with `added` columns."""

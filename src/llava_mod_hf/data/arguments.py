@@ -73,6 +73,12 @@ class DatasetEntry(DatasetConfig):
             if isinstance(value, bool) or not isinstance(value, kind | None if key != "split" else kind):
                 raise ValueError(f"{where} has the `{key}` {value!r}: give {told}.")
 
+    def given(self):
+        """`dict`: its keys as a recipe gives them, without those that have their default."""
+        return {
+            item.name: value for item in dataclasses.fields(self) if (value := getattr(self, item.name)) != item.default
+        }
+
 
 @dataclass
 class DataArguments:

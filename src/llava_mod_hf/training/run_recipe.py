@@ -8,6 +8,7 @@ from pathlib import Path
 
 import yaml
 
+from llava_mod_hf.data.arguments import DatasetEntry
 from llava_mod_hf.publishing.provenance import RECIPE_FILE
 
 logger = logging.getLogger(__name__)
@@ -90,6 +91,8 @@ def _as_plain(options):
 
 def _plain(value):
     """`accelerator_config` is a dataclass once it is parsed; as a string the recipe could not be read again."""
+    if isinstance(value, DatasetEntry):
+        return value.given()
     return dataclasses.asdict(value) if dataclasses.is_dataclass(value) else str(value)
 
 
