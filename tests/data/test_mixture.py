@@ -238,6 +238,11 @@ def test_texts_and_messages_do_not_mix(tmp_path, sets):
         load([sets[0], str(path)])
 
 
+def test_a_file_that_is_not_there_is_told_by_the_entrys_key(tmp_path):
+    with pytest.raises(ValueError, match=r"The data file `.*nowhere.json` does not exist: check `path`"):
+        load([str(tmp_path / "nowhere.json")])
+
+
 def test_an_image_folder_is_inherited_by_entries_without_one(tmp_path, sets):
     (tmp_path / "rows").mkdir()
     paths = [write(tmp_path / "rows" / name, [llava(0)]) for name in ("first.json", "second.json")]
@@ -312,7 +317,7 @@ def test_options_that_do_not_go_with_a_mixture_are_refused(values, told):
         ({"name": "x"}, "`name` is given with the data set `.*rows.json`, a file or folder of this machine"),
         ({"data_files": "x"}, "`data_files` is given with"),
         ({"split": "test"}, "rows.json` is one file, without splits, and the `split` is `test`"),
-        ({"options": {"rows": 3}}, "`dataset_options` are of `embedded:scenes`"),
+        ({"options": {"rows": 3}}, "`options` are of `embedded:scenes`"),
     ],
 )
 def test_keys_that_do_nothing_for_a_data_set_are_refused(sets, keys, told):

@@ -105,7 +105,8 @@ class DataArguments:
         dataset_train_split (`str`, *optional*, defaults to `"train"`).
         dataset_test_split (`str`, *optional*, defaults to `"test"`): what `evaluate` reads.
         image_folder (`str`, *optional*):
-            Where relative image paths of a local file or folder start, by default there; none may leave it.
+            Where relative image paths of a local file or folder start, by default there; none may leave it. Of a
+            mixture, for the entries that name none.
         max_samples (`int`, *optional*): take the first rows only.
         multi_turn (`str`, *optional*, defaults to `"expand"`):
             What becomes of a conversation. `"expand"`: a row for every answer, with all that came before as its prompt.

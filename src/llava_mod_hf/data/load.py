@@ -63,8 +63,8 @@ def _load(args, columns, seed, num_proc):
     split = args.dataset_train_split
     if args.dataset_options and args.dataset_name != scene_rows.DATASET:
         raise ValueError(
-            f"`dataset_options` are of `{scene_rows.DATASET}`, and the data set is `{args.dataset_name}`: leave them "
-            "out."
+            f"`{'dataset_options' if args.label is None else 'options'}` are of `{scene_rows.DATASET}`, and the data "
+            f"set is `{args.dataset_name}`: leave them out."
         )
     if args.dataset_name.startswith(loading.PREFIX):
         _check_keys(args, ("data_dir", "data_files", "columns"), "an embedded one")
@@ -137,7 +137,7 @@ def _published(args, split, num_proc):
             _check_keys(args, ("dataset_config", "data_dir", "data_files"), "a file or folder of this machine")
             if split != "train" and not path.is_dir():
                 raise ValueError(f"`{path}` is one file, without splits, and the `split` is `{split}`: leave it out.")
-        files = files_of(path, split)
+        files = files_of(path, split, "dataset_name" if args.label is None else "path")
         if files[0].name in METADATA and args.image_folder is None:
             root = files[0].parent.resolve()
         dataset = _local(args, files, num_proc)

@@ -15,7 +15,7 @@ METADATA = ("metadata.jsonl", "metadata.csv")  # beside the pictures of a folder
 PICTURES = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff")  # suffixes in a shard
 
 
-def files_of(path, split):
+def files_of(path, split, option="dataset_name"):
     """
     The files that a local data set's rows are in.
 
@@ -25,6 +25,7 @@ def files_of(path, split):
     Args:
         path (`Path`): a file or a folder.
         split (`str`): of a folder; a file is in none.
+        option (`str`, *optional*, defaults to `"dataset_name"`): what the user names it by.
 
     Returns:
         `list[Path]`: all of one kind.
@@ -34,7 +35,7 @@ def files_of(path, split):
     """
     if not path.is_dir():
         if not path.is_file():
-            raise ValueError(f"The data file `{path}` does not exist: check `dataset_name`.")
+            raise ValueError(f"The data file `{path}` does not exist: check `{option}`.")
         return [path]
     metadata = [place / name for place in (path / split, path) for name in METADATA if (place / name).is_file()]
     if metadata and (metadata[0].parent != path or split == "train"):
