@@ -163,7 +163,8 @@ class Arm:
         # pictures of the training's skew that the student has not seen, and whose descriptions are right
         world = {"rows": prompts, "first_row": 1_000_000}
         if pairs in ("swapped", "added", "dropped"):
-            data = {"dataset_config": "preferences", "dataset_options": world | {"rejected": pairs}}
+            data = {"dataset_name": "embedded:scenes", "dataset_config": "preferences"}
+            data["dataset_options"] = world | {"rejected": pairs}
         else:
             who = before if pairs == "own" else self.teacher_node()
             sampling = {"temperature": 1.3, "num_answers": 4, "max_new_tokens": 24, "batch_size": 256}

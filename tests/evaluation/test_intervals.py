@@ -70,7 +70,7 @@ def test_differences_are_paired():
         row["given"] = "a red square"
     assert intervals(first, first)["chair_s"] == (0, 0, 0)
     _, low, high = intervals(first, second)["exact_match"]
-    assert 0 < low and high - low < 0.04
+    assert low > 0 and high - low < 0.04
 
 
 def test_a_ratio_is_resampled_by_questions():

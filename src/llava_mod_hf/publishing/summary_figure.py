@@ -1,4 +1,4 @@
-"""The picture that a run is summed up in: what models say of a few scenes, how often they are right, whom routers ask."""
+"""The picture that a run is summed up in: what models say of a few scenes, their measures, and their experts' load."""
 
 from dataclasses import dataclass
 
@@ -44,7 +44,7 @@ class Line:
         name, color (`str`): of the model.
         pieces (`tuple[tuple[str, bool], ...]`): its words, and of each piece whether it names something absent.
         right (`bool`): whether it is right.
-        note (`str`): what else there is to say of it, such as what it misses.
+        note (`str`): what else there is to say of it, such as what it misses; in less than 50 characters.
     """
 
     name: str
@@ -154,7 +154,9 @@ def _draw_bars(page, left, top, width, height, bars, *, names):
         axes.barh(row, share, height=0.66, color=color)
         error = {"ecolor": page.colors["error"], "elinewidth": 1.3, "capsize": 2.5, "capthick": 1.3}
         axes.errorbar(share, row, xerr=[[max(0, share - low)], [max(0, high - share)]], fmt="none", **error)
-        axes.text(max(share, high) + 0.03, row, f"{100 * share:.0f}", va="center", fontsize=11, color=page.colors["ink"])
+        axes.text(
+            max(share, high) + 0.03, row, f"{100 * share:.0f}", va="center", fontsize=11, color=page.colors["ink"]
+        )
     axes.set_xlim(0, 1.12)
     axes.set_ylim(len(bars.values) - 0.5, -0.5)
     axes.set_xticks([0, 0.5, 1], ["0", "50", "100 %"])
@@ -180,7 +182,9 @@ def _draw_loads(page, left, top, width, height, loads):
             axes.barh(row, share, left=start, height=0.5, color=color, edgecolor=page.colors["paper"], linewidth=1.5)
             if share > 0.12:
                 ink = "#ffffff" if expert < 0.6 * len(shares) else "#1f2328"
-                axes.text(start + share / 2, row, f"{100 * share:.0f}", ha="center", va="center", fontsize=11, color=ink)
+                axes.text(
+                    start + share / 2, row, f"{100 * share:.0f}", ha="center", va="center", fontsize=11, color=ink
+                )
             start += share
     axes.set_xlim(0, 1)
     axes.set_ylim(max(len(loads), 3) - 0.5, -0.5)
