@@ -94,6 +94,7 @@ def run(args):
         "world": args.world,
         "seed": args.seed,
         "num_questions": len(rows),
+        "training_rows": world.parse("mimic_sparse", output_dir, args.seed)[0].dataset_options,
         "resumed": resumed,
         "teacher": judge("teacher", teacher, teacher_processor, rows, given),
         "blind": score_answers(given["blind"], rows),

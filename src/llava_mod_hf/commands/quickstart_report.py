@@ -6,6 +6,7 @@ from importlib.metadata import version
 
 from rich.table import Table
 
+from llava_mod_hf import __version__
 from llava_mod_hf.commands.quickstart_plan import console
 from llava_mod_hf.evaluation.intervals import intervals
 from llava_mod_hf.evaluation.marking import mark_description
@@ -119,10 +120,15 @@ def _terms(summary):
     return f"{summary['num_questions']:,} balanced test questions about drawn scenes, seed {summary['seed']}, {minutes}"
 
 
-def _span(interval, sign=""):
+def _span(interval):
     """A value and how far its interval reaches, in per cent."""
     value, low, high = interval
-    return f"{100 * value:{sign}.1f}", f"±{50 * (high - low):.1f}"
+    half = 50 * (high - low)
+    return f"{100 * value:.1f}", f"±{half:.{1 if half < 9.95 else 0}f}"
+
+
+def _points(share):
+    return f"{100 * share:+.1f}".replace("-", "−")
 
 
 def write(summary, rows, given, output_dir):
@@ -161,11 +167,11 @@ def _page(summary, output_dir):
             sure = low > 0 or high < 0
             gain = sure and (value > 0) != (measure in LOWER_IS_BETTER)
             said = ("better" if gain else "worse") if sure else ""
-            cells.append((f"{100 * value:+.1f}", f"{100 * low:+.1f} to {100 * high:+.1f}", said))
+            cells.append((_points(value), f"{_points(low)} to {_points(high)}", said))
         differences.append((MEASURES[measure], cells))
     folders = {name: (MODELS.get(name, (name,))[0], output_dir / name) for name in summary["stages"]}
     return {
-        "title": finding(summary),
+        "finding": finding(summary),
         "terms": _terms(summary),
         "models": [MODELS[name][0] for name in results],
         "measures": [
@@ -188,6 +194,7 @@ def _page(summary, output_dir):
         "teacher_active": f"{summary['teacher']['language_params_active']:,}",
         "published": summary["published"]["folder"],
         "pairs": summary["make_preferences"],
+        "wrong_answers": f"{100 * summary['training_rows'].get('wrong_answers', 0):.0f} %",
         "facts": {"world": summary["world"], "seed": summary["seed"], **_versions()},
         "command": f"llava-mod quickstart --world {summary['world']} --seed {summary['seed']} "
         f"--num-questions {summary['num_questions']} --output-dir {output_dir}",
@@ -195,8 +202,8 @@ def _page(summary, output_dir):
 
 
 def _versions():
-    names = ("llava-mod-hf", "torch", "transformers", "trl", "datasets")
-    return {"Python": platform.python_version(), **{name: version(name) for name in names}}
+    installed = {name: version(name) for name in ("torch", "transformers", "trl", "datasets")}
+    return {"llava_mod_hf": __version__, "Python": platform.python_version(), **installed}
 
 
 def show(summary, output_dir):
@@ -223,11 +230,11 @@ def _show_scenes(summary):
     for first, second in COMPARED:
         paired.add_column(f"{MODELS[first][0]} − {MODELS[second][0]}", justify="right")
     for name in MEASURES:
-        if name in measured:
+        if name in (*measured, "presence"):
             ends = [each[name] for each in summary["differences"].values()]
             paired.add_row(
                 MEASURES[name],
-                *(f"{100 * value:+.1f} [{100 * low:+.1f}, {100 * high:+.1f}]" for value, low, high in ends),
+                *(f"{_points(value)} [{_points(low)}, {_points(high)}]" for value, low, high in ends),
             )
     console.print(paired)
     console.print(
