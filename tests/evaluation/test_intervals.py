@@ -21,8 +21,8 @@ def test_figures_by_hand():
         ]
     )
     assert found == {
-        "exact_match": 2 / 5, "chair_s": 1 / 2, "chair_i": 1 / 3, "object_recall": 2 / 3, "object_f1": 4 / 6, "describe": 0.0,
-        "presence": 1 / 2, "adversarial": 1.0, "random": 0.0, "count": 1.0,
+        "exact_match": 2 / 5, "chair_s": 1 / 2, "chair_i": 1 / 3, "object_recall": 2 / 3, "object_f1": 4 / 6,
+        "describe": 0.0, "presence": 1 / 2, "adversarial": 1.0, "random": 0.0, "count": 1.0,
     }  # fmt: skip
 
 

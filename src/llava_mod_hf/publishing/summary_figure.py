@@ -193,17 +193,19 @@ def _draw_loads(page, left, top, width, height, loads):
     axes.tick_params(axis="y", labelsize=12, labelcolor=page.colors["ink"], pad=6)
 
 
-def draw_summary(path, *, title, subtitle, examples, bars, loads, dark=False):
+def summary_figure(*, title, subtitle, examples, bars, loads, dark=False):
     """
-    Writes the picture.
+    The picture.
 
     Args:
-        path (`str`, `Path` or a binary file): PNG to write.
         title, subtitle (`str`).
         examples (`list[tuple[PIL.Image.Image, list[Line]]]`): up to four pictures, and what the models say of each.
         bars (`list[Bars]`): up to four measures of the same models.
         loads (`dict[int, list[float]]`): experts' shares by layer, as `expert_load` returns them.
         dark (`bool`, *optional*, defaults to `False`): light on dark.
+
+    Returns:
+        `matplotlib.figure.Figure`.
 
     Raises:
         ValueError: if there are more examples or measures than there is room for.
@@ -229,4 +231,15 @@ def draw_summary(path, *, title, subtitle, examples, bars, loads, dark=False):
     if loads:
         start = left + len(bars) * (width + 0.38) + 0.75
         _draw_loads(page, start, top, WIDTH - MARGIN - start, height, loads)
-    page.figure.savefig(path, format="png", dpi=150, facecolor=page.colors["paper"], metadata={"Software": None})
+    return page.figure
+
+
+def draw_summary(path, **drawn):
+    """
+    Writes the picture.
+
+    Args:
+        path (`str`, `Path` or a binary file): PNG to write.
+        drawn: what [`summary_figure`] takes.
+    """
+    summary_figure(**drawn).savefig(path, format="png", dpi=150, metadata={"Software": None})
