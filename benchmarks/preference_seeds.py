@@ -3,7 +3,7 @@ What preference distillation does to hallucination, over seeds: every reference 
 
     python benchmarks/preference_seeds.py --seeds 0 1 2 3 4 --runs 'runs/quickstart-{seed}' --table docs/preference.md
 
-Each seed starts from the `mimic_sparse` checkpoint of a finished quickstart, or makes it by the quickstart's stages.
+Each seed starts from the `mimic_sparse` checkpoint of a finished quickstart of easy-VQA, or makes it by its stages.
 From there every variant takes the steps, batches and learning rate of `recipes/tiny/4_prefer.yaml` on the same pairs;
 `chosen` is supervised fine-tuning on their chosen answers. All are judged on the quickstart's test questions, greedily.
 `RESULTS/seed-N.json` is written after each variant, and a run goes on where it stopped.
