@@ -95,9 +95,8 @@ def test_the_student_learns_from_pairs_of_its_own(run):
 
 def test_the_supervised_student_has_no_teacher_and_the_distilled_ones_rows(run):
     folder, _ = run
-    runs = {name: read_fields(folder / name / "run.json", recipe=dict)["recipe"] for name in SCENES.stages}
-    for distilled, supervised in (("mimic_dense", "sft_dense"), ("mimic_sparse", "sft")):
-        one, other = runs[distilled], runs[supervised]
+    for pair in (("mimic_dense", "sft_dense"), ("mimic_sparse", "sft")):
+        one, other = (read_fields(folder / name / "run.json", recipe=dict)["recipe"] for name in pair)
         differing = {name for name in one.keys() | other.keys() if one.get(name) != other.get(name)}
         assert differing <= {"output_dir", "student", "kl_weight", "lm_weight"}
         assert (other["kl_weight"], other.get("lm_weight", 1)) == (0, 1)

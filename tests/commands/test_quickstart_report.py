@@ -1,5 +1,7 @@
 """What the quickstart says of its figures: in the terminal, beside the pictures, on the page."""
 
+import re
+
 import pytest
 
 from llava_mod_hf.commands import quickstart_report as report
@@ -45,11 +47,11 @@ def summary(rows, given):
 def test_the_terminal_has_80_columns(summary, tmp_path, capsys):
     report.show(summary, tmp_path)
     lines = capsys.readouterr().out.splitlines()
-    assert max(map(len, lines)) <= 80 and not any("…" in line and "ab…" in line for line in lines)
+    assert max(map(len, lines)) <= 80
     assert lines[1].split() == ["%", *report.COLUMNS.values()]
-    names = [line[:16].strip() for line in lines[2:8]]
+    names = [re.split(r"\s+\d", line)[0] for line in lines[2:8]]
     assert names == ["blind", "teacher", "supervised", "distilled dense", "distilled", "preferred"]
-    assert lines[3].split() == ["teacher", *["100.0±0.0"] * 5, "0.0±0.0", "100.0±0.0"]
+    assert lines[3].split() == ["teacher", *["100±0.0"] * 5, "0.0±0.0", "100±0.0"]
     difference = next(line for line in lines if line.startswith("hallucinated descriptions"))
     assert "−" in difference and difference.split()[-3:] == ["+0.0", "[+0.0,", "+0.0]"]
 
@@ -77,7 +79,8 @@ def test_a_measure_without_a_question_is_left_out(summary, rows, given, tmp_path
     kept = [number for number in few if "presence" not in rows["kind"][number]]
     report.add_intervals(summary, only, {name: [each[n] for n in kept] for name, each in given.items()})
     report.show(summary, tmp_path)
-    assert capsys.readouterr().out.splitlines()[1].split() == ["%", "all", "descr.", "absent↓", "found"]
+    head = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("%"))
+    assert head.split() == ["%", "all", "descr.", "absent↓", "found"]
     assert "how many?" not in [name for name, _ in report._page(summary, tmp_path)["measures"]]
 
 

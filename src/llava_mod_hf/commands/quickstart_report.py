@@ -123,8 +123,9 @@ def _terms(summary):
 def _span(interval):
     """A value and how far its interval reaches, in per cent."""
     value, low, high = interval
-    half = 50 * (high - low)
-    return f"{100 * value:.1f}", f"±{half:.{1 if half < 9.95 else 0}f}"
+    value, half = 100 * value, 50 * (high - low)
+    # a column of the terminal has room for 99.9±9.9
+    return f"{value:.{1 if value < 99.95 else 0}f}", f"±{half:.{1 if half < 9.95 else 0}f}"
 
 
 def _points(share):
@@ -230,7 +231,7 @@ def _show_scenes(summary):
     for first, second in COMPARED:
         paired.add_column(f"{MODELS[first][0]} − {MODELS[second][0]}", justify="right")
     for name in MEASURES:
-        if name in (*measured, "presence"):
+        if name in (*COLUMNS, "presence") and name in summary["teacher"]["intervals"]:
             ends = [each[name] for each in summary["differences"].values()]
             paired.add_row(
                 MEASURES[name],
