@@ -103,7 +103,10 @@ class DataArguments:
             Of `embedded:scenes`, as [`~llava_mod_hf.data.scene_rows.SceneOptions`]: how many rows, how skewed a world,
             what share of wrong answers; on the command line as JSON.
         dataset_train_split (`str`, *optional*, defaults to `"train"`).
-        dataset_test_split (`str`, *optional*, defaults to `"test"`): what `evaluate` reads.
+        dataset_test_split (`str`, *optional*, defaults to `"test"`):
+            What `evaluate` reads, and what a stage with `eval_strategy` is evaluated on, without `test_split_size`.
+        eval_dataset_name (`str`, *optional*): another data set that a stage is evaluated on, as `dataset_name`.
+        max_eval_samples (`int`, *optional*): take the first of those rows only.
         image_folder (`str`, *optional*):
             Where relative image paths of a local file or folder start, by default there; none may leave it. Of a
             mixture, for the entries that name none.
@@ -130,6 +133,8 @@ class DataArguments:
     dataset_options: dict | str | None = None
     dataset_train_split: str = "train"
     dataset_test_split: str = "test"
+    eval_dataset_name: str | None = None
+    max_eval_samples: int | None = None
     image_folder: str | None = None
     max_samples: int | None = None
     multi_turn: str = field(default="expand", metadata={"choices": CHOICES["multi_turn"]})
