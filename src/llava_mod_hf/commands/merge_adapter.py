@@ -5,7 +5,9 @@ import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from peft import PeftModel
+from peft import PeftModel, get_peft_model_state_dict
+from peft.utils import SAFETENSORS_WEIGHTS_NAME
+from safetensors import safe_open
 
 from llava_mod_hf.commands.parts import load_without_adapter
 from llava_mod_hf.loading import resolve
@@ -44,16 +46,22 @@ def run(args: MergeAdapterCommand):
     name = args.student or named
     if not name:
         raise ValueError(f"`{folder}` does not name the student that it is an adapter of: give `student`.")
-    model, processor = load_without_adapter(
-        resolve(name), dtype=args.dtype, trust_remote_code=args.trust_remote_code
-    )
-    try:
-        model = PeftModel.from_pretrained(model, folder).merge_and_unload(safe_merge=True)
-    except (RuntimeError, KeyError) as error:  # PyTorch gives each weight of another shape a line
-        raise ValueError(
-            f"`{folder}` is no adapter of `{name}` ({' '.join(str(error).split())[:300]}): give its `student`."
-        ) from error
-    save_checkpoint(model, processor, args.output_dir)
+    model, processor = load_without_adapter(resolve(name), dtype=args.dtype, trust_remote_code=args.trust_remote_code)
+    adapted = PeftModel.from_pretrained(model, folder)
+    _check_whole(adapted, folder, name)
+    save_checkpoint(adapted.merge_and_unload(safe_merge=True), processor, args.output_dir)
     for record in (RECIPE_FILE, RUN_FILE):  # what the card of the student will tell of its making
         if (folder / record).is_file():
             shutil.copyfile(folder / record, Path(args.output_dir, record))
+
+
+def _check_whole(model, folder, name):
+    """peft warns of weights that have no place, or none, and goes on without them."""
+    with safe_open(folder / SAFETENSORS_WEIGHTS_NAME, framework="pt") as file:
+        stored = set(file.keys())
+    other = sorted(stored ^ get_peft_model_state_dict(model).keys())
+    if other:
+        raise ValueError(
+            f"`{folder}` is no adapter of `{name}`, or not whole: {len(other)} weights are in one of the two alone, "
+            f"`{other[0]}` among them. Give its `student`."
+        )

@@ -40,8 +40,8 @@ def start_run(*groups):
         [`BegunRun`].
 
     Raises:
-        ValueError: if a logger or an optimiser is not installed, `output_dir` holds a finished run or another model, or the run that is
-            taken up had other options or left no whole checkpoint.
+        ValueError: if a logger or an optimiser is not installed, `output_dir` holds a finished run or another model, or
+            the run that is taken up had other options or left no whole checkpoint.
     """
     args = groups[-1]
     check_libraries(args)

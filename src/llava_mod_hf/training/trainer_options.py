@@ -58,7 +58,9 @@ READ_BY_PARENT_OF = {
 # By our trainers, or by the stages of the command line.
 READ_HERE = "output_dir seed data_seed bf16 fp16 max_length dataset_num_proc trust_remote_code train_sampling_strategy "
 
-READ_HERE += "resume_from_checkpoint train_modules use_peft lora_target lora_r lora_alpha lora_dropout use_rslora use_dora "
+READ_HERE += (
+    "resume_from_checkpoint train_modules use_peft lora_target lora_r lora_alpha lora_dropout use_rslora use_dora "
+)
 
 READ_HERE += "lora_target_modules lora_target_parameters lora_modules_to_save test_split_size eval_answers "
 
@@ -226,8 +228,8 @@ def check_libraries(args):
         Trainer.get_optimizer_cls_and_kwargs(args)
     except ImportError as error:
         raise ValueError(
-            f"`optim` is `{args.optim.value}`, whose library is not installed ({' '.join(str(error).split())}): install "
-            "it, or give `adamw_torch`."
+            f"`optim` is `{args.optim.value}`, whose library is not installed ({' '.join(str(error).split())}): "
+            "install it, or give `adamw_torch`."
         ) from error
     except ValueError:
         pass  # of one that asks for the model, too, and is told of it by the parent

@@ -33,7 +33,8 @@ def with_held_out(args, train_dataset=None, eval_dataset=None, **arguments):
         if eval_dataset is not None or train_dataset is None:
             raise ValueError(
                 f"`test_split_size` is {args.test_split_size}, which holds rows out of the training rows, "
-                f"and there are {'none' if train_dataset is None else 'rows to evaluate on already'}: give one of the two."
+                f"and there are {'none' if train_dataset is None else 'rows to evaluate on already'}: give one of "
+                "the two."
             )
         train_dataset, eval_dataset = hold_out(train_dataset, args.test_split_size, seed=args.seed)
         logger.warning("Held out %d rows; %d are trained on.", len(eval_dataset), len(train_dataset))
@@ -75,7 +76,7 @@ class Validates(Trainer):
         return output
 
     def _measure_answers(self, rows):
-        """The figures of the student's answers, the same in every process: with sharded weights all generate together."""
+        """The figures of the student's answers; with sharded weights all processes generate together, the same ones."""
         rows, has_kinds = asked(rows, self.args.eval_answers)
         with (
             unwrap_model_for_generation(self.model_wrapped, self.accelerator) as model,
@@ -114,7 +115,10 @@ def asked(rows, count):
     names, has_kinds = rows.column_names, KIND in rows.column_names
     told = {name: list(rows[name]) for name in names if name not in ("images", "image")}
     if "messages" in names:
-        told |= {"prompt": [turns[:-1] for turns in told["messages"]], ANSWER: [turns[-1:] for turns in told["messages"]]}
+        told |= {
+            "prompt": [turns[:-1] for turns in told["messages"]],
+            ANSWER: [turns[-1:] for turns in told["messages"]],
+        }
     answers = told.get(ANSWER) or told.get("completion") or told.get("chosen")
     if not answers or any(isinstance(turns, str) for turns in told.get("prompt", [""])):
         raise ValueError(
