@@ -76,7 +76,8 @@ class SafeRun(CountsRows):
                 [`~llava_mod_hf.training.checkpoints.chosen_checkpoint`], by default what `args` say, or from the start.
 
         Raises:
-            ValueError: if the checkpoint is missing, damaged or of another recipe, or the run stops being finite.
+            ValueError: if the checkpoint is missing, damaged or of another recipe, the run stops being finite, or no
+                evaluation gives the `metric_for_best_model`.
         """
         choice = self.args.resume_from_checkpoint if resume_from_checkpoint is None else resume_from_checkpoint
         checkpoint = chosen_checkpoint(False if choice is None else choice, self.args.output_dir)
@@ -90,6 +91,14 @@ class SafeRun(CountsRows):
                 self._load_best_model()
             self.control = self.callback_handler.on_train_end(self.args, self.state, self.control)
             return TrainOutput(self.state.global_step, 0.0, {})
+        except KeyError as error:
+            if "`metric_for_best_model`" not in str(error):  # the parent's own words, of several lines
+                raise
+            known = [name for name in (self.state.log_history or [{}])[-1] if name.startswith("eval_")]
+            raise ValueError(
+                f"`metric_for_best_model` is `{self.args.metric_for_best_model}`, and an evaluation gives "
+                f"{', '.join(known)}: give one of those."
+            ) from error
 
     def training_step(self, *args, **kwargs):
         loss = super().training_step(*args, **kwargs)
