@@ -120,6 +120,21 @@ def test_attention_and_ffns_are_found_in_every_family(family):
     assert adapted(model) == expected
 
 
+@pytest.mark.parametrize("experts", [{"expert_rank": 4}, {"use_residual": True}], ids=["low rank", "residual"])
+def test_other_experts_are_found_too_with_the_ffn_that_they_share(experts):
+    student = upcycle(make_dense("phi"), **experts)  # whose matrices have biases
+    student.name_or_path = "somewhere"
+    options = LoraOptions(use_peft=True)
+    options.train_modules = None
+    expected = {
+        name
+        for name, value in student.named_parameters()
+        if "language_model.layers." in name and value.dim() > 1 and not name.endswith("_bias")
+    }
+    assert any(".shared." in name or ".residual_mlp." in name for name in expected)
+    assert adapted(get_peft_model(student, lora_config(options, student))) == expected
+
+
 def test_ranks_and_scales_arrive(trainer_of):
     trainer, _ = trainer_of("mimic", lora_r=3, lora_alpha=12, use_rslora=True, lora_target=["attention"])
     config = trainer.model.peft_config["default"]

@@ -12,7 +12,8 @@ from llava_mod_hf.training.trainable import find_part
 # where transformers' language models have them, in each layer
 BLOCKS = {"attention": "self_attn", "ffn": "mlp"}
 
-PARAMETERS = {"experts": re.compile(r"mlp\.experts\.\w+_proj"), "router": re.compile(r"mlp\.gate\.weight")}
+# without biases; what low-rank experts share is an FFN
+PARAMETERS = {"experts": re.compile(r"mlp\.experts\.(?!\w+_bias$)\w+$"), "router": re.compile(r"mlp\.gate\.weight$")}
 
 
 SAVE_FIRST = "save it, by `llava-mod upcycle` or `save_pretrained`, and give that folder"
