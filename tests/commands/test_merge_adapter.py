@@ -109,6 +109,7 @@ def test_what_makes_an_adapter_loadable_is_moved_in_place_last(sparse, tmp_path,
         mimic(sparse, tmp_path, **LORA)
 
 
+@pytest.mark.slow
 def test_an_interrupted_adapter_goes_on_from_its_last_checkpoint(sparse, tmp_path, monkeypatch):
     saving = {"max_steps": 3, "save_strategy": "steps", "save_steps": 1, "train_sampling_strategy": "random"}
     trainer = mimic_module.MimicTrainer

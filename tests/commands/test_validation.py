@@ -16,6 +16,7 @@ from llava_mod_hf.data.arguments import DataArguments
 from llava_mod_hf.data.easy_vqa import image_paths
 
 STAGES = {"adapt": adapt, "mimic": mimic, "prefer": prefer}
+ONE_FAST = ["mimic", *(pytest.param(stage, marks=pytest.mark.slow) for stage in ("adapt", "prefer"))]
 EACH_STEP = {"eval_strategy": "steps", "eval_steps": 1, "per_device_eval_batch_size": 4}
 NOWHERE = dict.fromkeys(("student", "teacher", "language_model"), "nothing")
 
@@ -58,7 +59,7 @@ def evaluated(run):
     return [logs for logs in run["log_history"] if "eval_loss" in logs]
 
 
-@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("stage", ONE_FAST)
 def test_a_stage_is_evaluated_on_rows_held_out(folders, tmp_path, stage):
     run = STAGES[stage](folders, tmp_path, test_split_size=2, eval_answers=2, **EACH_STEP)
     found = evaluated(run)
@@ -67,7 +68,7 @@ def test_a_stage_is_evaluated_on_rows_held_out(folders, tmp_path, stage):
     assert run["recipe"]["test_split_size"] == 2
 
 
-@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("stage", ONE_FAST)
 def test_without_that_on_the_data_sets_test_split(folders, tmp_path, monkeypatch, data, stage):
     data(max_eval_samples=5)
     read, load = [], parts.load_rows

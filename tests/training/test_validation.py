@@ -17,6 +17,7 @@ from llava_mod_hf.training.adapt_trainer import AdaptTrainer
 from llava_mod_hf.training.validation import asked
 
 CONFIGS = {"adapt": AdaptConfig, "mimic": MimicConfig, "prefer": PreferenceConfig}
+ONE_FAST = ["mimic", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("adapt", "prefer"))]
 SETTINGS = {"output_dir": "unused", "use_cpu": True, "bf16": False, "report_to": "none"}
 EACH_STEP = {"eval_strategy": "steps", "eval_steps": 1, "per_device_eval_batch_size": 2}
 SAVED = {"save_strategy": "steps", "save_steps": 1}
@@ -60,7 +61,7 @@ def evaluations(trainer):
 # What is held out
 
 
-@pytest.mark.parametrize("kind", CONFIGS)
+@pytest.mark.parametrize("kind", ONE_FAST)
 def test_a_trainer_holds_rows_out_and_is_evaluated_on_them(trainer_of, kind, caplog):
     trainer = trainer_of(kind, test_split_size=0.25, max_steps=2, **EACH_STEP)
     train, held = trainer.train_dataset, trainer.eval_dataset
@@ -98,7 +99,7 @@ def test_an_evaluation_on_the_training_rows_is_told(trainer_of, caplog):
 # Answers
 
 
-@pytest.mark.parametrize("kind", CONFIGS)
+@pytest.mark.parametrize("kind", ONE_FAST)
 def test_answers_are_measured_at_each_evaluation(trainer_of, processor, kind):
     trainer = trainer_of(kind, test_split_size=4, eval_answers=3, max_steps=2, **EACH_STEP)
     trainer.train()
@@ -136,7 +137,7 @@ def test_hallucination_is_measured_where_it_applies(trainer_of, monkeypatch):
 
 
 def test_rows_without_columns_of_their_own_are_asked_by_their_turns():
-    data = rows().remove_columns(["question", "answer", "kind"])
+    data = rows().remove_columns(["question", "answer", "kind"])  # four rows
     sample, has_kinds = asked(data, 10)
     assert not has_kinds
     assert sample["question"] == rows()["question"][:]
@@ -156,7 +157,7 @@ def test_rows_without_columns_of_their_own_are_asked_by_their_turns():
         asked(data.map(lambda row: {"prompt": "what?"}), 2)
 
 
-@pytest.mark.parametrize("kind", CONFIGS)
+@pytest.mark.parametrize("kind", ONE_FAST)
 def test_an_evaluation_does_not_change_what_is_learnt(trainer_of, kind):
     found = []
     for options in ({}, {**EACH_STEP, "eval_dataset": data_of(kind, 4), "eval_answers": 4}):
@@ -244,7 +245,9 @@ def test_a_run_ends_when_nothing_gets_better(trainer_of):
     divergences = [logs["eval_kl"] for logs in evaluations(better)]
     assert divergences == sorted(divergences, reverse=True)
     assert better.state.global_step == 6
-    always = trainer_of("mimic", early_stopping_patience=1, early_stopping_threshold=1e9, **options)
+    always = trainer_of(
+        "mimic", early_stopping_patience=1, early_stopping_threshold=1e9, eval_dataset=data_of("mimic"), **own
+    )
     always.train()
     assert always.state.global_step == 2  # nothing is better by so much
 
