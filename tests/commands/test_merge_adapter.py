@@ -12,6 +12,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 from helpers.ddp_gradients import mimic_trainer, rows, sharpened
 from helpers.stages import StopsAt, adapt, mimic, prefer
 from llava_mod_cli import main
+from llava_mod_hf import LlavaModForConditionalGeneration
 from llava_mod_hf.commands import mimic as mimic_module
 from llava_mod_hf.loading import load_model_and_processor
 from llava_mod_hf.training import run_folder
@@ -172,13 +173,19 @@ def test_an_adapter_of_a_student_that_the_stage_makes_is_refused_first(tmp_path,
         run(nowhere, tmp_path, **LORA)
 
 
-def test_what_cannot_be_merged_is_told_in_a_sentence(adapters, folders, tmp_path, capsys):
+def test_what_cannot_be_merged_is_told_in_a_sentence(adapters, folders, make_student, processor, tmp_path, capsys):
+    config = make_student().config
+    config.text_config.intermediate_size = 96
+    LlavaModForConditionalGeneration(config).save_pretrained(wider := tmp_path / "wider")
+    processor.save_pretrained(wider)
     assert merge("--adapter", folders["student"], "--output_dir", tmp_path / "out") == 2
     assert "has no adapter_config.json: give the folder of a run with `use_peft`" in capsys.readouterr().err
     options = ["--adapter", adapters["mimic"], "--output_dir"]
     assert merge(*options, folders["student"]) == 2
     assert "holds a model that would be overwritten" in capsys.readouterr().err
     assert merge(*options, tmp_path / "out", "--student", folders["student"]) == 2
+    assert "is no adapter of" in capsys.readouterr().err
+    assert merge(*options, tmp_path / "out", "--student", wider) == 2
     assert "is no adapter of" in capsys.readouterr().err
     (nameless := tmp_path / "nameless").mkdir()
     config = json.loads((adapters["mimic"] / "adapter_config.json").read_text())

@@ -47,7 +47,12 @@ def run(args: MergeAdapterCommand):
     if not name:
         raise ValueError(f"`{folder}` does not name the student that it is an adapter of: give `student`.")
     model, processor = load_without_adapter(resolve(name), dtype=args.dtype, trust_remote_code=args.trust_remote_code)
-    adapted = PeftModel.from_pretrained(model, folder)
+    try:
+        adapted = PeftModel.from_pretrained(model, folder)
+    except RuntimeError as error:  # weights of another shape, a line for each
+        raise ValueError(
+            f"`{folder}` is no adapter of `{name}` ({' '.join(str(error).split())[:300]}): give its `student`."
+        ) from error
     _check_whole(adapted, folder, name)
     save_checkpoint(adapted.merge_and_unload(safe_merge=True), processor, args.output_dir)
     for record in (RECIPE_FILE, RUN_FILE):  # what the card of the student will tell of its making

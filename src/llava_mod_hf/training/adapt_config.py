@@ -15,6 +15,9 @@ class AdaptConfig(ValidationOptions, LoraOptions, SFTConfig):
     """
     [`~trl.SFTConfig`] of the adaptor stage.
 
+    The options of [`~llava_mod_hf.training.lora_options.LoraOptions`] and of
+    [`~llava_mod_hf.training.validation_options.ValidationOptions`] are options of it too.
+
     Args:
         train_modules (`list[str]`, *optional*):
             Parts that are trained, as in [`~llava_mod_hf.MimicConfig`]; by default the paper's, the adaptor alone.

@@ -19,6 +19,9 @@ class MimicConfig(ValidationOptions, LoraOptions, SFTConfig):
 
         L = kl_weight · Σ_i w_i · D(teacher_i, student) + lm_weight · CE(labels) + router_aux_loss_coef · router aux
 
+    The options of [`~llava_mod_hf.training.lora_options.LoraOptions`] and of
+    [`~llava_mod_hf.training.validation_options.ValidationOptions`] are options of it too.
+
     Args:
         divergence (`str`, *optional*, defaults to `"forward_kl"`):
             D: `forward_kl` (paper, eq. 6), `reverse_kl` or `jsd`, as in [`~llava_mod_hf.losses.divergence_rows`].

@@ -27,6 +27,9 @@ class PreferenceConfig(ValidationOptions, LoraOptions, DPOConfig):
     [`~trl.DPOConfig`] with the teacher as reference; by default `sigmoid` (DPO) with β = 0.1, as in the paper's first
     version.
 
+    The options of [`~llava_mod_hf.training.lora_options.LoraOptions`] and of
+    [`~llava_mod_hf.training.validation_options.ValidationOptions`] are options of it too.
+
     Args:
         loss_type (`list[str]`, *optional*, defaults to `["sigmoid"]`):
             The parent's losses, such as `sigmoid`, `ipo`, `hinge` and `sft`, and `kto_pair`, `margin` and what
