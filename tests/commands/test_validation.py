@@ -152,6 +152,12 @@ def test_a_file_is_never_evaluated_on_what_it_trains(tmp_path, data, conversatio
             parts.load_eval_rows(stages.data_arguments(), config_of(stage, tmp_path), ())
 
 
+def test_a_stream_is_not_split(tmp_path, data):
+    data(streaming=True)
+    with pytest.raises(ValueError, match="`test_split_size` is 2, and streamed rows cannot be told apart before"):
+        mimic(NOWHERE, tmp_path, test_split_size=2, **EACH_STEP)
+
+
 def test_the_training_split_is_not_evaluated_on(tmp_path, data):
     data(dataset_test_split="train")
     with pytest.raises(ValueError, match="`embedded:easy-vqa` has no rows apart from those that are trained on"):
