@@ -136,7 +136,7 @@ def load_eval_rows(data_args, args, columns):
     held_out = args.test_split_size is not None
     if held_out and data_args.streaming:
         raise ValueError(
-            f"`test_split_size` is {args.test_split_size}, and streamed rows cannot be told apart before they are read: "
+            f"`test_split_size` is {args.test_split_size}, and streamed rows cannot be told apart before they come: "
             "give `eval_dataset_name`, or leave out `streaming`."
         )
     if args.eval_strategy == "no" or held_out:

@@ -17,8 +17,9 @@ class ValidationOptions:
             Share of the rows below 1, or number of them, that is held out of training and evaluated on; chosen by
             `seed` and by picture, see [`~llava_mod_hf.data.held_out.hold_out`].
         eval_answers (`int`, *optional*, defaults to 0):
-            Rows, spread over those that are evaluated on, that the student answers at each evaluation; exact match, and
-            the other measures of [`~llava_mod_hf.evaluation.measures.MEASURES`] that apply, become figures of it.
+            Rows, spread over those that are evaluated on, that the student answers at each evaluation, greedily and in
+            up to 64 tokens; exact match, and the other measures of [`~llava_mod_hf.evaluation.measures.MEASURES`] that
+            apply, become figures of it.
         early_stopping_patience (`int`, *optional*):
             Evaluations in a row without a better `metric_for_best_model` after which the run ends, by
             [`~transformers.EarlyStoppingCallback`].
