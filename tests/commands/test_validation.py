@@ -152,6 +152,24 @@ def test_a_file_is_never_evaluated_on_what_it_trains(tmp_path, data, conversatio
             parts.load_eval_rows(stages.data_arguments(), config_of(stage, tmp_path), ())
 
 
+def test_a_mixture_is_evaluated_on_a_data_set_of_its_own(folders, tmp_path, data, conversations):
+    trained = [conversations(f"{name}.json", [f"{name}?"] * 4) for name in ("a", "b")]
+    mixture = {"dataset_name": None, "dataset_config": None, "datasets": trained, "max_samples": None}
+    for more in ({}, {"eval_dataset_name": trained[1]}):
+        data(**mixture, **more)
+        with pytest.raises(
+            ValueError, match=r"`.*a.json`, `.*b.json` has no rows apart from those that are trained on"
+        ):
+            parts.load_eval_rows(stages.data_arguments(), config_of("mimic", tmp_path), ())
+    data(**mixture, eval_dataset_name=conversations("c.json", ["c?"] * 3))
+    rows = parts.load_eval_rows(stages.data_arguments(), config_of("mimic", tmp_path), ("prompt",))
+    assert len(rows) == 3
+    assert all("c?" in str(prompt) for prompt in rows["prompt"])
+    data(**mixture)
+    run = mimic(folders, tmp_path, test_split_size=2, **EACH_STEP)
+    assert len(evaluated(run)) == 2
+
+
 def test_a_stream_is_not_split(tmp_path, data):
     data(streaming=True)
     with pytest.raises(ValueError, match="`test_split_size` is 2, and streamed rows cannot be told apart before"):

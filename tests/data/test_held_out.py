@@ -55,6 +55,11 @@ def test_turns_of_one_conversation_and_pictures_in_common_keep_rows_together():
     assert len(seen) == 4
 
 
+def test_rows_of_one_number_in_two_data_sets_are_not_one():
+    rows = dataset([[], [], [], []], sources=[0, 0, 1, 1]).add_column("source_dataset", [0, 1, 0, 1])
+    assert {len(hold_out(rows, 1, seed=seed)[1]) for seed in range(5)} == {1}
+
+
 def test_a_row_without_picture_or_source_stands_alone():
     train, held = hold_out(dataset([[] for _ in range(10)]), 3)
     assert (len(train), len(held)) == (7, 3)

@@ -4,7 +4,8 @@ import dataclasses
 from pathlib import Path
 
 from llava_mod_hf.data.fitting import fit_rows
-from llava_mod_hf.data.load import READERS, load_rows
+from llava_mod_hf.data.load import load_rows
+from llava_mod_hf.data.row_files import SUFFIXES
 from llava_mod_hf.loading import load_model_and_processor
 from llava_mod_hf.students.upcycling import PLACEMENTS, upcycle
 from llava_mod_hf.teachers.answer_cache import teacher_settings
@@ -146,17 +147,20 @@ def load_eval_rows(data_args, args, columns):
                 needed = "leave out `test_split_size`" if held_out else "give `eval_strategy` too, or neither"
                 raise ValueError(f"`{option}` is {value!r}, which does nothing here: {needed}.")
         return None
-    same = name is None or Path(name).resolve() == Path(data_args.dataset_name).resolve()
-    one_file = Path(data_args.dataset_name).suffix in READERS
+    trained = data_args.names()
+    same = name is None or any(Path(name).resolve() == Path(each).resolve() for each in trained)
+    one_file = data_args.datasets is not None or Path(trained[0]).suffix in SUFFIXES
     if same and (one_file or data_args.dataset_test_split == data_args.dataset_train_split):
         raise ValueError(
-            f"`eval_strategy` is `{args.eval_strategy.value}`, and `{data_args.dataset_name}` has no rows apart from "
-            "those that are trained on: give `test_split_size`, which holds some out, `eval_dataset_name`, or another "
-            "`dataset_test_split`."
+            f"`eval_strategy` is `{args.eval_strategy.value}`, and `{'`, `'.join(trained)}` has no rows apart from "
+            "those that are trained on: give `test_split_size`, which holds some out, another `eval_dataset_name`, or "
+            "of a single data set another `dataset_test_split`."
         )
     own = dataclasses.replace(
         data_args,
         dataset_name=name or data_args.dataset_name,
+        datasets=None,
+        stopping_strategy=None,
         max_samples=data_args.max_eval_samples,
         streaming=False,
         **({} if same else {"dataset_options": None}),

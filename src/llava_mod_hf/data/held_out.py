@@ -5,10 +5,11 @@ import hashlib
 from datasets import Features, IterableDataset, List, Value
 
 from llava_mod_hf.data.images import map_undecoded
+from llava_mod_hf.data.mixture import SOURCE
 
 IMAGES = ("images", "image")
 
-SOURCE = "source_row"
+ROW = "source_row"
 
 KEYS = "held_out_keys"
 
@@ -22,7 +23,8 @@ def hold_out(rows, size, *, seed=0):
     with the same pictures mostly the same ones are, also where other rows were left out or came in another order.
 
     Args:
-        rows (`datasets.Dataset`): with `images` or `image`, and `source_row` if they were converted.
+        rows (`datasets.Dataset`): with `images` or `image`, `source_row` if they were converted, and
+            `source_dataset` of a mixture.
         size (`float`): share of the rows below 1, else their number; at least so many are held out, in whole groups.
         seed (`int`, *optional*, defaults to 0).
 
@@ -55,7 +57,7 @@ def hold_out(rows, size, *, seed=0):
 
 def _row_keys(rows):
     """`list[list[str]]`: what each row has in common with others, at least one thing each."""
-    names = [name for name in (*IMAGES, SOURCE) if name in rows.column_names]
+    names = [name for name in (*IMAGES, ROW, SOURCE) if name in rows.column_names]
     if not names:
         return [[f"row {number}"] for number in range(len(rows))]
 
@@ -63,8 +65,8 @@ def _row_keys(rows):
         found = []
         for place, number in enumerate(indices):
             own = [_picture(image) for name in IMAGES for image in _as_list(batch.get(name), place)]
-            if batch.get(SOURCE) and batch[SOURCE][place] is not None:
-                own.append(f"source {batch[SOURCE][place]}")
+            if batch.get(ROW) and batch[ROW][place] is not None:
+                own.append(f"source {batch[SOURCE][place] if SOURCE in batch else ''} {batch[ROW][place]}")
             found.append(own or [f"row {number}"])
         return {KEYS: found}
 
