@@ -3,6 +3,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 OUT ?= runs/quickstart
 SEED ?= 0
+WORLD ?= scenes
 
 # No target needs a network after set-up: data and weights are embedded.
 export HF_HUB_OFFLINE ?= 1
@@ -22,7 +23,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	touch $@
 
 quickstart: setup
-	$(BIN)/llava-mod quickstart --output-dir $(OUT) --seed $(SEED)
+	$(BIN)/llava-mod quickstart --world $(WORLD) --output-dir $(OUT) --seed $(SEED)
 
 test: setup
 	$(BIN)/python -m pytest -q $(WORKERS)

@@ -3,8 +3,7 @@
 import dataclasses
 from dataclasses import dataclass, field
 
-import yaml
-from claims_graph import Node, recipe_text
+from claims_graph import Node, read_recipe
 
 from llava_mod_hf.data.scene_rows import SceneOptions
 
@@ -83,7 +82,7 @@ class Arm:
         }[self.teacher]
         steps = self.teacher_steps if self.teacher != "equal" else self.teacher_steps // 4
         for name, recipe in SHIPPED.items():
-            made = yaml.safe_load(recipe_text(recipe))
+            made = read_recipe(recipe)
             if (SceneOptions(**made["world_options"]), made["max_steps"]) == (SceneOptions(**world), steps):
                 return name
         language_model = Node("pretrain", "scenes/0_teacher_lm.yaml")
@@ -163,7 +162,8 @@ class Arm:
         # pictures of the training's skew that the student has not seen, and whose descriptions are right
         world = {"rows": prompts, "first_row": 1_000_000}
         if pairs in ("swapped", "added", "dropped"):
-            data = {"dataset_config": "preferences", "dataset_options": world | {"rejected": pairs}}
+            data = {"dataset_name": "embedded:scenes", "dataset_config": "preferences"}
+            data["dataset_options"] = world | {"rejected": pairs}
         else:
             who = before if pairs == "own" else self.teacher_node()
             sampling = {"temperature": 1.3, "num_answers": 4, "max_new_tokens": 24, "batch_size": 256}

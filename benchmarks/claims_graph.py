@@ -22,6 +22,8 @@ from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import yaml
+
 ROOT = Path(__file__).resolve().parent.parent
 
 RECIPES, WEIGHTS = ROOT / "recipes", ROOT / "src" / "llava_mod_hf" / "weights"
@@ -33,10 +35,14 @@ DONE = "done.json"
 TRAINING = ("pretrain", "adapt", "mimic", "prefer")
 
 
+# options of a recipe that change no number
+SAYS_NOTHING = ("output_dir", "logging_steps", "logging_first_step", "report_to", "save_strategy")
+
+
 @functools.cache
-def recipe_text(name):
-    """What a file of `recipes/` holds."""
-    return (RECIPES / name).read_text(encoding="utf-8")
+def read_recipe(name):
+    """What a file of `recipes/` says."""
+    return yaml.safe_load((RECIPES / name).read_text(encoding="utf-8"))
 
 
 @functools.cache
@@ -63,11 +69,12 @@ class Node:
 
     @functools.cached_property
     def key(self):
-        """`str`: hash of the command, its recipe's text, its options, its inputs' keys, and the embedded weights."""
+        """`str`: hash of the command, its recipe with its options, its inputs' keys, and the embedded weights."""
         options = {name: value.key if isinstance(value, Node) else value for name, value in self.options.items()}
+        options = {**(read_recipe(self.recipe) if self.recipe else {}), **options}
+        options = {name: value for name, value in options.items() if name not in SAYS_NOTHING}
         options["weights"] = [weights_hash(value) for value in options.values() if str(value).startswith("embedded:")]
-        recipe = recipe_text(self.recipe) if self.recipe else None
-        text = json.dumps([self.command, recipe, options], sort_keys=True)
+        text = json.dumps([self.command, options], sort_keys=True)
         return f"{self.command}-{hashlib.blake2b(text.encode(), digest_size=6).hexdigest()}"
 
     @property

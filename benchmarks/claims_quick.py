@@ -16,7 +16,9 @@ from pathlib import Path
 from claims import read_claims
 from claims_arms import answers_of, arm_of
 from claims_graph import run_all
-from claims_statistics import bootstrap, figures, read_answers
+from claims_statistics import read_answers
+
+from llava_mod_hf.evaluation.intervals import figures, intervals
 
 PREFERRED = "own samples, DPO + fine-tuning, teacher"
 
@@ -60,14 +62,15 @@ def planned(plan, seed, share=1.0):
 
 def difference(claim, answers, measure, arm, against, recall=False):
     """One entry of `claims.json`; with `recall`, that of things found beside it, in the same direction."""
-    found, low, high = bootstrap(answers[arm], answers[against], measure)
+    differences = intervals(answers[arm], answers[against])
+    found, low, high = differences[measure]
     entry = {
         "claim": claim, "measure": measure, "arm": arm, "against": against, "difference": found, "low": low,
         "high": high, "value": figures(answers[arm])[measure], "against_value": figures(answers[against])[measure],
     }  # fmt: skip
     entry["holds"] = low > 0
     if recall:
-        found, low, high = bootstrap(answers[arm], answers[against], "object_recall")
+        found, low, high = differences["object_recall"]
         entry |= {"recall_difference": found, "recall_low": low, "recall_high": high}
         entry["holds"] = entry["high"] < 0 and low > -0.01
     return entry

@@ -3,7 +3,7 @@ What preference distillation does to hallucination, over seeds: every reference 
 
     python benchmarks/preference_seeds.py --seeds 0 1 2 3 4 --runs 'runs/quickstart-{seed}' --table docs/preference.md
 
-Each seed starts from the `mimic_sparse` checkpoint of a finished quickstart, or makes it by the quickstart's stages.
+Each seed starts from the `mimic_sparse` checkpoint of a finished quickstart of easy-VQA, or makes it by its stages.
 From there every variant takes the steps, batches and learning rate of `recipes/tiny/4_prefer.yaml` on the same pairs;
 `chosen` is supervised fine-tuning on their chosen answers. All are judged on the quickstart's test questions, greedily.
 `RESULTS/seed-N.json` is written after each variant, and a run goes on where it stopped.
@@ -25,7 +25,7 @@ from transformers.utils import logging as hf_logging
 
 from llava_mod_hf import recipes
 from llava_mod_hf.commands import mimic, prefer
-from llava_mod_hf.commands import quickstart as qs
+from llava_mod_hf.commands.quickstart_plan import EASY_VQA
 from llava_mod_hf.data import easy_vqa
 from llava_mod_hf.evaluation.answers import evaluate_blind, evaluate_model
 from llava_mod_hf.loading import load_model_and_processor
@@ -50,8 +50,8 @@ def student_of(seed, args):
     if not (folder / "mimic_sparse" / run_folder.RUN_FILE).is_file():
         for name in BEFORE:
             if not (folder / name / run_folder.RUN_FILE).is_file():
-                steps = args.steps or qs.parse_stage(name, folder, seed)[-1].max_steps
-                qs.run_stage(name, folder, seed, steps)
+                steps = args.steps or EASY_VQA.parse(name, folder, seed)[-1].max_steps
+                EASY_VQA.run(name, folder, seed, steps)
     return folder
 
 
@@ -63,21 +63,22 @@ def train(variant, folder, seed, args, output_dir):
     if variant == "chosen":
         # the mixture's rows are those of the pairs, and its completions the chosen answers
         chosen = ["--dataset_config", "mixture", "--kl_weight", "0", "--lm_weight", "1"]
-        like = qs.parse_stage("prefer", folder, seed)[-1]
+        like = EASY_VQA.parse("prefer", folder, seed)[-1]
         same = ("max_steps", "per_device_train_batch_size", "learning_rate", "warmup_steps", "lr_scheduler_type")
         for name in same:
             value = getattr(like, name)
             chosen += [f"--{name}", str(getattr(value, "value", value))]
         argv = ["--config", str(recipes.packaged("recipes", "tiny/3_mimic_sparse.yaml")), "--seed", str(seed)]
         groups = recipes.parse(
-            qs.STAGES["mimic_sparse"].groups, [*argv, "--student", str(folder / "mimic_sparse"), *chosen, *options]
+            EASY_VQA.stages["mimic_sparse"].groups,
+            [*argv, "--student", str(folder / "mimic_sparse"), *chosen, *options],
         )
         groups[2].moe_layers = None  # the student has its experts
         run = mimic.run(*groups)
     else:
         reference, loss = variant.split()
         options += ["--reference", reference, "--loss_type", loss]
-        run = prefer.run(*qs.parse_stage("prefer", folder, seed, *options))
+        run = prefer.run(*EASY_VQA.parse("prefer", folder, seed, *options))
     last = [entry for entry in run["log_history"] if "loss" in entry][-1]
     return {name: last[name] for name in LOGGED if name in last}
 
@@ -108,7 +109,7 @@ def run_seed(seed, args):
             result = evaluate_blind(easy_vqa.balanced(easy_vqa.questions("train"), seed), rows)
         else:
             with tempfile.TemporaryDirectory() as temporary:
-                checkpoint = {"teacher": qs.TEACHER, "before": str(folder / "mimic_sparse")}.get(name, temporary)
+                checkpoint = {"teacher": EASY_VQA.teacher, "before": str(folder / "mimic_sparse")}.get(name, temporary)
                 if name in VARIANTS:
                     logged = train(name, folder, seed, args, temporary)
                 result = evaluate_model(*load_model_and_processor(checkpoint), rows)
@@ -162,7 +163,7 @@ def report(args):
     seeds = [json.loads((args.results / f"seed-{seed}.json").read_text()) for seed in args.seeds]
     command = f"python benchmarks/preference_seeds.py --seeds {' '.join(map(str, args.seeds))} --runs '{args.runs}' "
     command += f"--num-questions {args.num_questions}" + (f" --steps {args.steps}" if args.steps else "")
-    steps = args.steps or qs.parse_stage("prefer", Path(args.runs), 0)[-1].max_steps
+    steps = args.steps or EASY_VQA.parse("prefer", Path(args.runs), 0)[-1].max_steps
     lines = [
         "# Preference distillation on the embedded data",
         "",

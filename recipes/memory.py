@@ -5,10 +5,12 @@ Expected GPU memory of a recipe's stages, from the sizes in its models' configs;
 
 Per process, in bytes, for S parameters of the student of which T are trained, and P of the teacher:
 
-    4 S              weights, float32
+    4 S              weights, float32, those of an adapter (`use_peft`) among them
     2 T              their bfloat16 copies, which autocast keeps during a step
     4 T + 8 T        gradients; AdamW's two moments
-    2 P              the teacher in bfloat16 (4 P in float32)
+    2 P              the teacher in bfloat16 (4 P in float32); none with `teacher_cache`
+    16 L             with `lora_target` of experts, for L weights of those of one layer: what the adapter adds to them,
+                     the sum, and the gradients of both, float32
     4 · layers · width · batch · max_length    what gradient checkpointing keeps; twice the batch for pairs
 
 ZeRO-2 divides gradients and moments by the processes, FSDP2 and ZeRO-3 the student's weights as well, `shard_teacher`
@@ -17,15 +19,19 @@ fragmentation.
 """
 
 import argparse
+import dataclasses
 import sys
 from pathlib import Path
 
 import torch
 import yaml
+from peft import get_peft_model
 from transformers import AutoConfig, AutoModelForImageTextToText
 
 from llava_mod_hf import LlavaModConfig, LlavaModForConditionalGeneration
 from llava_mod_hf.students.upcycling import moe_layer_indices
+from llava_mod_hf.training.lora import lora_config
+from llava_mod_hf.training.lora_options import LoraOptions
 from llava_mod_hf.training.trainable import set_trainable
 
 STAGES = ("1_adapt", "2_mimic_dense", "3_mimic_sparse", "4_prefer")
@@ -65,9 +71,24 @@ def layer_parameters(model):
     return [parameter for layer in layers for parameter in layer.parameters()]
 
 
-def stage_memory(stage, recipe, student, teacher, processes):
+def adapted(student, recipe):
+    """The student with the adapter of a recipe, and L."""
+    known = {item.name for item in dataclasses.fields(LoraOptions)}
+    options = LoraOptions(**{name: value for name, value in recipe.items() if name in known})
+    options.train_modules = recipe.get("train_modules")
+    student.name_or_path = recipe["student"]
+    model = get_peft_model(student, lora_config(options, student))
+    layers: dict[str, int] = {}
+    for name, module in model.named_modules():
+        if hasattr(module, "parameter_name"):
+            layer = name.partition(".mlp.")[0]
+            layers[layer] = layers.get(layer, 0) + module.get_param().numel()
+    return model, max(layers.values(), default=0)
+
+
+def stage_memory(stage, recipe, student, teacher, processes, sums=0):
     """
-    Parameters, and bytes per process.
+    Parameters, and bytes per process; `sums` is L.
 
     Returns:
         `dict`: `total`, `trained` and `teacher` parameters; `whole`, `zero2`, `fsdp2` and `shard_teacher` bytes, the
@@ -78,7 +99,7 @@ def stage_memory(stage, recipe, student, teacher, processes):
     teacher_count = count(teacher.parameters()) if teacher else 0
     text = student.config.get_text_config()
     sequences = recipe["per_device_train_batch_size"] * (2 if stage == "4_prefer" else 1)
-    kept = 4 * text.num_hidden_layers * text.hidden_size * sequences * recipe["max_length"]
+    kept = 4 * text.num_hidden_layers * text.hidden_size * sequences * recipe["max_length"] + 16 * sums
     weights, copies, updates = 4 * total, 2 * trained, 12 * trained
     teacher_size = 2 if recipe.get("teacher_dtype") in ("bfloat16", "float16") else 4
     teacher_bytes = teacher_count * teacher_size
@@ -102,10 +123,11 @@ def main(argv=None):
     parser.add_argument("--models", help="folder with <organisation>/<name>/config.json, for use without a network")
     args = parser.parse_args(argv)
     recipes = {stage: yaml.safe_load((args.recipe / f"{stage}.yaml").read_text()) for stage in STAGES}
-    recipes["4_prefer"] = {  # it goes on with the student of the stage before
-        **{key: recipes["3_mimic_sparse"][key] for key in ("moe_layers", "num_experts", "num_experts_per_tok")},
-        **recipes["4_prefer"],
-    }
+    upcycled = args.recipe / "upcycle.yaml"  # an adapter's experts are made before
+    sparse = yaml.safe_load(upcycled.read_text()) if upcycled.is_file() else recipes["3_mimic_sparse"]
+    experts = {key: sparse[key] for key in ("moe_layers", "num_experts", "num_experts_per_tok")}
+    for stage in ("3_mimic_sparse", "4_prefer"):  # the last one goes on with the student of the one before
+        recipes[stage] = {**experts, **recipes[stage]}
     lines = [
         "| stage | student | trained | teacher | one GPU, or DDP | ZeRO-2 | FSDP2 | with `shard_teacher` |",
         "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
@@ -114,10 +136,14 @@ def main(argv=None):
         with torch.device("meta"):
             student = LlavaModForConditionalGeneration(student_config(recipes["1_adapt"], recipe, args.models))
             teacher = None
-            if "teacher" in recipe:
+            if "teacher" in recipe and "teacher_cache" not in recipe:
                 teacher = AutoModelForImageTextToText.from_config(load_config(recipe["teacher"], args.models))
-        set_trainable(student, recipe.get("train_modules") or (["adaptor"] if stage == "1_adapt" else None))
-        found = stage_memory(stage, recipe, student, teacher, args.processes)
+            sums = 0
+            if recipe.get("use_peft"):
+                student, sums = adapted(student, recipe)
+        if not recipe.get("use_peft"):
+            set_trainable(student, recipe.get("train_modules") or (["adaptor"] if stage == "1_adapt" else None))
+        found = stage_memory(stage, recipe, student, teacher, args.processes, sums)
         millions = [f"{found[name] / 1e6:,.0f} M" for name in ("total", "trained", "teacher")]
         sizes = [found[name] for name in ("whole", "zero2", "fsdp2", "shard_teacher")]
         sizes = ["–" if size is None else f"{size / GB:.1f} GB" for size in sizes]

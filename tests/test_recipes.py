@@ -26,6 +26,7 @@ from llava_mod_hf import recipes
 
 ROOT = Path(__file__).parents[1]
 RECIPES = ["qwen2-0.5b", "qwen2-1.5b", "qwen3-0.6b"]
+ON_ONE_GPU = "qwen2-1.5b-24gb"  # with adapters, which other commands merge between the stages
 STAGES = {"1_adapt": "adapt", "2_mimic_dense": "mimic", "3_mimic_sparse": "mimic", "4_prefer": "prefer"}
 DATA = {
     "1_adapt": "captions.json",
@@ -68,7 +69,7 @@ def parse(command, argv):
 # What recipes say
 
 
-@pytest.mark.parametrize(("recipe", "stage"), itertools.product(RECIPES, STAGES))
+@pytest.mark.parametrize(("recipe", "stage"), itertools.product([*RECIPES, ON_ONE_GPU], STAGES))
 def test_a_recipe_parses_and_its_values_arrive(recipe, stage, monkeypatch):
     monkeypatch.chdir(ROOT)
     path = f"recipes/{recipe}/{stage}.yaml"
@@ -77,6 +78,8 @@ def test_a_recipe_parses_and_its_values_arrive(recipe, stage, monkeypatch):
     assert values.pop("report_to") == "none"  # which the trainer's options turn into an empty list
     for name, value in values.items():
         found = next(getattr(group, name) for group in groups if hasattr(group, name))
+        if name == "datasets":
+            found = [{key: getattr(entry, key) for key in given} for entry, given in zip(found, value, strict=True)]
         assert found == value, name
 
 
@@ -133,17 +136,18 @@ def test_accelerate_reads_its_configs(name):
         assert config.deepspeed_config["zero_stage"] == int(name[-1])
 
 
-@pytest.mark.parametrize("recipe", RECIPES)
-def test_the_memory_in_the_readme_is_what_its_command_prints(recipe, tmp_path, capsys):
+@pytest.mark.parametrize(("recipe", "options"), [*((name, []) for name in RECIPES), (ON_ONE_GPU, ["--processes", "1"])])
+def test_the_memory_in_the_readme_is_what_its_command_prints(recipe, options, tmp_path, capsys):
     values = yaml.safe_load((ROOT / "recipes" / recipe / "1_adapt.yaml").read_text())
     teacher = yaml.safe_load((ROOT / "recipes" / recipe / "2_mimic_dense.yaml").read_text())["teacher"]
     for name in (values["vision_tower"], values["language_model"], teacher):
         published_config(name).save_pretrained(tmp_path / name)
     runpy.run_path(str(ROOT / "recipes" / "memory.py"))["main"](
-        [str(ROOT / "recipes" / recipe), "--models", str(tmp_path)]
+        [str(ROOT / "recipes" / recipe), "--models", str(tmp_path), *options]
     )
     readme = (ROOT / "recipes" / recipe / "README.md").read_text()
-    assert f"```bash\npython recipes/memory.py recipes/{recipe}\n```\n\n{capsys.readouterr().out}" in readme
+    command = " ".join(["python recipes/memory.py", f"recipes/{recipe}", *options])
+    assert f"```bash\n{command}\n```\n\n{capsys.readouterr().out}" in readme
 
 
 # What recipes may not say
@@ -170,7 +174,7 @@ def refusal(tmp_path):
         "max_steps: true",
         "dataset_name: [a, b]",
         "dataset_name: 5",
-        "dataset_name: null",
+        "student: null",
         "learning_rate: [0.1]",
         "bf16: 2",
         "save_strategy: no",
@@ -284,8 +288,8 @@ def overrides(path, small_models, data, output, student):
             changed[name] = small_models / values[name]
     if student:
         changed["student"] = student
-    changed["dataset_name"] = data / DATA[Path(path).stem]
-    if "image_folder" in values:
+    changed["datasets" if "datasets" in values else "dataset_name"] = data / DATA[Path(path).stem]
+    if "image_folder" in values or "datasets" in values:
         changed["image_folder"] = data / "images"
     return [part for name, value in changed.items() for part in (f"--{name}", str(value))]
 
@@ -331,6 +335,34 @@ def test_two_steps_of_each_stage_as_the_readme_launches_them(recipe, small_model
         assert not any("vision_tower" in name for name in changed)
 
 
+@pytest.mark.slow
+def test_two_steps_of_each_stage_on_one_gpu_as_the_readme_launches_them(small_models, data, tmp_path, monkeypatch):
+    (tmp_path / "recipes").symlink_to(ROOT / "recipes")
+    (tmp_path / "tests").mkdir()  # beside the folders that the commands write
+    monkeypatch.chdir(tmp_path)
+    without_video(monkeypatch)
+    readme = (ROOT / "recipes" / ON_ONE_GPU / "README.md").read_text()
+    lines = [shlex.split(line) for line in re.findall(r"^llava-mod .*", readme, re.MULTILINE)]
+    assert [words[1] for words in lines].count("merge-adapter") == 3
+    for _, command, *argv in lines:
+        options = []
+        if "--config" in argv and command != "upcycle":
+            options = overrides(
+                argv[1], small_models, data, yaml.safe_load(Path(argv[1]).read_text())["output_dir"], None
+            )
+        assert main([command, *argv, *options]) == 0, (command, argv)
+    runs = Path("runs", ON_ONE_GPU)
+    assert AutoConfig.from_pretrained(runs / "student").get_text_config().moe_layers == [0, 2]
+    weights = [load_file(runs / name / "model.safetensors") for name in ("sparse", "mimic_sparse_merged", "student")]
+    both = set()
+    for before, after in itertools.pairwise(weights):
+        changed = {name for name in before if not before[name].equal(after[name])}
+        assert all(any(part in name for name in changed) for part in ("self_attn", "experts", "mlp.gate."))
+        assert not any("vision_tower" in name or "embed_tokens" in name for name in changed)
+        both |= changed
+    assert any("multi_modal_projector" in name for name in both)  # of either, a batch may be of text alone
+
+
 # Launched
 
 
@@ -355,6 +387,8 @@ def test_accelerate_launches_the_readmes_commands_in_two_processes(small_models,
         student = tmp_path / stage
         run = json.loads((student / "run.json").read_text())
         assert run["steps"] == 2
+        counts = list(run.get("datasets", {}).values())
+        assert counts == ([] if stage == "1_adapt" else [{"rows": 8, "read": 8}]), stage  # of both processes
         # two steps of 2 rows in each of 2 processes
         assert run["log_history"][-1]["train_samples_per_second"] * run["log_history"][-1][
             "train_runtime"

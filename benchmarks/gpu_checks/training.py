@@ -12,7 +12,7 @@ from helpers.ddp_gradients import mimic_trainer, raw_gradients, rows
 from helpers.models import moe_blocks
 from helpers.preference_trainers import preference_trainer
 from llava_mod_hf import build_student, load_model_and_processor, recipes, upcycle
-from llava_mod_hf.commands.quickstart import STAGES
+from llava_mod_hf.commands.quickstart_plan import EASY_VQA
 from llava_mod_hf.training.run_folder import save_checkpoint
 
 LANGUAGE_MODEL = "embedded:tiny-student-lm"
@@ -67,9 +67,9 @@ def run_stage(device, name, precision):
         if student is not None:
             save_checkpoint(*make_student(sparse=student == "sparse"), folder / "student")
             options["student"] = folder / "student"
-        recipe = recipes.packaged("recipes", f"tiny/{STAGES[stage].recipe}.yaml")
+        recipe = recipes.packaged("recipes", f"tiny/{EASY_VQA.stages[stage].recipe}.yaml")
         argv = ["--config", str(recipe), *(str(part) for key, value in options.items() for part in (f"--{key}", value))]
-        run = STAGES[stage].run(*recipes.parse(STAGES[stage].groups, argv))
+        run = EASY_VQA.stages[stage].run(*recipes.parse(EASY_VQA.stages[stage].groups, argv))
         model, processor = load_model_and_processor(str(folder / "run"))
     model = model.to(device).eval()
     with torch.no_grad():

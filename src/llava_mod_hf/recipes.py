@@ -85,7 +85,7 @@ def read_recipe(path):
 
 
 # where an option takes more than its parent class says
-KINDS = {"resume_from_checkpoint": str | bool | None}
+KINDS = {"resume_from_checkpoint": str | bool | None, "datasets": typing.Any}
 
 
 def _fits(value, hint, default):

@@ -1,7 +1,6 @@
 """The claims' plan, graph and statistics, without a training."""
 
 import json
-import random
 
 import claims
 import claims_graph
@@ -10,10 +9,9 @@ import claims_quick
 import pytest
 from claims_arms import arm_of
 from claims_graph import Node, run_all, with_inputs
-from claims_statistics import bootstrap, figures, interval
+from claims_statistics import interval
 
-from llava_mod_hf.data.scene_rows import load
-from llava_mod_hf.evaluation.measures import score
+from helpers.scenes import described
 
 
 @pytest.fixture(scope="module")
@@ -124,49 +122,6 @@ def test_a_failure_stops_what_needs_it_and_nothing_else(tmp_path, monkeypatch):
     assert run_all([whole], tmp_path) == {}
 
 
-def rows(right, seed=0, count=400):
-    rng = random.Random(seed)
-    return [
-        {"question": f"{i}", "answer": "a red circle", "kind": "describe",
-         "given": "a red circle" if rng.random() < right else "a red square"}
-        for i in range(count)
-    ]  # fmt: skip
-
-
-def test_figures_by_hand():
-    found = figures(
-        [
-            {"question": "d", "answer": "a red circle and a blue square", "kind": "describe", "given": "a red circle"},
-            {"question": "d", "answer": "a red circle", "kind": "describe", "given": "a red circle and a red square"},
-            {"question": "p", "answer": "no", "kind": "presence (adversarial)", "given": "No."},
-            {"question": "p", "answer": "no", "kind": "presence (random)", "given": "yes"},
-            {"question": "c", "answer": "two", "kind": "count", "given": "two"},
-        ]
-    )
-    assert found == {
-        "exact_match": 2 / 5, "chair_s": 1 / 2, "chair_i": 1 / 3, "object_recall": 2 / 3, "object_f1": 4 / 6,
-        "describe": 0.0, "presence": 1 / 2, "adversarial": 1.0, "count": 1.0,
-    }  # fmt: skip
-
-
-def test_the_figures_are_those_of_evaluate():
-    """Counted row by row here, for the bootstrap, and by the metrics there."""
-    asked = load("mixture", "test", 0, {"rows": 300})
-    rng = random.Random(0)
-    given = [rng.choice([answer, "yes", "a red circle and a blue square"]) for answer in asked["answer"]]
-    columns = {"references": asked["answer"][:], "questions": asked["question"][:], "kinds": asked["kind"][:]}
-    expected = score(predictions=given, **columns)
-    found = figures(
-        [
-            dict(zip(("question", "answer", "kind", "given"), row, strict=True))
-            for row in zip(columns["questions"], columns["references"], columns["kinds"], given, strict=True)
-        ]
-    )
-    for name in ("exact_match", "chair_s", "chair_i", "object_recall"):
-        assert found[name] == expected[name]
-    assert found["adversarial"] == expected["pope"]["presence (adversarial)"]["accuracy"]
-
-
 def plan_of_two(tmp_path, **factors):
     """A plan of one claim, and its answers as they lie in a folder of runs."""
     plan = claims.read_claims()
@@ -222,7 +177,7 @@ def test_a_picked_rate_is_kept(tmp_path, plan):
         arm.validation(claims.VALIDATION_ROWS) for arm in claims.validation_arms(plan, "noise")["supervised"].values()
     ]
     for node, right in zip(nodes, (0.1, 0.9, 0.5), strict=True):
-        columns = {name: [row[name] for row in rows(right)] for name in ("question", "answer", "kind", "given")}
+        columns = {name: [row[name] for row in described(right)] for name in ("question", "answer", "kind", "given")}
         (tmp_path / node.key).mkdir()
         (tmp_path / node.key / "answers.json").write_text(json.dumps(columns))
         (tmp_path / node.key / "done.json").write_text("{}")
@@ -239,20 +194,13 @@ def test_a_picked_rate_is_kept(tmp_path, plan):
     assert [node.options["seed"] for node in final if node.options["seed"] != 99] == [0]  # the arm that has its rate
 
 
-def test_the_bootstrap_is_as_wide_as_the_normal_interval():
-    first, second = rows(0.8, 1), rows(0.6, 2)
-    difference, low, high = bootstrap(first, second, "exact_match")
-    assert difference == figures(first)["exact_match"] - figures(second)["exact_match"]
-    deviation = (0.8 * 0.2 / 400 + 0.6 * 0.4 / 400) ** 0.5
-    assert (high - low) / 2 == pytest.approx(1.96 * deviation, rel=0.15)
-    assert low < difference < high
-    assert bootstrap(first, first, "chair_s") == (0, 0, 0)
-
-
 def test_a_quick_claim_is_said_with_its_recall(plan):
     arms = claims_quick.planned(plan, 7)
     names = {*arms, "teacher"}
-    answers = {name: rows(0.6, 1) for name in names} | {"distilled": rows(0.8, 2), "preferred": rows(0.9, 3)}
+    answers = {name: described(0.6, 1) for name in names} | {
+        "distilled": described(0.8, 2),
+        "preferred": described(0.9, 3),
+    }
     found = {entry["claim"]: entry for entry in claims_quick.entries(answers)}
     assert found["distilled_over_supervised"]["difference"] > 0.1
     assert found["distilled_over_supervised"]["holds"]
@@ -283,11 +231,6 @@ def test_a_quick_claim_is_of_the_arms_of_the_plan(plan):
     assert (arms["supervised"].dense_steps, short["supervised"].dense_steps) == (600, 6)
     assert short["preferred"].prefer["max_steps"] == 2
     assert short["preferred"].prefer["prompts"] == 64
-
-
-def test_other_questions_are_refused():
-    with pytest.raises(ValueError, match="asked different questions"):
-        bootstrap(rows(0.5), rows(0.5)[:-1], "exact_match")
 
 
 def test_the_interval_is_students():

@@ -62,6 +62,23 @@ def texts(dataset):
     return [messages[0]["content"] for messages in dataset["completion"]]
 
 
+def test_prompts_of_a_mixture_keep_their_pictures_and_tell_no_path(folder, tmp_path):
+    entries = []
+    for color in ("red", "blue"):
+        place = tmp_path / color
+        place.mkdir()
+        Image.new("RGB", (8, 8), color).save(place / "x.png")
+        (place / "rows.json").write_text(json.dumps([{"image": "x.png", "question": "what?", "answer": color}]))
+        entries.append({"path": str(place / "rows.json"), "image_folder": str(place)})
+    counts = run_generate_completions(PromptArguments(datasets=entries), options(folder, tmp_path / "set"))
+    assert counts["prompts"] == 2
+    rows = written(tmp_path / "set")
+    colors = {image[0].getpixel((0, 0)) for image in rows["images"]}
+    assert len(rows) == counts["rows"] and colors <= {(255, 0, 0), (0, 0, 255)} and len(colors) == len(rows)
+    assert not {"source_dataset", "source_row"} & set(rows.column_names)
+    assert not [path for path in (tmp_path / "set").iterdir() if str(tmp_path).encode() in path.read_bytes()]
+
+
 def test_greedy_answers_take_the_place_of_the_data_sets(folder, model, processor, rows, tmp_path):
     counts = run_generate_completions(data(), options(folder, tmp_path / "set"))
     expected = [text.strip() for text in generate_answers(model, processor, rows, batch_size=3, max_new_tokens=4)]

@@ -10,6 +10,7 @@ from trl.trainer.dpo_trainer import DataCollatorForVisionPreference
 from trl.trainer.sft_trainer import DataCollatorForVisionLanguageModeling
 
 from llava_mod_hf.data.fitting import check_images_fit, fit_rows, image_token_counter
+from llava_mod_hf.data.mixture import mix_rows
 
 MESSAGES = [{"role": Value("string"), "content": Value("string")}]
 IMAGE = Image.new("RGB", (20, 10), "red")
@@ -139,6 +140,14 @@ def test_malformed_rows_are_named_or_counted(processor, message):
         fit_rows(numbered, processor, max_length=None)
     fitted, report = fit_rows(rows, processor, max_length=None, bad_rows="drop")
     assert len(fitted) == 1 and report["bad"] == 1
+
+
+def test_a_malformed_row_of_a_mixture_is_named_with_its_data_set(processor):
+    rows = rows_of(COMPLETIONS[0], completion(" ")).add_column("source_row", [4, 17])
+    mixed = mix_rows([rows.select([0]), rows], ["first", "second"])
+    for each in (mixed, mixed.to_iterable_dataset()):
+        with pytest.raises(ValueError, match="Row 17 of `second`: an answer is empty"):
+            list(fit_rows(each, processor, max_length=None)[0])
 
 
 def test_malformed_pairs_are_named(processor):

@@ -240,6 +240,7 @@ def train(folder, *modes):
                 ddp_backend="gloo",
                 router_aux_loss_coef=0.1,
             )
+            trainer.args.eval_answers = 3
             gradients[mode] = [trainer.evaluate(rows(count=count)) for count in EVALUATED]
         elif mode == "adaptor":  # which the first process's rows do not reach
             trainer = keep(mode, "teacher", dataset=half_text_rows(), train_modules=["adaptor"])

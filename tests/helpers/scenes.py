@@ -1,5 +1,6 @@
 """Rows of the scenes world without their pictures, and a second, plain reading of what is right."""
 
+import random
 import re
 
 from llava_mod_hf.data import scenes
@@ -40,3 +41,13 @@ def pairs(kinds_of_scenes):
 def bound(share, count):
     """Four standard deviations of a share of `count` draws."""
     return 4 * (share * (1 - share) / count) ** 0.5
+
+
+def described(right, seed=0, count=400):
+    """Answered descriptions of a red circle, of which a share is right."""
+    rng = random.Random(seed)
+    return [
+        {"question": f"{i}", "answer": "a red circle", "kind": "describe",
+         "given": "a red circle" if rng.random() < right else "a red square"}
+        for i in range(count)
+    ]  # fmt: skip

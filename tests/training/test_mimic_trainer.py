@@ -158,9 +158,17 @@ def assert_evaluation_counts_each_row_once(found, models, trainer_of, processor)
     other, other_processor = smaller_images(teacher, processor)
     options = {"per_device_eval_batch_size": 2, "router_aux_loss_coef": 0.1, **PLAIN}
     one = trainer_of(student, other, teacher_processor=other_processor, **options)
+    one.args.eval_answers = 3
     for metrics, count in zip(found, EVALUATED, strict=True):
         expected = one.evaluate(rows(count=count))
-        for name in ("eval_loss", "eval_kl", "eval_lm_loss", "eval_mean_token_accuracy", "eval_entropy"):
+        for name in (
+            "eval_loss",
+            "eval_kl",
+            "eval_lm_loss",
+            "eval_mean_token_accuracy",
+            "eval_entropy",
+            "eval_exact_match",
+        ):
             assert metrics[name] == pytest.approx(expected[name], rel=1e-5), (name, count)
 
 

@@ -5,7 +5,7 @@ import inspect
 import pytest
 from transformers import ProgressCallback, Trainer, TrainerCallback
 from transformers.trainer_pt_utils import get_length_grouped_indices
-from trl import DPOTrainer, SFTTrainer
+from trl import DPOTrainer, SFTTrainer, get_peft_config
 from trl.models import prepare_deepspeed
 from trl.models.utils import _ForwardRedirection, unwrap_model_for_generation
 from trl.trainer.sft_trainer import DataCollatorForVisionLanguageModeling
@@ -18,7 +18,9 @@ from llava_mod_hf.training.adapt_trainer import AdaptTrainer
 from llava_mod_hf.training.finite_steps import FiniteSteps
 from llava_mod_hf.training.logs import KeepsMetrics
 from llava_mod_hf.training.progress import LossOnBar, StepTimer
+from llava_mod_hf.training.rows_read import CountsRows, RowsRead
 from llava_mod_hf.training.safe_run import EndAtLastStep, SafeRun
+from llava_mod_hf.training.validation import Validates
 
 INIT = (
     "self model {} args data_collator train_dataset eval_dataset processing_class {} compute_metrics callbacks "
@@ -71,11 +73,22 @@ OVERRIDDEN = {
     ),
     EndAtLastStep: (TrainerCallback, {"on_epoch_begin": CALLBACK}),
     FiniteSteps: (TrainerCallback, {"on_step_end": CALLBACK}),
+    CountsRows: (
+        Trainer,
+        {"get_train_dataloader": "self", "get_batch_samples": "self epoch_iterator num_batches device"},
+    ),
+    RowsRead: (TrainerCallback, {"on_train_begin": CALLBACK, "on_step_end": CALLBACK}),
     GroupedBatches: (
         Trainer,
         {"_get_train_sampler": "self train_dataset", "_get_eval_sampler": "self eval_dataset"},
     ),
     LossOnBar: (ProgressCallback, {"on_log": "self args state control logs kwargs"}),
+    Validates: (
+        Trainer,
+        {
+            "evaluation_loop": "self dataloader description prediction_loss_only ignore_keys metric_key_prefix",
+        },
+    ),
     StepTimer: (TrainerCallback, {"on_train_begin": CALLBACK, "on_step_end": CALLBACK}),
 }
 CALLED = {
@@ -89,8 +102,11 @@ CALLED = {
     SFTTrainer._load_best_model: "self",
     SFTTrainer.init_hf_repo: "self token private",
     DPOTrainer.compute_ref_log_probs: "self model inputs",
+    SFTTrainer._set_signature_columns_if_needed: "self",
     DPOTrainer._set_signature_columns_if_needed: "self",
     _ForwardRedirection.__call__: "self wrapper_module original_module method args kwargs",
+    Trainer.get_optimizer_cls_and_kwargs: "args model",
+    get_peft_config: "model_args",
     prepare_deepspeed: "model accelerator",
     maybe_gather_lm_head_ctx: "params",
     unwrap_model_for_generation: "model accelerator gather_deepspeed3_params generation_kwargs "

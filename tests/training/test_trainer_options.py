@@ -2,21 +2,27 @@
 
 import dataclasses
 import re
+import sys
+from importlib.machinery import ModuleSpec
 from pathlib import Path
+from types import ModuleType, SimpleNamespace
 
 import pytest
+import torch
 import transformers
 import trl.trainer
 import yaml
 from peft import LoraConfig, PromptTuningConfig, get_peft_model
-from transformers import TrainingArguments
+from transformers import TrainingArguments, trainer_optimizer
 
 import llava_mod_hf
 from helpers.ddp_gradients import RUN, mimic_trainer, rows
 from helpers.preference_trainers import preference_trainer
 from llava_mod_hf import MimicConfig, MimicTrainer, PreferenceConfig, PreferenceTrainer, recipes
+from llava_mod_hf.training import trainer_options
 from llava_mod_hf.training.adapt_config import AdaptConfig
 from llava_mod_hf.training.adapt_trainer import AdaptTrainer
+from llava_mod_hf.training.run_folder import start_run
 from llava_mod_hf.training.trainer_options import DEPENDENT, REFUSED, limit_max_length, verdicts
 
 CONFIGS = {"adapt": AdaptConfig, "mimic": MimicConfig, "prefer": PreferenceConfig}
@@ -175,6 +181,44 @@ def test_weights_and_empty_values_are_refused_by_the_config_and_in_a_recipe(stag
     recipe.write_text(yaml.safe_dump({**SETTINGS, **args}))
     with pytest.raises(ValueError, match=rf"{message}|`{next(iter(args))}: .*is of another kind than"):
         recipes.parse([CONFIGS[stage]], ["--config", str(recipe)])
+
+
+@pytest.mark.parametrize("optim", ["adamw_8bit", "paged_adamw_8bit", "paged_adamw_32bit", "lion_8bit"])
+def test_an_optimiser_of_a_library_that_is_missing_is_refused_first(trainer_of, tmp_path, monkeypatch, optim):
+    monkeypatch.setattr(trainer_optimizer, "is_bitsandbytes_available", lambda: False)
+    told = f"`optim` is `.*{optim.split('_')[-1]}`, whose library is not installed .*bitsandbytes.*give `adamw_torch`"
+    with pytest.raises(ValueError, match=told):
+        trainer_of("mimic", args={"optim": optim})
+    with pytest.raises(ValueError, match=told):
+        start_run(MimicConfig(**{**SETTINGS, "output_dir": str(tmp_path)}, optim=optim))
+
+
+@pytest.mark.parametrize("optim", ["paged_adamw_8bit", "paged_adamw_32bit", "adamw_8bit"])
+def test_an_optimiser_of_few_bits_gets_what_is_trained_alone(trainer_of, monkeypatch, optim):
+    """With a stand-in for its library, which needs a GPU: the parent hands it the bits and the pages."""
+
+    class AdamW(torch.optim.AdamW):
+        def __init__(self, params, optim_bits, is_paged, **kwargs):
+            super().__init__(params, **kwargs)
+            self.asked = (optim_bits, is_paged)
+
+    lora = LoraConfig(r=2, target_modules=r".*language_model.*\.q_proj")
+    with monkeypatch.context() as patch:
+        patch.setattr(trainer_options, "check_libraries", lambda args: None)
+        trainer = trainer_of("mimic", args={"optim": optim}, peft_config=lora)
+    manager = SimpleNamespace(register_module_override=lambda *args: None)
+    library, optimisers = ModuleType("bitsandbytes"), ModuleType("bitsandbytes.optim")
+    optimisers.AdamW = optimisers.Lion = optimisers.RMSprop = AdamW
+    optimisers.GlobalOptimManager = SimpleNamespace(get_instance=lambda: manager)
+    library.optim = optimisers
+    library.__spec__ = optimisers.__spec__ = ModuleSpec("bitsandbytes", None)
+    monkeypatch.setitem(sys.modules, "bitsandbytes", library)
+    monkeypatch.setitem(sys.modules, "bitsandbytes.optim", optimisers)
+    monkeypatch.setattr(trainer_optimizer, "is_bitsandbytes_available", lambda: True)
+    optimiser = trainer.create_optimizer()
+    assert optimiser.asked == (8 if "8bit" in optim else 32, "paged" in optim)
+    given = {id(parameter) for group in optimiser.param_groups for parameter in group["params"]}
+    assert given == {id(p) for name, p in trainer.model.named_parameters() if "lora_" in name}
 
 
 # What a trainer is given beside them

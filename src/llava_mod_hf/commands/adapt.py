@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from llava_mod_hf.commands.parts import fit_to_recipe
+from llava_mod_hf.commands.parts import fit_to_recipe, load_eval_rows, refuse_adapter_of_new_student
 from llava_mod_hf.data.load import load_rows
 from llava_mod_hf.students.build import build_student
 from llava_mod_hf.training.adapt_trainer import AdaptTrainer
@@ -13,8 +13,11 @@ OPTIONS = ("data.arguments:DataArguments", "commands.arguments:StudentArguments"
 
 def run(data_args, student_args, args):
     """Adaptor initialisation: next-token cross-entropy, only the adaptor is trained (paper, stage 1)."""
+    refuse_adapter_of_new_student(args, "makes the student")
     begun = start_run(data_args, student_args, args)
-    rows = load_rows(data_args, columns=("prompt", "completion"), seed=args.seed, num_proc=args.dataset_num_proc)
+    columns = ("prompt", "completion")
+    rows = load_rows(data_args, columns=columns, seed=args.seed, num_proc=args.dataset_num_proc)
+    eval_rows = load_eval_rows(data_args, args, columns)
     template = Path(args.chat_template_path).read_text() if args.chat_template_path else None
     args.chat_template_path = None  # read here: the parent would expect a tokenizer that has it already
     model, processor = build_student(
@@ -26,5 +29,6 @@ def run(data_args, student_args, args):
         seed=args.seed,
     )
     rows = fit_to_recipe(rows, model, processor, data_args, args)
-    trainer = AdaptTrainer(model, args, train_dataset=rows, processing_class=processor)
+    eval_rows = fit_to_recipe(eval_rows, model, processor, data_args, args)
+    trainer = AdaptTrainer(model, args, train_dataset=rows, eval_dataset=eval_rows, processing_class=processor)
     return train_and_save(trainer, "adapt", begun)

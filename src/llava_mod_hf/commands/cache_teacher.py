@@ -13,7 +13,7 @@ from tqdm.auto import tqdm
 from trl.chat_template_utils import get_training_chat_template, has_generation_markers
 
 from llava_mod_hf.commands.arguments import DistillArguments, UpcycleArguments
-from llava_mod_hf.commands.parts import fit_to_recipe, load_teacher, settings_of_teacher
+from llava_mod_hf.commands.parts import fit_to_recipe, load_eval_rows, load_teacher, settings_of_teacher
 from llava_mod_hf.data.arguments import DataArguments
 from llava_mod_hf.data.conversations import AnswersCollator, supervises_answers
 from llava_mod_hf.data.load import load_rows
@@ -194,7 +194,8 @@ def load_for_cache(data_args, distill_args, args, cache_args, *, columns):
     What a cache is made from.
 
     Returns:
-        `tuple`: student without weights and its processor, teacher and its processor, and the rows that fit.
+        `tuple`: student without weights and its processor, teacher and its processor, and the rows that fit, those that
+        the stage is evaluated on among them.
 
     Raises:
         ValueError: if there is no `teacher_cache`, or rows are streamed.
@@ -208,6 +209,10 @@ def load_for_cache(data_args, distill_args, args, cache_args, *, columns):
     if not hasattr(rows, "__len__"):
         raise ValueError("A cache has a row for each of a known number: leave out `streaming`.")
     rows = fit_to_recipe(rows, student, processor, data_args, args)
+    eval_rows = fit_to_recipe(load_eval_rows(data_args, args, columns), student, processor, data_args, args)
+    if eval_rows is not None:
+        shared = [name for name in rows.column_names if name in eval_rows.column_names]
+        rows = concatenate_datasets([each.select_columns(shared) for each in (rows, eval_rows)])
     teacher, teacher_processor = load_teacher(distill_args, trust)
     if distill_args.teacher_quantization is None and distill_args.teacher_device is None:
         teacher.to(args.device)
@@ -254,9 +259,12 @@ def finish_cache(
         if cache_args.push_to:
             check_shards(folder)
         return
-    public, given = PublicNames(), {"teacher": distill_args.teacher, "dataset": data_args.dataset_name}
-    names = {role: last_part(name) if public.is_local(name) else name for role, name in given.items()}
-    linked = {role: [name] if public.is_hub_id(name) else None for role, name in given.items()}
+    public, given = PublicNames(), {"teacher": [distill_args.teacher], "dataset": dict.fromkeys(data_args.names())}
+    names = {
+        role: ", ".join(last_part(name) if public.is_local(name) else name for name in each)
+        for role, each in given.items()
+    }
+    linked = {role: [name for name in each if public.is_hub_id(name)] or None for role, each in given.items()}
     card = DatasetCard.from_template(
         DatasetCardData(
             pretty_name=f"{title} of {names['teacher']}",

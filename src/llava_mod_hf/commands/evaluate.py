@@ -56,6 +56,8 @@ def run(data_args: DataArguments, args: EvaluateCommand):
     output_file = Path(args.output_file or Path(args.model) / RESULTS_FILE)
     if not output_file.parent.is_dir():
         raise ValueError(f"`{output_file.parent}` is no folder to write the results to: give `output_file`.")
+    if data_args.dataset_name is None:
+        raise ValueError("`datasets` are several, and measures are of one: give `dataset_name`, one after the other.")
     training_name = args.train_dataset_name or data_args.dataset_name
     if Path(training_name).is_file() and Path(training_name).resolve() == Path(data_args.dataset_name).resolve():
         raise ValueError(

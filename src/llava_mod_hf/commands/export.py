@@ -4,7 +4,7 @@ import json
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from llava_mod_hf.loading import load_model_and_processor
+from llava_mod_hf.commands.parts import load_without_adapter
 from llava_mod_hf.students.stock_export import MERGES, export_stock, merge_experts
 from llava_mod_hf.training.run_folder import check_output_dir, save_checkpoint
 
@@ -38,7 +38,7 @@ def run(args: ExportCommand):
         raise ValueError(f"`form` is {args.form!r}: give one of stock, {', '.join(MERGES)}.")
     if (args.results is not None) != (args.form == "load"):
         raise ValueError(f"`--results` is {args.results!r} with `--form {args.form}`: the form `load` alone needs it.")
-    model, processor = load_model_and_processor(args.model, dtype="auto", trust_remote_code=args.trust_remote_code)
+    model, processor = load_without_adapter(args.model, dtype="auto", trust_remote_code=args.trust_remote_code)
     if args.form == "stock":
         exported = export_stock(model)
     else:

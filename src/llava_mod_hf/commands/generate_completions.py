@@ -13,6 +13,7 @@ from pyarrow.parquet import read_metadata
 from llava_mod_hf.data.arguments import PromptArguments
 from llava_mod_hf.data.load import MESSAGES, image_root, load_rows
 from llava_mod_hf.data.marks import find_mark, leave_out_marked, marks_of
+from llava_mod_hf.data.mixture import SOURCE
 from llava_mod_hf.data.parquet_shards import check_shards, write_shards
 from llava_mod_hf.evaluation.answers import sample_answers
 from llava_mod_hf.fingerprints import content_hash, processor_parts
@@ -109,7 +110,9 @@ def load_prompts(data_args, args, *, columns=()):
         raise ValueError('`multi_turn` must be "expand" here: each answer of a conversation has its own prompt.')
     rows = load_rows(data_args, columns=("prompt", *columns), seed=args.seed, num_proc=args.num_proc)
     if not isinstance(rows[:1]["prompt"][0], list):
-        raise ValueError(f"The prompts of `{data_args.dataset_name}` are no messages: write them as `role`, `content`.")
+        raise ValueError(
+            f"The prompts of `{'`, `'.join(data_args.names())}` are no messages: write them as `role`, `content`."
+        )
     return rows
 
 
@@ -126,7 +129,9 @@ class PromptRows:
 
     def __init__(self, rows, root):
         self.root = root
-        self.rows = rows.remove_columns([name for name in self.dropped if name in rows.column_names])
+        # the names of a mixture's data sets are paths of this machine, and its rows' numbers say nothing without them
+        dropped = (*self.dropped, *((SOURCE, "source_row") if SOURCE in rows.column_names else ()))
+        self.rows = rows.remove_columns([name for name in dropped if name in rows.column_names])
 
     def features(self, **added):
         """Of the written rows, with `added` columns."""

@@ -20,6 +20,7 @@ from llava_mod_hf.data.arguments import PromptArguments
 from llava_mod_hf.data.formats import check_answer, text_of
 from llava_mod_hf.data.load import MESSAGES, image_root
 from llava_mod_hf.data.marks import check_marks, find_mark, leave_out_marked, marks_of
+from llava_mod_hf.data.mixture import row_names
 from llava_mod_hf.evaluation.answers import evaluating, inputs_for, sample_answers
 from llava_mod_hf.evaluation.measures import normalize_answer
 from llava_mod_hf.losses.rows import shift_for_next_token
@@ -152,16 +153,15 @@ def right_answers(rows):
         raise ValueError(
             "`scorer` is `answer`, and the rows have neither an `answer` nor a `completion` to compare with."
         )
-    numbers = rows["source_row"][:] if "source_row" in rows.column_names else range(len(rows))
     answers = []
-    for number, answer in zip(numbers, rows[column], strict=True):
+    for where, answer in zip(row_names(rows), rows[column], strict=True):
         text = answer
         if column == "completion" and isinstance(answer, list):
-            check_answer(answer, f"Row {number}")
+            check_answer(answer, where)
             text = "".join(text_of(message["content"]) for message in answer)
         if not isinstance(text, str) or not text.strip():
             raise ValueError(
-                f"Row {number}: the `{column}` is {answer!r:.80}: `scorer: answer` compares with a text; give one, or "
+                f"{where}: the `{column}` is {answer!r:.80}: `scorer: answer` compares with a text; give one, or "
                 "leave out the row."
             )
         answers.append(text)

@@ -3,8 +3,10 @@
 from llava_mod_hf.commands.parts import (
     check_experts,
     fit_to_recipe,
+    load_eval_rows,
     load_student,
     load_teacher_or_cache,
+    refuse_adapter_of_new_student,
     upcycle_student,
 )
 from llava_mod_hf.data.load import load_rows
@@ -23,10 +25,15 @@ OPTIONS = (
 def run(data_args, distill_args, upcycle_args, args):
     """Mimic distillation, dense-to-dense or, with `moe_layers`, dense-to-sparse (paper, stage 2)."""
     check_experts(upcycle_args)
+    if upcycle_args.moe_layers is not None:
+        refuse_adapter_of_new_student(args, "makes a sparse student (`moe_layers`)")
     begun = start_run(data_args, distill_args, upcycle_args, args)
-    rows = load_rows(data_args, columns=("prompt", "completion"), seed=args.seed, num_proc=args.dataset_num_proc)
+    columns = ("prompt", "completion")
+    rows = load_rows(data_args, columns=columns, seed=args.seed, num_proc=args.dataset_num_proc)
+    eval_rows = load_eval_rows(data_args, args, columns)
     student, processor = load_student(distill_args, args.trust_remote_code)
     rows = fit_to_recipe(rows, student, processor, data_args, args)
+    eval_rows = fit_to_recipe(eval_rows, student, processor, data_args, args)
     student = upcycle_student(student, upcycle_args, router_aux_loss_coef=args.router_aux_loss_coef, seed=args.seed)
     teacher, teacher_processor = None, None
     if args.kl_weight:
@@ -36,6 +43,7 @@ def run(data_args, distill_args, upcycle_args, args):
         teacher,
         args,
         train_dataset=rows,
+        eval_dataset=eval_rows,
         processing_class=processor,
         teacher_processor=teacher_processor,
     )

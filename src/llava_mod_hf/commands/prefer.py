@@ -1,6 +1,6 @@
 """`llava-mod prefer`: preference distillation with the teacher as reference."""
 
-from llava_mod_hf.commands.parts import fit_to_recipe, load_student, load_teacher_or_cache
+from llava_mod_hf.commands.parts import fit_to_recipe, load_eval_rows, load_student, load_teacher_or_cache
 from llava_mod_hf.data.load import load_rows
 from llava_mod_hf.teachers.reference_model import CachedReference
 from llava_mod_hf.training.preference_trainer import PreferenceTrainer
@@ -18,8 +18,10 @@ def run(data_args, distill_args, args):
     begun = start_run(data_args, distill_args, args)
     columns = ("prompt", "chosen", "rejected")
     rows = load_rows(data_args, columns=columns, seed=args.seed, num_proc=args.dataset_num_proc)
+    eval_rows = load_eval_rows(data_args, args, columns)
     student, processor = load_student(distill_args, args.trust_remote_code)
     rows = fit_to_recipe(rows, student, processor, data_args, args)
+    eval_rows = fit_to_recipe(eval_rows, student, processor, data_args, args)
     teacher, teacher_processor = None, None
     if args.reference == "teacher":
         teacher, teacher_processor = load_teacher_or_cache(distill_args, args.trust_remote_code, CachedReference)
@@ -28,6 +30,7 @@ def run(data_args, distill_args, args):
         teacher,
         args,
         train_dataset=rows,
+        eval_dataset=eval_rows,
         processing_class=processor,
         teacher_processor=teacher_processor,
     )

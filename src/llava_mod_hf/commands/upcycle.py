@@ -3,8 +3,7 @@
 from dataclasses import dataclass, field
 
 from llava_mod_hf.commands.arguments import UpcycleArguments
-from llava_mod_hf.commands.parts import upcycle_student
-from llava_mod_hf.loading import load_model_and_processor
+from llava_mod_hf.commands.parts import load_without_adapter, upcycle_student
 from llava_mod_hf.training.run_folder import check_output_dir, save_checkpoint
 
 OPTIONS = ("commands.arguments:UpcycleArguments", "commands.upcycle:UpcycleCommand")
@@ -29,6 +28,6 @@ class UpcycleCommand:
 def run(upcycle_args: UpcycleArguments, args: UpcycleCommand):
     """Dense student → sparse student with the same logits."""
     check_output_dir(args.output_dir)
-    student, processor = load_model_and_processor(args.student, trust_remote_code=args.trust_remote_code)
+    student, processor = load_without_adapter(args.student, trust_remote_code=args.trust_remote_code)
     upcycle_args.moe_layers = upcycle_args.moe_layers or ["alternate"]
     save_checkpoint(upcycle_student(student, upcycle_args, seed=args.seed), processor, args.output_dir)

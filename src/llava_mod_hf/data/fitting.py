@@ -14,10 +14,11 @@ from llava_mod_hf.data.conversations import as_answers, check_assistant_only, co
 from llava_mod_hf.data.formats import check_answer, check_pair
 from llava_mod_hf.data.images import map_undecoded, open_image
 from llava_mod_hf.data.marks import check_marks, marks_of
+from llava_mod_hf.data.mixture import SOURCE, row_name, source_names
 
 LENGTH, NUM_IMAGES, REASON = "length", "num_images", "reason"
 
-COLUMNS = ("images", "prompt", "completion", "chosen", "rejected", "messages", "source_row")
+COLUMNS = ("images", "prompt", "completion", "chosen", "rejected", "messages", "source_row", SOURCE)
 
 REASONS = {
     "too_long": "longer than `max_length`",
@@ -78,6 +79,7 @@ def fit_rows(
         max_length=max_length,
         by_marks=assistant_only_loss,
         bad_rows=bad_rows,
+        names=source_names(rows),
         seen={},  # text → what is known of it: short questions and answers come again and again
     )
     report = {"rows": 0, "longest": 0, **dict.fromkeys(REASONS, 0)}
@@ -222,7 +224,8 @@ def _constant(value, _):
     return value
 
 
-def _measure_batch(batch, indices, *, processor, image_tokens, max_length, bad_rows, seen, by_marks=False):
+# parameters: what holds for all rows is bound once, and the rest is the batch
+def _measure_batch(batch, indices, *, processor, image_tokens, max_length, bad_rows, seen, by_marks=False, names=()):
     """`length`, `num_images` and the reason to leave a row out, for a batch of rows with undecoded images."""
     columns = {name: values for name, values in batch.items() if name in COLUMNS}
     rows = [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
@@ -230,13 +233,13 @@ def _measure_batch(batch, indices, *, processor, image_tokens, max_length, bad_r
         seen.clear()
     keys, new = [], {}
     for row, index in zip(rows, indices, strict=True):
-        texts = {name: value for name, value in row.items() if name not in ("images", "source_row")}
+        texts = {name: value for name, value in row.items() if name not in ("images", "source_row", SOURCE)}
         num_images = len(row["images"] or [])
         key = json.dumps([num_images, texts], default=str)
         keys.append(key)
         if key not in seen and key not in new:
             try:
-                new[key] = _render(texts, num_images, processor, f"Row {row.get('source_row', index)}", by_marks)
+                new[key] = _render(texts, num_images, processor, row_name(row, index, names), by_marks)
             except ValueError:
                 if bad_rows == "error":
                     raise

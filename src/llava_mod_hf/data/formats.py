@@ -9,6 +9,9 @@ IMAGE_PLACEHOLDER = "<image>"
 
 CHUNK = 1 << 20  # characters of a JSON file that are read at a time
 
+# of an image folder's metadata → where `image_references` looks
+IMAGE_FOLDER_COLUMNS = {"file_name": "image", "file_names": "images"}
+
 LLAVA_ROLES = {"system": "system", "human": "user", "gpt": "assistant"}
 
 
@@ -342,6 +345,30 @@ def _read_llava(row, images, where):
     return {"messages": llava_messages(row["conversations"], len(images), where)}
 
 
+def _read_texts(row, images, where):
+    texts = row["texts"]
+    if not isinstance(texts, list) or not texts:
+        raise ValueError(f"{where}: `texts` must be a list of `{{user, assistant}}`, at least one.")
+    if not all(isinstance(text, dict) and {"user", "assistant"} <= text.keys() for text in texts):
+        raise ValueError(f"{where}: `texts` must be a list of `{{user, assistant}}`.")
+    turns = (("human", "user"), ("gpt", "assistant"))
+    turns = [{"from": role, "value": text[name]} for text in texts for role, name in turns]
+    return {"messages": llava_messages(turns, len(images), where)}
+
+
+def _read_question(row, images, where):
+    turns = [{"from": "human", "value": row["question"]}, {"from": "gpt", "value": row["answer"]}]
+    return {"messages": llava_messages(turns, len(images), where)}
+
+
+def _read_caption(row, images, where):
+    """A picture and its text, as LLaVA's first stage has it: what is asked is the picture alone."""
+    if not images:
+        raise ValueError(f"{where} has no image that its `text` could be of: give it one, or leave out the row.")
+    turns = [{"from": "human", "value": ""}, {"from": "gpt", "value": row["text"]}]
+    return {"messages": llava_messages(turns, len(images), where)}
+
+
 PAIR, ANSWER = ("prompt", "chosen", "rejected"), ("prompt", "completion")
 
 FORMATS |= {
@@ -351,4 +378,7 @@ FORMATS |= {
     "RLAIF-V": Format(("question", "chosen", "rejected"), _read_rlaif_v, PAIR),
     "messages": Format(("messages",), lambda row, *_: {"messages": row["messages"]}, ("messages",), is_trl=True),
     "prompt": Format(("prompt",), lambda row, *_: {"prompt": row["prompt"]}, ("prompt",), is_trl=True),
+    "the_cauldron": Format(("texts",), _read_texts, ("messages",)),
+    "question-answer": Format(("question", "answer"), _read_question, ("messages",)),
+    "image-text": Format(("image", "text"), _read_caption, ("messages",)),
 }

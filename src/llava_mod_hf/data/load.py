@@ -1,8 +1,6 @@
 """Data sets → rows in TRL's formats, checked before training starts."""
 
 import itertools
-import logging
-import re
 from pathlib import Path
 
 from datasets import Dataset, Features, Image, IterableDataset, List, Value, load_dataset
@@ -11,18 +9,21 @@ from datasets.exceptions import DatasetGenerationError
 from llava_mod_hf import loading
 from llava_mod_hf.data import easy_vqa, scene_rows
 from llava_mod_hf.data.arguments import DataArguments
-from llava_mod_hf.data.formats import FORMATS, image_references, json_rows, read_row, recognise
+from llava_mod_hf.data.formats import FORMATS, image_references, read_row, recognise
 from llava_mod_hf.data.images import map_undecoded, resolve_image
-from llava_mod_hf.data.parquet_shards import check_shards
+from llava_mod_hf.data.mixture import MESSAGES, first_rows, in_one_form, mix_rows, plain_row
+from llava_mod_hf.data.problems import PROBLEM, without_problems
+from llava_mod_hf.data.row_files import (
+    METADATA,
+    SUFFIXES,
+    files_of,
+    first_odd_row,
+    first_row,
+    rows_of,
+    sample_columns,
+    unwrap_sample,
+)
 from llava_mod_hf.hub_reading import told_when_the_hub_fails
-
-READERS = {".json": "json", ".jsonl": "json", ".parquet": "parquet"}
-
-MESSAGES = [{"role": Value("string"), "content": Value("string")}]
-
-PROBLEM = "problem"  # column: why a row is to be left out; gone before anybody sees the rows
-
-logger = logging.getLogger(__name__)
 
 
 def load_rows(args: DataArguments, *, columns, split=None, seed=0, num_proc=None):
@@ -32,29 +33,44 @@ def load_rows(args: DataArguments, *, columns, split=None, seed=0, num_proc=None
     Args:
         args ([`DataArguments`]).
         columns (`tuple[str]`): the columns that the stage needs, such as `("prompt", "completion")`.
-        split (`str`, *optional*): by default `args.dataset_train_split`.
-        seed (`int`, *optional*, defaults to 0): of the embedded data's thinning.
+        split (`str`, *optional*): by default `args.dataset_train_split`, or of a mixture each entry's own.
+        seed (`int`, *optional*, defaults to 0): of the embedded data's thinning, and of a mixture's order.
         num_proc (`int`, *optional*): processes that convert rows and check images.
 
     Returns:
         `datasets.Dataset`, or `datasets.IterableDataset` if streamed, with `images` (lists of PIL images when read) and
-        `columns`. Rows that were converted also have `source_row`, their number in the data set.
+        `columns`. Rows that were converted also have `source_row`, their number in the data set; those of a mixture
+        always, and the data set's name as `source_dataset`.
 
     Raises:
         ValueError: if the file or a column is missing, the format is unknown, a row is malformed, an image path leaves
             the image folder, or an image is missing, broken or a decompression bomb.
         ConnectionError: if the Hub fails while the data set is read.
     """
+    sources = args.sources(split)
+    loaded = [_load(source, columns, seed, num_proc) for source in sources]
+    if args.datasets is None:
+        return loaded[0]
+    labels = [source.label for source in sources]
+    loaded = in_one_form(loaded, labels, columns, bad_rows=args.bad_rows, num_proc=num_proc)
+    mixed = mix_rows(loaded, labels, args.weights, stopping_strategy=args.stopping_strategy, seed=seed)
+    return first_rows(mixed, args.max_samples)
+
+
+def _load(args, columns, seed, num_proc):
+    """The rows of one [`~llava_mod_hf.data.arguments.DataSource`]."""
+    split = args.dataset_train_split
     if args.dataset_options and args.dataset_name != scene_rows.DATASET:
         raise ValueError(
-            f"`dataset_options` are of `{scene_rows.DATASET}`, and the data set is `{args.dataset_name}`: leave them "
-            "out."
+            f"`{'dataset_options' if args.label is None else 'options'}` are of `{scene_rows.DATASET}`, and the data "
+            f"set is `{args.dataset_name}`: leave them out."
         )
     if args.dataset_name.startswith(loading.PREFIX):
-        dataset = _embedded(args, split or args.dataset_train_split, seed)
+        _check_keys(args, ("data_dir", "data_files", "columns"), "an embedded one")
+        dataset = _embedded(args, split, seed)
     else:
         try:
-            dataset = _published(args, split or args.dataset_train_split, num_proc)
+            dataset = _published(args, split, num_proc)
         except DatasetGenerationError as error:
             cause = error.__cause__ or error
             if isinstance(cause, ValueError) and str(cause).startswith("Row "):
@@ -68,10 +84,18 @@ def load_rows(args: DataArguments, *, columns, split=None, seed=0, num_proc=None
             f"`{args.dataset_name}` has the columns {names}, and this stage needs {', '.join(missing)} as well: "
             "docs/data.md says what for."
         )
-    dataset = _first(dataset, args.max_samples)
+    dataset = first_rows(dataset, args.max_samples)
     if not args.streaming and len(dataset) == 0:
         raise ValueError(f"`{args.dataset_name}` has no rows: nothing to train on.")
     return dataset
+
+
+def _check_keys(args, names, what):
+    """Refuses keys of an entry that do nothing for its data set."""
+    for name in names:
+        if getattr(args, name) is not None:
+            key = "name" if name == "dataset_config" else name
+            raise ValueError(f"`{key}` is given with the data set `{args.dataset_name}`, {what}: leave it out.")
 
 
 def _embedded(args, split, seed):
@@ -88,9 +112,9 @@ def _embedded(args, split, seed):
 
 
 def image_root(args):
-    """The folder that relative image paths of a local data set start from; `None` for any other data set."""
-    path = Path(args.dataset_name)
-    if path.is_dir() or path.suffix in READERS:
+    """The folder that relative image paths of a local data set start from; `None` for any other, and for a mixture."""
+    path = Path(args.dataset_name or "")
+    if args.dataset_name and (path.is_dir() or path.suffix in SUFFIXES):
         return Path(args.image_folder or (path if path.is_dir() else path.parent)).resolve()
     return None
 
@@ -98,72 +122,81 @@ def image_root(args):
 def _published(args, split, num_proc):
     """A local file or folder, or a data set of the Hub: in TRL's formats, its images checked."""
     path, root = Path(args.dataset_name), image_root(args)
-    if path.suffix in READERS and not path.is_file():
-        raise ValueError(f"The data file `{path}` does not exist: check `dataset_name`.")
-    layout = None
-    if READERS.get(path.suffix) == "json":
-        first = next((row for row in json_rows(path) if isinstance(row, dict)), None)
-        if first is None:
-            raise ValueError(f"`{path}` has no rows of `{{key: value}}`: nothing to train on.")
-        layout = recognise(first, path)
-        odd = (index for index, row in enumerate(json_rows(path)) if not isinstance(row, dict))
-        if FORMATS[layout].is_trl and (number := next(odd, None)) is not None:  # `datasets` dies of it
-            raise ValueError(f"Row {number} of `{path}` is no `{{key: value}}`: take it out of the file.")
-    if layout is not None and not FORMATS[layout].is_trl:
-        dataset = _read_json(args, path, layout)
-    else:
-        if path.suffix in READERS:
-            dataset = load_dataset(READERS[path.suffix], data_files=str(path), split="train", streaming=args.streaming)
-        elif path.is_dir():
+    if root is None:
+        more = {name: value for name in ("data_dir", "data_files") if (value := getattr(args, name)) is not None}
+        with told_when_the_hub_fails(args.dataset_name):
             dataset = load_dataset(
-                "parquet", data_files=_parquet_files(path, split), split="train", streaming=args.streaming
+                args.dataset_name, args.dataset_config, split=split, streaming=args.streaming, **more
             )
-        else:
-            with told_when_the_hub_fails(args.dataset_name):
-                dataset = load_dataset(args.dataset_name, args.dataset_config, split=split, streaming=args.streaming)
-        dataset = _to_trl(_first(dataset, args.max_samples), args, num_proc)
-    dataset = _first(dataset, args.max_samples)
-    if "images" not in dataset.column_names:
-        return dataset
-    if root is not None:
-        dataset = _with_checked_images(dataset, root, args, num_proc)
-    return _without_problems(dataset) if PROBLEM in dataset.column_names else dataset
+        dataset = _converted(dataset, args, num_proc)
+    else:
+        if args.label is not None:
+            _check_keys(args, ("dataset_config", "data_dir", "data_files"), "a file or folder of this machine")
+            if split != "train" and not path.is_dir():
+                raise ValueError(f"`{path}` is one file, without splits, and the `split` is `{split}`: leave it out.")
+        files = files_of(path, split, "dataset_name" if args.label is None else "path")
+        if files[0].name in METADATA and args.image_folder is None:
+            root = files[0].parent.resolve()
+        dataset = _local(args, files, num_proc)
+    dataset = first_rows(dataset, args.max_samples)
+    if "images" in dataset.column_names:
+        if root is not None:
+            dataset = _with_checked_images(dataset, root, args, num_proc)
+        dataset = without_problems(dataset)
+    return dataset
 
 
-def _parquet_files(folder, split):
-    """
-    Files of a split, `SPLIT-….parquet` or `SPLIT/….parquet`; of a folder without such names all belong to `train`.
+def _local(args, files, num_proc):
+    """Rows of local files: read here, or by `datasets` if they are in TRL's format and of no mixed types."""
+    kind = "parquet" if files[0].suffix == ".parquet" else "json"
+    if kind == "json":
+        first = _select(first_row(files, args.dataset_name), args)
+        layout = recognise(first, args.dataset_name)
+        own = files[0].suffix in (".csv", ".tar") or files[0].name in METADATA
+        if own or not FORMATS[layout].is_trl:
+            return _read_files(args, files, layout, first)
+        if (number := first_odd_row(files)) is not None:  # `datasets` dies of it
+            raise ValueError(f"Row {number} of `{files[0]}` is no `{{key: value}}`: take it out of the file.")
+    names = [str(file) for file in files]
+    return _converted(load_dataset(kind, data_files=names, split="train", streaming=args.streaming), args, num_proc)
 
-    By name: `load_dataset(folder)` takes what it once read of another folder of that name for this one, if the folder
-    has a card.
-    """
-    check_shards(folder)
-    files = sorted(folder.rglob("*.parquet"))
 
-    def of_split(pattern):
-        return [file for file in files if any(re.match(rf"({pattern})\b", p) for p in file.relative_to(folder).parts)]
-
-    chosen = of_split(re.escape(split)) or (files if split == "train" and not of_split("test|validation") else [])
-    if not chosen:
+def _select(row, args):
+    """A row's `columns`, all of them if the data set's entry names none."""
+    if args.columns is None:
+        return row
+    missing = [name for name in args.columns if name not in row]
+    if missing:
         raise ValueError(
-            f"The folder `{folder}` has no Parquet files of the split `{split}`, only "
-            f"{[file.name for file in files[:3]]}: name them `{split}-….parquet`, or give another split."
+            f"`{args.dataset_name}` has the columns {list(row)}, and `columns` asks for {', '.join(missing)} as well."
         )
-    return [str(file) for file in chosen]
+    return {name: row[name] for name in args.columns}
 
 
-def _first(dataset, max_samples):
-    if max_samples is None:
+def _converted(dataset, args, num_proc):
+    """A data set of `datasets`: its `columns`, in TRL's formats, its rows numbered if a mixture has others."""
+    if dataset.column_names is None:  # streamed without a schema
+        dataset = dataset._resolve_features()
+    if args.columns is not None:
+        dataset = dataset.select_columns(list(_select(dict.fromkeys(dataset.column_names), args)))
+    dataset = _to_trl(first_rows(dataset, args.max_samples), args, num_proc)
+    if args.label is None or PROBLEM in dataset.column_names:
         return dataset
-    if isinstance(dataset, IterableDataset):
-        return dataset.take(max_samples)
-    return dataset.select(range(min(max_samples, len(dataset))))
+    dataset = dataset.remove_columns([name for name in ("source_row",) if name in dataset.column_names])
+    if not args.streaming:
+        return dataset.add_column("source_row", list(range(len(dataset))))
+    return map_undecoded(
+        dataset,
+        lambda batch, indices: {**batch, "source_row": indices},
+        features=Features({**dataset.features, "source_row": Value("int64")}),
+    )
 
 
-def _standard_rows(row, index, layout, args):
+def _standard_rows(row, index, layout, args, *, plain=False):
     """Rows of TRL with their `source_row` and, where the row cannot be read and may be left out, their `problem`."""
     try:
-        rows, problem = read_row(row, layout, f"Row {index}", multi_turn=args.multi_turn), None
+        rows, problem = read_row(row, layout, args.where(index), multi_turn=args.multi_turn), None
+        rows = [plain_row(row, args.where(index)) for row in rows] if plain else rows
     except ValueError as error:
         if args.bad_rows == "error":
             raise
@@ -183,38 +216,51 @@ def _standard_features(layout, messages=MESSAGES):
     }
 
 
-def _read_json(args, path, layout):
-    """LLaVA's and RLAIF-V's JSON files, read here: `datasets` refuses columns of mixed type, as their `id` is."""
-    features = Features(_standard_features(layout))
+def _read_files(args, files, layout, first):
+    """Files that are read here: `datasets` refuses columns of mixed type, as LLaVA's `id` is."""
+    features = _standard_features(layout)
+    texts = [name for name in features if FORMATS[layout].is_trl and isinstance(first.get(name), str)]
+    features = Features({**features, **dict.fromkeys(texts, Value("string"))})
+    plain = FORMATS[layout].is_trl and not texts
 
-    def generate(path, layout, args, changed, read):
-        rows = (_standard_rows(row, index, layout, args) for index, row in enumerate(json_rows(path)))
+    def generate(files, layout, args, changed, read):
+        rows = (
+            _standard_rows(_select_known(row, args), index, layout, args, plain=plain)
+            for index, row in enumerate(rows_of(files))
+        )
         for row in itertools.islice(itertools.chain.from_iterable(rows), args.max_samples):
             yield dict.fromkeys(features) | row
 
-    # by the file's time and size, and the format's reader, the cache tells a changed file from the one that it has read
-    changed = (path.stat().st_mtime_ns, path.stat().st_size)
-    options = {"path": str(path), "layout": layout, "args": args, "changed": changed, "read": FORMATS[layout].read}
+    # by the files' time and size, and the format's reader, the cache tells a changed file from the one that it has read
+    changed = tuple((file.stat().st_mtime_ns, file.stat().st_size) for file in files)
+    # in a tuple: of a list `datasets` would make shards, whose rows it counts from 0 each
+    options = {"files": tuple(files), "layout": layout, "args": args, "changed": changed, "read": FORMATS[layout].read}
     kind = IterableDataset if args.streaming else Dataset
     return kind.from_generator(generate, features=features, gen_kwargs=options)
 
 
+def _select_known(row, args):
+    """A row's `columns`, as far as it has them."""
+    if args.columns is None or not isinstance(row, dict):
+        return row
+    return {name: row[name] for name in args.columns if name in row}
+
+
 def _to_trl(dataset, args, num_proc):
     """A data set of `datasets` in TRL's formats; one that is in them already is not copied."""
-    if dataset.column_names is None:  # streamed without a schema
-        dataset = dataset._resolve_features()
-    names = dataset.column_names
-    layout = recognise(names, args.dataset_name)
+    names, inside = dataset.column_names, sample_columns(dataset.features)
+    layout = recognise(inside or names, args.dataset_name)
     single_image = "image" in names and "images" not in names
     entry = FORMATS[layout]
     conversations = entry.gives == ("messages",)
-    if entry.is_trl and not single_image and not conversations:
+    if entry.is_trl and not single_image and not conversations and not inside:
         return dataset
 
     features = _standard_features(layout, dataset.features.get("messages", MESSAGES))
-    if entry.is_trl and not conversations:  # only the image is in the wrong place
+    if entry.is_trl and not conversations and not inside:  # only the image is in the wrong place
         features = {name: feature for name, feature in features.items() if feature is not MESSAGES}
     consumed = {"image", "images", "image_path", *(entry.columns if not entry.is_trl or conversations else ())}
+    consumed = {*names, "image"} if inside else consumed
     extras = {name: feature for name, feature in dataset.features.items() if name not in consumed}
     features = Features({**features, **extras})
 
@@ -223,7 +269,9 @@ def _to_trl(dataset, args, num_proc):
         read = [
             dict.fromkeys(features) | {name: row[name] for name in extras} | each
             for row, index in zip(rows, indices, strict=True)
-            for each in _standard_rows(row, index, layout, args)
+            for each in _standard_rows(
+                unwrap_sample(row) if inside else row, index, layout, args, plain=bool(inside) and entry.is_trl
+            )
         ]
         return {name: [row[name] for row in read] for name in features}
 
@@ -249,8 +297,8 @@ def _with_checked_images(dataset, root, args, num_proc):
             zip(batch["images"], batch.get("source_row") or indices, strict=True)
         ):
             try:
-                images = image_references({"images": images}, f"Row {number}")
-                images = [resolve_image(image, root, f"Row {number}", whole=whole) for image in images]
+                images = image_references({"images": images}, args.where(number))
+                images = [resolve_image(image, root, args.where(number), whole=whole) for image in images]
             except ValueError as error:
                 if args.bad_rows == "error":
                     raise
@@ -267,21 +315,3 @@ def _with_checked_images(dataset, root, args, num_proc):
         # never from the cache: the files may have changed since
         load_from_cache_file=False,
     )
-
-
-def _without_problems(dataset):
-    """Leaves out the rows that have a problem, and says which."""
-    if isinstance(dataset, IterableDataset):
-
-        def keep(problem):
-            if problem is not None:
-                logger.warning("Left out a row. %s", problem)
-            return problem is None
-
-        return dataset.filter(keep, input_columns=[PROBLEM]).remove_columns(PROBLEM)
-    problems = dataset[PROBLEM][:]
-    found = [problem for problem in problems if problem is not None]
-    if found:
-        logger.warning("Left out %d of %d rows, first: %s", len(found), len(problems), " ".join(found[:3]))
-        dataset = dataset.select([index for index, problem in enumerate(problems) if problem is None])
-    return dataset.remove_columns(PROBLEM)

@@ -3,6 +3,7 @@
 import logging
 
 from llava_mod_hf.data.formats import text_of
+from llava_mod_hf.data.mixture import row_names
 
 logger = logging.getLogger(__name__)
 
@@ -72,13 +73,12 @@ def leave_out_marked(rows, processor, *, columns=("prompt",), bad_rows="error"):
         ValueError: naming the row and the mark, or if no row is left.
     """
     marks = marks_of(processor)
-    numbers = rows["source_row"][:] if "source_row" in rows.column_names else range(len(rows))
     kept, problems = [], []
-    for place, (number, *texts) in enumerate(zip(numbers, *(rows[name] for name in columns), strict=True)):
+    for place, (where, *texts) in enumerate(zip(row_names(rows), *(rows[name] for name in columns), strict=True)):
         try:
             for messages in texts:
                 if not isinstance(messages, str):
-                    check_marks(messages, marks, f"Row {number}")
+                    check_marks(messages, marks, where)
             kept.append(place)
         except ValueError as error:
             if bad_rows == "error":

@@ -107,10 +107,12 @@ def caption(kinds):
     return " and ".join([", ".join(names[:-1]), names[-1]] if len(names) > 1 else names)
 
 
+MENTION = re.compile(rf"\b({'|'.join(COLORS)}) ({'|'.join(SHAPES)})\b", re.IGNORECASE)
+
+
 def mentions(text):
     """The kinds that a text names, as often as it names them, in its order."""
-    found = re.findall(rf"\b({'|'.join(COLORS)}) ({'|'.join(SHAPES)})\b", text.lower())
-    return [" ".join(pair) for pair in found]
+    return [match[0].lower() for match in MENTION.finditer(text)]
 
 
 def named_kinds(text):

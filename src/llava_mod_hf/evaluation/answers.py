@@ -199,12 +199,25 @@ def _texts(dataset, name):
     return texts
 
 
-def _score(answers, dataset):
+def score_answers(answers, dataset):
+    """
+    All of [`~llava_mod_hf.evaluation.measures.MEASURES`] of answers to a dataset.
+
+    Args:
+        answers (`list[str]`): one per row.
+        dataset (`datasets.Dataset`): columns `question`, `answer` and `kind`.
+
+    Returns:
+        `dict`.
+
+    Raises:
+        ValueError: if one of these columns holds something else than texts.
+    """
     questions, references, kinds = (_texts(dataset, name) for name in ("question", "answer", "kind"))
     return score(predictions=answers, questions=questions, references=references, kinds=kinds)
 
 
-def evaluate_model(model, processor, dataset, *, teacher=None, batch_size=128):
+def evaluate_model(model, processor, dataset, *, teacher=None, batch_size=128, answers=None):
     """
     All measures of a model on a dataset.
 
@@ -214,6 +227,7 @@ def evaluate_model(model, processor, dataset, *, teacher=None, batch_size=128):
         dataset (`datasets.Dataset`): columns `images`, `prompt`, `completion`, `question`, `answer` and `kind`.
         teacher (`PreTrainedModel`, *optional*): what `kl_to_teacher` compares to.
         batch_size (`int`, *optional*, defaults to 128).
+        answers (`list[str]`, *optional*): of the model to these rows, if it has been asked already.
 
     Returns:
         `dict`: what [`~llava_mod_hf.evaluation.measures.MEASURES`] give, each `None` where the dataset does not allow
@@ -223,7 +237,9 @@ def evaluate_model(model, processor, dataset, *, teacher=None, batch_size=128):
     """
     for name in ("question", "answer", "kind"):  # before hours of answers
         _texts(dataset, name)
-    scores = _score(generate_answers(model, processor, dataset, batch_size=batch_size), dataset)
+    if answers is None:
+        answers = generate_answers(model, processor, dataset, batch_size=batch_size)
+    scores = score_answers(answers, dataset)
     divergence = None
     if teacher is not None:
         divergence = kl_to_teacher(model, teacher, processor, dataset, batch_size=batch_size)
@@ -231,11 +247,31 @@ def evaluate_model(model, processor, dataset, *, teacher=None, batch_size=128):
     return scores | {"kl_to_teacher": divergence, "params_total": total, "params_active": active}
 
 
-def evaluate_blind(train_rows, dataset):
+def blind_answers(train_rows, dataset):
     """
-    The measures of answers alone that a model reaches without looking: each question's most frequent training answer.
+    What a model can answer without looking: each question's most frequent training answer.
 
     A question that the training rows never ask gets the most frequent answer of its kind, or else an empty one.
+
+    Args:
+        train_rows (`Iterable[dict]`): `question`, `answer` and `kind`.
+        dataset (`datasets.Dataset`): columns `question` and `kind`.
+
+    Returns:
+        `list[str]`: one answer per row.
+    """
+    train_rows = list(train_rows)
+    by_question = most_frequent_answers(train_rows)
+    by_kind = most_frequent_answers({"question": row["kind"], "answer": row["answer"]} for row in train_rows)
+    return [
+        by_question.get(question, by_kind.get(kind, ""))
+        for question, kind in zip(dataset["question"], dataset["kind"], strict=True)
+    ]
+
+
+def evaluate_blind(train_rows, dataset):
+    """
+    The measures of [`blind_answers`].
 
     Args:
         train_rows (`Iterable[dict]`): `question`, `answer` and `kind`.
@@ -244,11 +280,4 @@ def evaluate_blind(train_rows, dataset):
     Returns:
         `dict`: as [`evaluate_model`], without `kl_to_teacher` and the parameter counts.
     """
-    train_rows = list(train_rows)
-    by_question = most_frequent_answers(train_rows)
-    by_kind = most_frequent_answers({"question": row["kind"], "answer": row["answer"]} for row in train_rows)
-    answers = [
-        by_question.get(question, by_kind.get(kind, ""))
-        for question, kind in zip(dataset["question"], dataset["kind"], strict=True)
-    ]
-    return _score(answers, dataset)
+    return score_answers(blind_answers(train_rows, dataset), dataset)

@@ -202,12 +202,14 @@ class Measure(NamedTuple):
         inputs (`tuple[str, ...]`): what it takes, of `predictions`, `references`, `questions` and `kinds`.
         gives (`tuple[str, ...]`): the keys that it returns; each is `None` where it cannot be measured.
         applies (`Callable[..., bool]`): whether it can, by all four lists as keywords.
+        lower_is_better (`tuple[str, ...]`): of the keys, those whose figures are better when lower.
     """
 
     metric: type
     inputs: tuple
     gives: tuple
     applies: Callable = lambda **columns: True
+    lower_is_better: tuple = ()
 
 
 MEASURES = {
@@ -219,12 +221,14 @@ MEASURES = {
         ("predictions", "questions", "references"),
         ("hallucination_rate", "miss_rate", "balanced_accuracy"),
         asks_for_presence,
+        ("hallucination_rate", "miss_rate"),
     ),
     "caption hallucination": Measure(
         CaptionHallucination,
         ("predictions", "references", "kinds"),
         ("chair_s", "chair_i", "object_recall"),
         _describes,
+        ("chair_s", "chair_i"),
     ),
     "pope": Measure(Pope, ("predictions", "references", "kinds"), ("pope",), _has_pope_rows),
 }

@@ -158,7 +158,7 @@ def family_head(text_config):
             family = causal_class._from_config(config, dtype=torch.float32).eval()
             for parameter in family.parameters():
                 parameter.normal_()
-            inputs = torch.randn(1, 2, config.hidden_size)
+            inputs = torch.randn(1, 2, config.hidden_size, dtype=torch.float32)
             expected = family(inputs_embeds=inputs).logits
             head = family.get_output_embeddings()
             found = project(family.base_model(inputs_embeds=inputs).last_hidden_state, head, config)

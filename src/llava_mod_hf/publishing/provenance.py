@@ -101,7 +101,7 @@ def gather_facts(checkpoint, repo_id, *, license=None):
         license=license,
         base_models=parts,
         teachers=_each(options, "teacher"),
-        datasets=_each(options, "dataset_name"),
+        datasets=_datasets(options),
         eval_dataset=results.get("dataset"),
         results=results.get("student"),
         teacher_results=results.get("teacher"),
@@ -116,6 +116,18 @@ def gather_facts(checkpoint, repo_id, *, license=None):
 
 def _each(recipes, option):
     return list(dict.fromkeys(recipe[option] for recipe in recipes if recipe.get(option)))
+
+
+def _datasets(recipes):
+    """The data sets of all stages, those of mixtures too."""
+    return list(
+        dict.fromkeys(
+            name
+            for recipe in recipes
+            for name in (recipe.get("dataset_name"), *(entry["path"] for entry in recipe.get("datasets") or ()))
+            if name
+        )
+    )
 
 
 def results_text(facts):

@@ -4,14 +4,19 @@ from dataclasses import dataclass, field
 
 from trl import SFTConfig
 
+from llava_mod_hf.training.lora_options import LoraOptions, check_lora
 from llava_mod_hf.training.trainable import check_train_modules
 from llava_mod_hf.training.trainer_options import check_dependent_options, check_options
+from llava_mod_hf.training.validation_options import ValidationOptions, check_validation, choose_direction
 
 
 @dataclass
-class AdaptConfig(SFTConfig):
+class AdaptConfig(ValidationOptions, LoraOptions, SFTConfig):
     """
     [`~trl.SFTConfig`] of the adaptor stage.
+
+    The options of [`~llava_mod_hf.training.lora_options.LoraOptions`] and of
+    [`~llava_mod_hf.training.validation_options.ValidationOptions`] are options of it too.
 
     Args:
         train_modules (`list[str]`, *optional*):
@@ -22,6 +27,9 @@ class AdaptConfig(SFTConfig):
 
     def __post_init__(self):
         check_options(self, "adapt")
+        choose_direction(self)
         super().__post_init__()
         check_dependent_options(self, "adapt")
         check_train_modules(self.train_modules)
+        check_lora(self)
+        check_validation(self)

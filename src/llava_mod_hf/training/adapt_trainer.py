@@ -6,15 +6,16 @@ from trl import SFTTrainer
 from llava_mod_hf.data.grouping import GroupedBatches
 from llava_mod_hf.students.generation import prepare_generation
 from llava_mod_hf.training.adapt_config import AdaptConfig
+from llava_mod_hf.training.given import given
 from llava_mod_hf.training.logs import KeepsMetrics
 from llava_mod_hf.training.noted_model import NotedModel
 from llava_mod_hf.training.safe_run import SafeRun
 from llava_mod_hf.training.trainable import train_only
-from llava_mod_hf.training.trainer_options import check_trainer
+from llava_mod_hf.training.validation import Validates
 from llava_mod_hf.training.whole_conversations import WholeConversations
 
 
-class AdaptTrainer(KeepsMetrics, GroupedBatches, WholeConversations, SafeRun, SFTTrainer):
+class AdaptTrainer(KeepsMetrics, GroupedBatches, Validates, WholeConversations, SafeRun, SFTTrainer):
     """
     [`~trl.SFTTrainer`] that trains the adaptor alone, or what [`AdaptConfig`] names, and whose
     `train_sampling_strategy: group_by_length` knows rows with images. A sparse student's router losses are those of
@@ -23,7 +24,7 @@ class AdaptTrainer(KeepsMetrics, GroupedBatches, WholeConversations, SafeRun, SF
 
     def __init__(self, model, args=None, **kwargs):
         args = args or AdaptConfig()
-        check_trainer(args, AdaptConfig, model, **kwargs)
+        kwargs = given(args, AdaptConfig, model, **kwargs)
         super().__init__(model, args, **kwargs)
         train_only(self.model, args.train_modules, default=["adaptor"])
         prepare_generation(self.model, self.processing_class)

@@ -6,16 +6,21 @@ from trl import SFTConfig
 
 from llava_mod_hf.losses.divergences import check_divergence
 from llava_mod_hf.training.authors_behaviour import ReferenceCompat
+from llava_mod_hf.training.lora_options import LoraOptions, check_lora
 from llava_mod_hf.training.trainable import check_train_modules
 from llava_mod_hf.training.trainer_options import check_dependent_options, check_options, check_weights
+from llava_mod_hf.training.validation_options import ValidationOptions, check_validation, choose_direction
 
 
 @dataclass
-class MimicConfig(SFTConfig):
+class MimicConfig(ValidationOptions, LoraOptions, SFTConfig):
     """
     [`~trl.SFTConfig`] with the weights of the mimic loss.
 
         L = kl_weight · Σ_i w_i · D(teacher_i, student) + lm_weight · CE(labels) + router_aux_loss_coef · router aux
+
+    The options of [`~llava_mod_hf.training.lora_options.LoraOptions`] and of
+    [`~llava_mod_hf.training.validation_options.ValidationOptions`] are options of it too.
 
     Args:
         divergence (`str`, *optional*, defaults to `"forward_kl"`):
@@ -63,9 +68,12 @@ class MimicConfig(SFTConfig):
 
     def __post_init__(self):
         check_options(self, "mimic")
+        choose_direction(self)
         super().__post_init__()
         check_dependent_options(self, "mimic")
         check_train_modules(self.train_modules)
+        check_lora(self)
+        check_validation(self)
         check_weights("`kl_weight`, `lm_weight`", [self.kl_weight, self.lm_weight])
         check_weights("`teacher_weights`", self.teacher_weights)
         check_divergence(self.divergence, temperature=self.temperature, jsd_beta=self.jsd_beta)

@@ -25,12 +25,14 @@ from llava_mod_hf.teachers.teachers_collator import TeachersCollator
 from llava_mod_hf.teachers.vision_sharing import share_vision_tower
 from llava_mod_hf.teachers.vocabulary import compared_vocab_size
 from llava_mod_hf.training.authors_behaviour import ReferenceCompat
+from llava_mod_hf.training.given import given
 from llava_mod_hf.training.logs import BatchTerms, MimicLog, kind_of_logs
 from llava_mod_hf.training.mimic_config import MimicConfig
 from llava_mod_hf.training.on_policy import answer_batches, check_on_policy
 from llava_mod_hf.training.safe_run import SafeRun
 from llava_mod_hf.training.trainable import train_only
-from llava_mod_hf.training.trainer_options import check_trainer, check_weights
+from llava_mod_hf.training.trainer_options import check_weights
+from llava_mod_hf.training.validation import Validates
 from llava_mod_hf.training.whole_conversations import WholeConversations
 
 logger = logging.getLogger(__name__)
@@ -38,7 +40,7 @@ logger = logging.getLogger(__name__)
 ALIGNMENT_SAMPLE = 8  # rows on which a teacher with its own processor is compared before training
 
 
-class MimicTrainer(GroupedBatches, WholeConversations, SafeRun, SFTTrainer):
+class MimicTrainer(GroupedBatches, Validates, WholeConversations, SafeRun, SFTTrainer):
     """
     [`~trl.SFTTrainer`] whose loss is that of [`MimicConfig`], on the supervised positions only.
 
@@ -65,7 +67,7 @@ class MimicTrainer(GroupedBatches, WholeConversations, SafeRun, SFTTrainer):
     def __init__(self, model, teacher_model, args=None, *, processing_class=None, teacher_processor=None, **kwargs):
         args = args or MimicConfig()
         teachers = teacher_model if isinstance(teacher_model, list | tuple) else [teacher_model]
-        check_trainer(args, MimicConfig, model, teachers=teachers, **kwargs)
+        kwargs = given(args, MimicConfig, model, teachers=teachers, **kwargs)
         super().__init__(model, args=args, processing_class=processing_class, **kwargs)
         train_only(self.model, args.train_modules)
         prepare_generation(self.model, self.processing_class)

@@ -6,8 +6,10 @@ from dataclasses import dataclass, field
 from trl import DPOConfig
 
 from llava_mod_hf.losses.preference_losses import own_loss_names
+from llava_mod_hf.training.lora_options import LoraOptions, check_lora
 from llava_mod_hf.training.trainable import check_train_modules
 from llava_mod_hf.training.trainer_options import check_dependent_options, check_options, check_weights
+from llava_mod_hf.training.validation_options import ValidationOptions, check_validation, choose_direction
 
 PARENT_LOSSES = (
     "sigmoid", "hinge", "ipo", "exo_pair", "nca_pair", "robust", "bco_pair", "sppo_hard", "aot", "aot_unpaired",
@@ -20,10 +22,13 @@ REFERENCES = ("teacher", "self")
 
 
 @dataclass
-class PreferenceConfig(DPOConfig):
+class PreferenceConfig(ValidationOptions, LoraOptions, DPOConfig):
     """
     [`~trl.DPOConfig`] with the teacher as reference; by default `sigmoid` (DPO) with β = 0.1, as in the paper's first
     version.
+
+    The options of [`~llava_mod_hf.training.lora_options.LoraOptions`] and of
+    [`~llava_mod_hf.training.validation_options.ValidationOptions`] are options of it too.
 
     Args:
         loss_type (`list[str]`, *optional*, defaults to `["sigmoid"]`):
@@ -45,8 +50,11 @@ class PreferenceConfig(DPOConfig):
 
     def __post_init__(self):
         check_options(self, "prefer")
+        choose_direction(self)
         super().__post_init__()
         check_train_modules(self.train_modules)
+        check_lora(self)
+        check_validation(self)
         self._check_choices()
         check_dependent_options(self, "prefer")
         check_weights("`loss_weights`", self.loss_weights, count=len(self.loss_type))

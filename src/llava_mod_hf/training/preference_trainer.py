@@ -29,19 +29,20 @@ from llava_mod_hf.teachers.reference_model import (
     has_reference,
     own_reading,
 )
+from llava_mod_hf.training.given import given
 from llava_mod_hf.training.logs import KeepsMetrics
 from llava_mod_hf.training.noted_model import NotedModel
 from llava_mod_hf.training.preference_config import PreferenceConfig
 from llava_mod_hf.training.safe_run import SafeRun
 from llava_mod_hf.training.trainable import train_only, trained_as_before
-from llava_mod_hf.training.trainer_options import check_trainer
+from llava_mod_hf.training.validation import Validates
 
 FEWEST_PAIRS = 8  # that a KL estimate of `kto_pair` should rest on
 
 CHECKED_ROWS = 8  # whose responses are compared where teacher and student have different processors
 
 
-class PreferenceTrainer(KeepsMetrics, GroupedBatches, SafeRun, DPOTrainer):
+class PreferenceTrainer(KeepsMetrics, GroupedBatches, Validates, SafeRun, DPOTrainer):
     """
     [`~trl.DPOTrainer`] whose reference is the teacher, live or computed before, or the student as it was.
 
@@ -78,9 +79,9 @@ class PreferenceTrainer(KeepsMetrics, GroupedBatches, SafeRun, DPOTrainer):
     _tag_names = ["llava-mod", "preference-distillation"]
     _name = "LLaVA-MoD preference distillation"
 
-    def __init__(self, model, ref_model=None, args=None, *, teacher_processor=None, peft_config=None, **kwargs):
+    def __init__(self, model, ref_model=None, args=None, *, teacher_processor=None, **kwargs):
         args = args or PreferenceConfig()
-        check_trainer(args, PreferenceConfig, model, teachers=[ref_model], peft_config=peft_config, **kwargs)
+        kwargs = given(args, PreferenceConfig, model, teachers=[ref_model], **kwargs)
         sets = row_sets(kwargs.get("train_dataset"), kwargs.get("eval_dataset"))
         precomputed = [has_reference(rows, ld_alpha=args.ld_alpha) for rows in sets]
         check_reference(args, ref_model, precomputed)
@@ -89,13 +90,16 @@ class PreferenceTrainer(KeepsMetrics, GroupedBatches, SafeRun, DPOTrainer):
         if reference is not None:
             ref_model = NoReference()
         elif (
-            args.reference == "self" and peft_config is None and not isinstance(model, str) and not is_peft_model(model)
+            args.reference == "self"
+            and kwargs["peft_config"] is None
+            and not isinstance(model, str)
+            and not is_peft_model(model)
         ):
             # the parent would read the student's folder again, which may hold other weights by now
             ref_model = copy.deepcopy(model)
         if ref_model is not None:
             ref_model.eval().requires_grad_(False)
-        super().__init__(model, ref_model, args=args, peft_config=peft_config, **kwargs)
+        super().__init__(model, ref_model, args=args, **kwargs)
         train_only(self.model, args.train_modules)
         prepare_generation(self.model, self.processing_class)
         if reference is not None:

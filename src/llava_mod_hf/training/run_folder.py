@@ -9,13 +9,16 @@ from pathlib import Path
 
 from transformers import ProgressCallback
 
+from llava_mod_hf.data.mixture import count_sources
 from llava_mod_hf.publishing.provenance import RUN_FILE
 from llava_mod_hf.training.checkpoints import chosen_checkpoint
-from llava_mod_hf.training.hub_pushes import UNFINISHED
+from llava_mod_hf.training.hub_pushes import ADAPTER_FILE, UNFINISHED
 from llava_mod_hf.training.progress import LossOnBar, StepTimer
 from llava_mod_hf.training.run_recipe import Recipe, check_same_recipe, recipe_of, write_recipe
 from llava_mod_hf.training.safe_run import clear_unfinished, told_when_not_written, unfinished_folder
-from llava_mod_hf.training.trainer_options import check_loggers
+from llava_mod_hf.training.trainer_options import check_libraries
+
+CONFIGS = ("config.json", ADAPTER_FILE)  # of a model, or of an adapter: without either nothing can be loaded
 
 
 @dataclass
@@ -37,11 +40,11 @@ def start_run(*groups):
         [`BegunRun`].
 
     Raises:
-        ValueError: if a logger is not installed, `output_dir` holds a finished run or another model, or the run that is
-            taken up had other options or left no whole checkpoint.
+        ValueError: if a logger or an optimiser is not installed, `output_dir` holds a finished run or another model, or
+            the run that is taken up had other options or left no whole checkpoint.
     """
     args = groups[-1]
-    check_loggers(args)
+    check_libraries(args)
     check_output_dir(args.output_dir)
     recipe = recipe_of(*groups)
     checkpoint = chosen_checkpoint(args.resume_from_checkpoint, args.output_dir)
@@ -61,7 +64,7 @@ def check_output_dir(folder):
     folder = Path(folder)
     if (folder / RUN_FILE).is_file():
         raise ValueError(f"`{folder}` holds a finished run: give another `output_dir`, or remove it.")
-    if (folder / "config.json").is_file() and not (folder / UNFINISHED).is_dir():
+    if any((folder / name).is_file() for name in CONFIGS) and not (folder / UNFINISHED).is_dir():
         raise ValueError(
             f"`{folder}` holds a model that would be overwritten: give a new or empty folder as `output_dir`."
         )
@@ -81,7 +84,8 @@ def train_and_save(trainer, stage, begun):
 
     Returns:
         `dict`: what `run.json` holds: `stage`, `steps`, `seconds` (all of this start), `seconds_per_step` (without the
-        first step), `first_loss`, `last_loss`, `log_history`, and `recipe` (the options that somebody chose).
+        first step), `first_loss`, `last_loss`, `log_history`, `recipe` (the options that somebody chose), and of a
+        mixture `datasets`, as [`rows_of_each`].
     """
     if trainer.pop_callback(ProgressCallback) is not None:
         trainer.add_callback(LossOnBar)
@@ -100,6 +104,7 @@ def train_and_save(trainer, stage, begun):
         "first_loss": losses[0] if losses else None,
         "last_loss": losses[-1] if losses else None,
         "log_history": history,
+        **rows_of_each(trainer),
         "recipe": begun.recipe.changed,
     }
     output_dir = Path(trainer.args.output_dir)
@@ -114,6 +119,22 @@ def train_and_save(trainer, stage, begun):
     return run
 
 
+def rows_of_each(trainer):
+    """
+    How many rows each data set of a mixture has given.
+
+    Returns:
+        `dict`: nothing, or of a mixture `datasets`: each one's name → `rows` in the mixture (`None` of a stream), and
+        those that the steps `read`, resumed ones too.
+    """
+    if trainer.rows_read is None:
+        return {}
+    rows = trainer.train_dataset
+    there = count_sources(rows) if hasattr(rows, "__len__") else {}
+    read = zip(trainer.rows_read.names, trainer.rows_read.counts, strict=True)
+    return {"datasets": {name: {"rows": there.get(name), "read": count} for name, count in read}}
+
+
 def save_checkpoint(model, processor, folder):
     """Writes weights, their code and the processor; the folder cannot be loaded before it is whole."""
     with unfinished_folder(folder) as temporary:
@@ -123,8 +144,8 @@ def save_checkpoint(model, processor, folder):
 
 
 def _move_checkpoint(source, target):
-    # nothing loads a folder without `config.json`, and none is finished without `run.json`: they come last
-    last = ("config.json", RUN_FILE)
+    # nothing loads a folder without one of the first, and none is finished without `run.json`: they come last
+    last = (*CONFIGS, RUN_FILE)
     for path in sorted(source.iterdir(), key=lambda path: last.index(path.name) if path.name in last else -1):
         if path.is_dir():
             shutil.rmtree(target / path.name, ignore_errors=True)

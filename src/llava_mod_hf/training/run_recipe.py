@@ -8,6 +8,7 @@ from pathlib import Path
 
 import yaml
 
+from llava_mod_hf.data.arguments import DatasetEntry
 from llava_mod_hf.publishing.provenance import RECIPE_FILE
 
 logger = logging.getLogger(__name__)
@@ -64,11 +65,12 @@ def recipe_of(*groups):
     changed = {}
     for group in groups:
         required = {item.name for item in dataclasses.fields(group) if _has_no_default(item)}
-        # without these three a TrainingArguments cannot be made everywhere
-        required |= {"output_dir", "use_cpu", "bf16"} & {item.name for item in dataclasses.fields(group)}
+        # without the first three a TrainingArguments cannot be made everywhere, and rows are of one of the others
+        names = {"output_dir", "use_cpu", "bf16", "dataset_name", "datasets"}
+        required |= names & {item.name for item in dataclasses.fields(group)}
         default = type(group)(**{name: getattr(group, name) for name in required})
         for name, value in _options(group).items():
-            if name in required or value != getattr(default, name):
+            if (name in required and value is not None) or value != getattr(default, name):
                 changed[name] = value
     return Recipe(resolved_options(*groups), _as_plain(changed), getattr(groups[-1], "world_size", 1))
 
@@ -89,6 +91,8 @@ def _as_plain(options):
 
 def _plain(value):
     """`accelerator_config` is a dataclass once it is parsed; as a string the recipe could not be read again."""
+    if isinstance(value, DatasetEntry):
+        return value.given()
     return dataclasses.asdict(value) if dataclasses.is_dataclass(value) else str(value)
 
 
@@ -120,6 +124,8 @@ def check_same_recipe(checkpoint, recipe):
     free = {name for names in MAY_CHANGE.values() for name in names.split()}
     if recipe.resolved.get("lr_scheduler_type") in CONSTANT:
         free |= LENGTH
+    if recipe.resolved.get("streaming"):
+        free -= {"dataloader_num_workers"}  # each worker draws its own part of a stream
     # an option that was not there yet had the value that is the default now
     now = {name: value for name, value in recipe.resolved.items() if name in then or name in recipe.changed}
     other = [name for name in now if name not in free and now[name] != then.get(name)]

@@ -4,8 +4,9 @@ import contextlib
 import shutil
 from pathlib import Path
 
+from datasets import IterableDataset
 from safetensors import SafetensorError
-from transformers import Trainer, TrainerCallback
+from transformers import TrainerCallback
 from transformers.trainer_utils import HubStrategy, TrainOutput
 from transformers.utils import PushInProgress
 
@@ -14,6 +15,7 @@ from llava_mod_hf.teachers.protocol import row_sets
 from llava_mod_hf.training.checkpoints import STATE_FILE, chosen_checkpoint
 from llava_mod_hf.training.finite_steps import FiniteSteps
 from llava_mod_hf.training.hub_pushes import UNFINISHED, push_model
+from llava_mod_hf.training.rows_read import CountsRows
 from llava_mod_hf.training.run_recipe import Recipe, check_same_recipe, resolved_options, write_processes, write_recipe
 
 
@@ -29,14 +31,17 @@ class EndAtLastStep(TrainerCallback):
             raise AllStepsTaken
 
 
-class SafeRun(Trainer):
+class SafeRun(CountsRows):
     """
     For a trainer, before its own parent:
 
     - a `max_length` that cuts through an image is refused, where the rows did not go through
       [`~llava_mod_hf.data.fitting.fit_rows`];
     - a run stops at the step whose loss or weights are not finite, and writes nothing of it;
-    - `train` takes up whole checkpoints alone, of the same recipe, and takes no step more than there are;
+    - `train` takes up whole checkpoints alone, of the same recipe, and takes no step more than there are; a stream that
+      ends before begins anew, so that it goes on with the right row there too;
+    - of a mixture, the rows that were read of each data set are counted
+      ([`~llava_mod_hf.training.rows_read.CountsRows`]);
     - no file that it writes contains the Hub token, and what it pushes is the model alone, without a path of this
       machine.
 
@@ -54,6 +59,9 @@ class SafeRun(Trainer):
                 max_length=self.args.max_length,
                 num_proc=self.args.dataset_num_proc,
             )
+        if isinstance(self.train_dataset, IterableDataset):
+            # the parent's resumption knows no second pass: it would skip batches in the first alone
+            self.train_dataset = self.train_dataset.repeat(None)
         self.recipe = None
         self._finite_steps = FiniteSteps(self)
         self.add_callback(self._finite_steps)
@@ -68,7 +76,8 @@ class SafeRun(Trainer):
                 [`~llava_mod_hf.training.checkpoints.chosen_checkpoint`], by default what `args` say, or from the start.
 
         Raises:
-            ValueError: if the checkpoint is missing, damaged or of another recipe, or the run stops being finite.
+            ValueError: if the checkpoint is missing, damaged or of another recipe, the run stops being finite, or no
+                evaluation gives the `metric_for_best_model`.
         """
         choice = self.args.resume_from_checkpoint if resume_from_checkpoint is None else resume_from_checkpoint
         checkpoint = chosen_checkpoint(False if choice is None else choice, self.args.output_dir)
@@ -82,6 +91,14 @@ class SafeRun(Trainer):
                 self._load_best_model()
             self.control = self.callback_handler.on_train_end(self.args, self.state, self.control)
             return TrainOutput(self.state.global_step, 0.0, {})
+        except KeyError as error:
+            if "`metric_for_best_model`" not in str(error):  # the parent's own words, of several lines
+                raise
+            known = [name for name in (self.state.log_history or [{}])[-1] if name.startswith("eval_")]
+            raise ValueError(
+                f"`metric_for_best_model` is `{self.args.metric_for_best_model}`, and an evaluation gives "
+                f"{', '.join(known)}: give one of those."
+            ) from error
 
     def training_step(self, *args, **kwargs):
         loss = super().training_step(*args, **kwargs)

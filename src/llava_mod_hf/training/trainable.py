@@ -115,14 +115,31 @@ def _named_parameters(model, modules):
 
 def _part(model, name):
     """The modules that a name stands for."""
-    parts = [getattr(model.base_model, attribute, None) for attribute in PARTS[name]]
-    part = next((part for part in parts if isinstance(part, nn.Module)), None)
-    if name == "language_model" and part is not None:
+    _, part = find_part(model, name)
+    if name == "language_model":
         return [part, model.get_output_embeddings()]
-    if name == "ffn" and part is not None:
+    if name == "ffn":
         ffns = [getattr(layer, "mlp", None) for layer in getattr(part, "layers", ())]
         return ffns if ffns and None not in ffns else _refuse(model, name)
-    return [part] if part is not None else _refuse(model, name)
+    return [part]
+
+
+def find_part(model, name):
+    """
+    Attribute and module that a part of a model lies in.
+
+    Args:
+        model (`PreTrainedModel`).
+        name (`str`): of [`PARTS`].
+
+    Returns:
+        `tuple[str, nn.Module]`.
+
+    Raises:
+        ValueError: if the model has no such part.
+    """
+    parts = [(attribute, getattr(model.base_model, attribute, None)) for attribute in PARTS[name]]
+    return next((found for found in parts if isinstance(found[1], nn.Module)), None) or _refuse(model, name)
 
 
 def _refuse(model, name):

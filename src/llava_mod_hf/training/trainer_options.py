@@ -58,7 +58,13 @@ READ_BY_PARENT_OF = {
 # By our trainers, or by the stages of the command line.
 READ_HERE = "output_dir seed data_seed bf16 fp16 max_length dataset_num_proc trust_remote_code train_sampling_strategy "
 
-READ_HERE += "resume_from_checkpoint train_modules"
+READ_HERE += (
+    "resume_from_checkpoint train_modules use_peft lora_target lora_r lora_alpha lora_dropout use_rslora use_dora "
+)
+
+READ_HERE += "lora_target_modules lora_target_parameters lora_modules_to_save test_split_size eval_answers "
+
+READ_HERE += "early_stopping_patience early_stopping_threshold"
 
 READ_HERE_OF = {
     "adapt": "chat_template_path completion_only_loss assistant_only_loss",
@@ -207,13 +213,29 @@ def _default(item):
     return item.default if item.default_factory is dataclasses.MISSING else item.default_factory()
 
 
-def check_loggers(args):
+def check_libraries(args):
     """
-    Refuses a logger that is not installed; the parent finds out when the models are loaded.
+    Refuses a logger or an optimiser whose library is not installed; the parent finds out when the models are loaded.
 
     Raises:
         ValueError: naming it.
     """
+    _check_loggers(args)
+    # only here: `--help` need not wait for it
+    from transformers import Trainer
+
+    try:
+        Trainer.get_optimizer_cls_and_kwargs(args)
+    except ImportError as error:
+        raise ValueError(
+            f"`optim` is `{args.optim.value}`, whose library is not installed ({' '.join(str(error).split())}): "
+            "install it, or give `adamw_torch`."
+        ) from error
+    except ValueError:
+        pass  # of one that asks for the model, too, and is told of it by the parent
+
+
+def _check_loggers(args):
     known = get_available_reporting_integrations()
     missing = [name for name in args.report_to if name in INTEGRATION_TO_CALLBACK and name not in (*known, "flyte")]
     if missing:
@@ -259,8 +281,13 @@ def check_trainer(args, config_class, model, *, teachers=(), peft_config=None, t
     """
     if not isinstance(args, config_class):
         raise ValueError(f"`args` is a {type(args).__name__}: give a {config_class.__name__}.")
-    check_loggers(args)
+    check_libraries(args)
     student = model.get_base_model() if isinstance(model, PeftModel) else model
+    if getattr(student, "_hf_peft_config_loaded", False):
+        raise ValueError(
+            f"`{student.name_or_path}` was loaded with its adapter inside, which would be trained with the rest: merge "
+            "it by `llava-mod merge-adapter`, or load it with `PeftModel.from_pretrained` to go on with it."
+        )
     if any(getattr(teacher, "model", teacher) is student or teacher is student for teacher in teachers):
         raise ValueError("The teacher is the student itself, which would be frozen: give another model, or a copy.")
     configs = [*(model.peft_config.values() if isinstance(model, PeftModel) else ()), peft_config]

@@ -1,0 +1,232 @@
+"""Several data sets as one: in one form, by their weights, each row with the name of where it is from."""
+
+import logging
+
+from datasets import (
+    ClassLabel,
+    Dataset,
+    Features,
+    Image,
+    IterableDataset,
+    List,
+    Value,
+    concatenate_datasets,
+    interleave_datasets,
+)
+
+from llava_mod_hf.data.formats import text_of
+from llava_mod_hf.data.images import map_undecoded
+from llava_mod_hf.data.problems import PROBLEM, without_problems
+
+MESSAGES = [{"role": Value("string"), "content": Value("string")}]
+
+SOURCE = "source_dataset"  # column: the number of a row's data set, whose feature has their names
+
+logger = logging.getLogger(__name__)
+
+
+def mix_rows(datasets, names, weights=None, *, stopping_strategy=None, seed=0):
+    """
+    One data set of several.
+
+    With weights w, each row is drawn from data set i with the probability wᵢ / Σ w, by `datasets.interleave_datasets`:
+    the same `seed` gives the same order in every process, streamed or not. A stream that several workers of a data
+    loader read is drawn anew in each of them. Without weights the data sets follow each other, each row once.
+
+    Args:
+        datasets (`list[datasets.Dataset]` or `list[datasets.IterableDataset]`): of equal columns.
+        names (`list[str]`): what each is called, for counts and messages.
+        weights (`list[float]`, *optional*): above 0, one for each.
+        stopping_strategy (`str`, *optional*, defaults to `"first_exhausted"`): when a mixture with weights ends.
+        seed (`int`, *optional*, defaults to 0): of the draws.
+
+    Returns:
+        `datasets.Dataset` or `datasets.IterableDataset`: with the column `source_dataset`, a `ClassLabel` of `names`.
+
+    Raises:
+        ValueError: if there are not as many names and weights as data sets.
+    """
+    if len(names) != len(datasets) or (weights is not None and len(weights) != len(datasets)):
+        count = len(names) if weights is None else f"{len(names)} names and {len(weights)}"
+        what = "names" if weights is None else "weights"
+        raise ValueError(f"There are {len(datasets)} data sets and {count} {what}: give one of each.")
+    label = ClassLabel(names=list(names))
+    named = [_with_source(rows, number, label) for number, rows in enumerate(datasets)]
+    if weights is None:
+        mixed = concatenate_datasets(named)
+    else:
+        mixed = interleave_datasets(
+            named,
+            probabilities=[weight / sum(weights) for weight in weights],
+            seed=seed,
+            stopping_strategy=stopping_strategy or "first_exhausted",
+        )
+    if isinstance(mixed, Dataset):
+        counts = count_sources(mixed)
+        told = [
+            f"{counts[name]} of `{name}`, which has {len(rows)}" for name, rows in zip(names, datasets, strict=True)
+        ]
+        logger.warning("The mixture has %d rows: %s.", len(mixed), "; ".join(told))
+    return mixed
+
+
+def _with_source(rows, number, label):
+    if SOURCE in rows.column_names:  # of a mixture that was written down
+        rows = rows.remove_columns(SOURCE)
+    if isinstance(rows, Dataset):
+        return rows.add_column(SOURCE, [number] * len(rows), feature=label)
+    rows = map_undecoded(
+        rows,
+        lambda batch, indices: {**batch, SOURCE: [number] * len(indices), PROBLEM: [None] * len(indices)},
+        features=Features({**rows.features, SOURCE: label, PROBLEM: Value("string")}),
+    )
+    # `datasets` takes what a map with features yields for decoded; what a removal yields it decodes
+    return rows.remove_columns(PROBLEM)
+
+
+def source_names(rows):
+    """`list[str]`: the data sets that a mixture was made of; empty of any other rows."""
+    feature = (getattr(rows, "features", None) or {}).get(SOURCE)
+    return feature.names if isinstance(feature, ClassLabel) else []
+
+
+def count_sources(rows):
+    """`dict[str, int]`: rows of each data set of a mixture (`datasets.Dataset`)."""
+    names, numbers = source_names(rows), rows.with_format("numpy")[SOURCE][:]
+    return {name: int((numbers == number).sum()) for number, name in enumerate(names)}
+
+
+def row_name(row, place, names=()):
+    """
+    A row for messages.
+
+    Args:
+        row (`dict`): its `source_row` and `source_dataset`, if it has them.
+        place (`int`): among the rows, for one without a number of its own.
+        names (`list[str]`, *optional*): of [`source_names`].
+    """
+    number = place if row.get("source_row") is None else row["source_row"]
+    return f"Row {number} of `{names[row[SOURCE]]}`" if names and row.get(SOURCE) is not None else f"Row {number}"
+
+
+def row_names(rows):
+    """`list[str]`: all rows (`datasets.Dataset`) for messages."""
+    columns = {name: rows[name][:] for name in ("source_row", SOURCE) if name in rows.column_names}
+    known = [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
+    names = source_names(rows)
+    return [row_name(row, place, names) for place, row in enumerate(known or [{}] * len(rows))]
+
+
+def first_rows(rows, count):
+    """The first `count` rows, all of them for `None`."""
+    if count is None:
+        return rows
+    return rows.take(count) if isinstance(rows, IterableDataset) else rows.select(range(min(count, len(rows))))
+
+
+def plain_row(row, where):
+    """
+    A row whose messages are texts, which says the same as one of parts: the images come before the first question.
+
+    Raises:
+        ValueError: if images stand elsewhere.
+    """
+    plain = {name: value for name, value in row.items() if name not in _messages_of(row)}
+    for name, messages in _messages_of(row).items():
+        parts = [part for m in messages if isinstance(m.get("content"), list) for part in m["content"]]
+        if parts and name in ("prompt", "messages"):
+            _check_places(messages, len(row["images"] or []), where)
+        plain[name] = [{"role": m["role"], "content": text_of(m["content"])} for m in messages]
+    return plain
+
+
+def _messages_of(row):
+    return {
+        name: value
+        for name, value in row.items()
+        if isinstance(value, list)
+        and value
+        and all(isinstance(m, dict) and {"role", "content"} <= m.keys() for m in value)
+    }
+
+
+def _check_places(messages, num_images, where):
+    first = next((m for m in messages if m["role"] == "user"), {"content": []})["content"]
+    kinds = [part.get("type") for part in first] if isinstance(first, list) else []
+    count = sum(
+        part.get("type") == "image" for m in messages if isinstance(m["content"], list) for part in m["content"]
+    )
+    if count != num_images or kinds[:num_images] != ["image"] * num_images:
+        raise ValueError(
+            f"{where} has {num_images} images and {count} places for them, which are not all at the start of the first "
+            "question: a mixture with rows of plain texts has them nowhere else. Leave the data set out of it."
+        )
+
+
+def in_one_form(datasets, names, columns, *, bad_rows="error", num_proc=None):
+    """
+    Data sets of equal columns: what the stage needs, and what all of them have besides.
+
+    Args:
+        datasets (`list`): as they were read, with `images` and `columns`.
+        names (`list[str]`): for messages.
+        columns (`tuple[str]`): what the stage needs.
+        bad_rows (`str`, *optional*, defaults to `"error"`): as in `DataArguments`.
+        num_proc (`int`, *optional*): processes that convert rows.
+
+    Returns:
+        `list`: messages are texts in all of them, if they are not equal already.
+
+    Raises:
+        ValueError: if one has texts where another has messages.
+    """
+    shared = [name for name in datasets[0].column_names if all(name in rows.column_names for rows in datasets)]
+    needed = list(columns)
+    target = {"images": List(Image()), **{name: datasets[0].features[name] for name in needed}}
+    converted = [name for name in target if any(rows.features[name] != target[name] for rows in datasets)]
+    for column in converted:
+        texts = [isinstance(rows.features[column], Value) for rows in datasets]
+        if any(texts) and not all(texts):
+            raise ValueError(
+                f"`{column}` of `{names[texts.index(True)]}` is a text and that of `{names[texts.index(False)]}` "
+                "messages, which a chat template turns into text: write both as messages."
+            )
+        if column != "images":
+            target[column] = Value("string") if all(texts) else Features({column: MESSAGES})[column]
+    kept = ["images", "source_row", *needed]
+    kept += [
+        name
+        for name in shared
+        if name not in kept and all(rows.features[name] == datasets[0].features[name] for rows in datasets)
+    ]
+    target = {name: target[name] for name in converted}
+    return [_in_form(rows, kept, target, name, bad_rows, num_proc) for rows, name in zip(datasets, names, strict=True)]
+
+
+def _in_form(rows, kept, target, name, bad_rows, num_proc):
+    """The columns `kept`, with row numbers; those in `target` with its features."""
+    rows = rows.select_columns([column for column in kept if column in rows.column_names])
+    numbered = "source_row" in rows.column_names
+    if isinstance(rows, Dataset) and not numbered:
+        rows = rows.add_column("source_row", list(range(len(rows))))
+    if numbered and all(rows.features[column] == feature for column, feature in target.items()):
+        return rows
+    features = Features({**rows.features, "source_row": Value("int64"), **target, PROBLEM: Value("string")})
+
+    def convert(batch, indices):
+        batch = {"source_row": indices, **batch, PROBLEM: [None] * len(indices)}
+        for place, number in enumerate(batch["source_row"]):
+            row = {column: batch[column][place] for column in {"images", *target}}
+            try:
+                row = plain_row(row, f"Row {number} of `{name}`")
+            except ValueError as error:
+                if bad_rows == "error":
+                    raise
+                batch[PROBLEM][place] = str(error)
+                row = {"images": [], **dict.fromkeys(target)}
+            for column in target:
+                batch[column][place] = row[column]
+        return batch
+
+    converted = map_undecoded(rows, convert, features=features, num_proc=num_proc, desc=f"Reading `{name}`")
+    return without_problems(converted)
