@@ -110,16 +110,22 @@ def final_nodes(plan, name, seeds, root, results):
     return found
 
 
-def nodes_left(plan, names, seeds, root, results, points=None):
+def nodes_left(plan, names, seeds, root, results, points=None, arms=None):
     """What can be run now: validation of rates that are not picked, and what has no result; teachers first."""
+    known_arms = [arm for name in names for arm in plan["claims"][name]["arms"]]
+    known_points = [point for name in names for point in plan["claims"][name]["vary"]]
+    for given, known in ((points, known_points), (arms, known_arms)):
+        if unknown := [each for each in given or () if each not in known]:
+            raise ValueError(f"There is no `{unknown[0]}` in the plan: give some of {'; '.join(dict.fromkeys(known))}.")
     teachers, others = [], []
     for name in names:
         picked, kept = picked_rates(plan, name, root, results), kept_results(results, name)["runs"]
         for arm, tried in validation_arms(plan, name).items():
-            others += [] if arm in picked else [each.validation(VALIDATION_ROWS) for each in tried.values()]
+            if arm not in picked and (not arms or arm in arms):
+                others += [each.validation(VALIDATION_ROWS) for each in tried.values()]
         known = {each["key"]: "teacher" in each for each in kept}
-        for (point, _, _), (node, _, teacher) in final_nodes(plan, name, seeds, root, results).items():
-            if points and point not in points:
+        for (point, arm, _), (node, _, teacher) in final_nodes(plan, name, seeds, root, results).items():
+            if (points and point not in points) or (arms and arm not in arms):
                 continue
             others += [] if node.key in known else [node]
             teachers += [] if teacher is None or known.get(node.key) else [teacher]
@@ -156,6 +162,7 @@ def main():
     parser.add_argument("--plan", type=Path, default=HERE / "claims.yaml")
     parser.add_argument("--only", nargs="+", metavar="CLAIM", help="by default all")
     parser.add_argument("--points", nargs="+", metavar="POINT", help="of the claims' `vary`, by default all")
+    parser.add_argument("--arms", nargs="+", metavar="ARM", help="by default all")
     parser.add_argument("--seeds", type=int, nargs="+", help="by default the plan's")
     parser.add_argument("--runs", type=Path, default=Path("runs/claims"), help="checkpoints and answers")
     parser.add_argument("--results", type=Path, default=HERE / "results" / "claims", help="a JSON file per claim")
@@ -178,7 +185,7 @@ def main():
     options = {"device": args.device, "jobs": args.jobs, "threads": args.threads}
 
     def nodes():
-        return nodes_left(plan, names, seeds, args.runs, args.results, args.points)
+        return nodes_left(plan, names, seeds, args.runs, args.results, args.points, args.arms)
 
     if args.count:
         left = [node for node in with_inputs(nodes()) if not node.is_done(args.runs)]

@@ -273,3 +273,18 @@ def test_the_page_tells_a_rival_and_the_teacher_first(plan, tmp_path):
         line.startswith("Hallucinated descriptions against “before”, below: own samples, fine") for line in lines
     )
     assert any(line.startswith("| *to its teacher* | 2 | *-14.5 ± ") for line in lines)
+
+
+def test_some_arms_and_points_are_run_alone(tmp_path, plan):
+    def left(**some):
+        return set(claims.nodes_left(plan, ["stages"], [0], tmp_path, tmp_path, **some))
+
+    every = left()
+    assert left(arms=["sparse alone"]) | left(arms=["dense, then sparse"]) == every
+    assert left(arms=["sparse alone"]) < every
+    assert left(points=[""]) == every
+    rates = claims.nodes_left(plan, ["noise"], [0], tmp_path, tmp_path, arms=["supervised"])
+    assert len(rates) == len(plan["claims"]["noise"]["learning_rates"])
+    for some in ({"arms": ["blue"]}, {"points": ["blue"]}):
+        with pytest.raises(ValueError, match="There is no `blue` in the plan: give some of"):
+            left(**some)
