@@ -171,12 +171,11 @@ class Arm:
             scorer = {"scorer": "llava_mod_hf.data.scenes:score_by_truth"}
             node = Node("make-preferences", None, made | sampling | scorer | {"model": who, "seed": self.seed})
             data = {"dataset_name": node, "dataset_config": None, "dataset_options": {}}
-        loss = options.pop("loss", None)
+        loss = options.pop("loss", "sigmoid")
+        loss = "sft" if loss == "chosen" else loss  # supervised fine-tuning on the chosen side of the same pairs
+        options["loss_type"] = loss if isinstance(loss, list) else [loss]
+        options = {"loss_weights": [1.0], **options}
         shared = {"student": before, "seed": self.seed, **data}
-        if loss == "chosen":  # supervised fine-tuning on the chosen side of the same pairs
-            options = {"loss_type": ["sft"], **options}
-        elif loss:
-            options["loss_type"] = loss if isinstance(loss, list) else [loss]
         return Node("prefer", "scenes/4_prefer.yaml", {**shared, "teacher": self.teacher_node(), **options})
 
     def answers(self, **world):
