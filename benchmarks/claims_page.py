@@ -134,6 +134,8 @@ def page_lines(plan, names, results):
         "",
         f"Every arm differs from this centre by what its name says: {centre}.",
         "",
+        plan["looked_at_before"].strip(),
+        "",
     ]
     for name in names:
         path = results / f"{name}.json"
