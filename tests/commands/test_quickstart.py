@@ -139,6 +139,7 @@ def test_picture_and_page_are_there(run):
     assert str(folder / "mimic_sparse") in (folder / "summary.html").read_text()
 
 
+@pytest.mark.slow
 def test_easy_vqa_is_as_it_was(easy_run, capsys):
     folder, summary = easy_run
     assert tuple(summary["stages"]) == STAGES and "make_preferences" not in summary
