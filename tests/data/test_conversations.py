@@ -4,8 +4,6 @@ import logging
 
 import pytest
 import torch
-from datasets import Dataset, Features, List, Value
-from datasets import Image as ImageFeature
 from trl.trainer.sft_trainer import DataCollatorForVisionLanguageModeling
 
 from helpers.templates import (
@@ -17,18 +15,12 @@ from helpers.templates import (
     assistant,
     expanded,
     picture,
+    rows_of,
     templated,
     user,
 )
 from llava_mod_hf.data.conversations import AnswersCollator, RewrittenHistory, expand_conversations
 from llava_mod_hf.data.fitting import fit_rows
-
-MESSAGES = [{"role": Value("string"), "content": Value("string")}]
-
-
-def rows_of(rows):
-    features = {name: MESSAGES for name in rows[0] if name != "images"}
-    return Dataset.from_list(rows, features=Features({"images": List(ImageFeature()), **features}))
 
 
 def collated(collator, rows):

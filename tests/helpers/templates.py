@@ -2,9 +2,13 @@
 
 import copy
 
+from datasets import Dataset, Features, List, Value
+from datasets import Image as ImageFeature
 from PIL import Image
 
 from helpers.tiny import make_processor
+
+MESSAGES = [{"role": Value("string"), "content": Value("string")}]
 
 TEXT = (
     "{% macro text(m) %}{% if m['content'] is string %}{{ m['content'] }}{% else %}{% for part in m['content'] %}"
@@ -124,3 +128,9 @@ def expanded(row):
         for i, message in enumerate(messages)
         if message["role"] == "assistant"
     ]
+
+
+def rows_of(rows):
+    """A `datasets.Dataset` of rows with `images` and columns of messages."""
+    features = {name: MESSAGES for name in rows[0] if name != "images"}
+    return Dataset.from_list(rows, features=Features({"images": List(ImageFeature()), **features}))

@@ -4,8 +4,6 @@ import logging
 
 import pytest
 import torch
-from datasets import Dataset, Features, List, Value
-from datasets import Image as ImageFeature
 
 from helpers.ddp_gradients import RUN, mimic_trainer, raw_gradients, sharpened, smaller_images
 from helpers.templates import (
@@ -16,6 +14,7 @@ from helpers.templates import (
     assistant,
     expanded,
     picture,
+    rows_of,
     templated,
     user,
 )
@@ -27,16 +26,8 @@ from llava_mod_hf.training import on_policy
 from llava_mod_hf.training.adapt_config import AdaptConfig
 from llava_mod_hf.training.adapt_trainer import AdaptTrainer
 
-MESSAGES = [{"role": Value("string"), "content": Value("string")}]
-
-
-def dataset(rows):
-    features = {name: MESSAGES for name in rows[0] if name != "images"}
-    return Dataset.from_list(rows, features=Features({"images": List(ImageFeature()), **features}))
-
-
-WHOLE = dataset([as_row(row) for row in CONVERSATIONS])
-EACH = dataset([each for row in CONVERSATIONS for each in expanded(row)])
+WHOLE = rows_of([as_row(row) for row in CONVERSATIONS])
+EACH = rows_of([each for row in CONVERSATIONS for each in expanded(row)])
 
 
 @pytest.fixture
@@ -62,7 +53,7 @@ def assert_same_gradients(found, expected):
 @pytest.mark.parametrize("case", ["same teacher", "messages", "another template", "batches"])
 def test_gradients_are_those_of_a_row_for_each_answer(tokenizer, models, tmp_path, case):
     processor = templated(tokenizer, "llama-3")
-    rows = dataset(CONVERSATIONS) if case == "messages" else WHOLE
+    rows = rows_of(CONVERSATIONS) if case == "messages" else WHOLE
     options = {"batch": 2, "accumulation": 2} if case == "batches" else {"batch": len(rows)}
     found, logs = [], []
     for each, sizes in ((rows, options), (EACH, {"batch": len(EACH)})):
@@ -98,7 +89,7 @@ def test_what_a_template_rewrites_is_a_row_for_each_answer_in_a_trainer_too(
     tokenizer, models, tmp_path, fitted, caplog
 ):
     processor = templated(tokenizer, REWRITING)
-    rows = dataset([as_row({"images": [picture()], "messages": THINKING}), as_row(CONVERSATIONS[2])])
+    rows = rows_of([as_row({"images": [picture()], "messages": THINKING}), as_row(CONVERSATIONS[2])])
     with caplog.at_level(logging.WARNING):
         given = fit_rows(rows, processor, max_length=None)[0] if fitted else rows
         student, teacher = models(processor, ())
@@ -111,7 +102,7 @@ def test_what_a_template_rewrites_is_a_row_for_each_answer_in_a_trainer_too(
 
 def test_a_teacher_whose_template_rewrites_history_or_answers_is_refused(tokenizer, models, tmp_path):
     processor = templated(tokenizer, "chatml")
-    rows = dataset([as_row({"images": [picture()], "messages": THINKING})])
+    rows = rows_of([as_row({"images": [picture()], "messages": THINKING})])
     student, teacher = models(processor, ())
     told = (
         "Of the teacher's own chat template: A conversation cannot be read in one pass, .*: take `multi_turn: expand`"
@@ -137,7 +128,7 @@ def test_the_student_answers_one_question_of_a_conversation(tokenizer, models, t
         teacher.float(),
         processor,
         tmp_path,
-        dataset=dataset(CONVERSATIONS) if form == "messages" else WHOLE,
+        dataset=rows_of(CONVERSATIONS) if form == "messages" else WHOLE,
         on_policy_share=1.0,
         on_policy_max_new_tokens=2,
     )

@@ -134,7 +134,7 @@ def plain_row(row, where):
     plain = {name: value for name, value in row.items() if name not in _messages_of(row)}
     for name, messages in _messages_of(row).items():
         parts = [part for m in messages if isinstance(m.get("content"), list) for part in m["content"]]
-        if parts and name in ("prompt", "messages"):
+        if parts and name == "prompt":
             _check_places(messages, len(row["images"] or []), where)
         plain[name] = [{"role": m["role"], "content": text_of(m["content"])} for m in messages]
     return plain
