@@ -96,7 +96,7 @@ lint: setup
 typecheck: setup
 	$(BIN)/mypy
 
-# Regenerates the embedded weights from the embedded data, about half an hour on two cores.
+# Regenerates the embedded weights from the embedded data, about an hour and a half on two cores.
 weights: setup
 	rm -rf runs/weights
 	for part in vision_tower student_lm teacher_lm teacher; do \

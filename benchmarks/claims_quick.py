@@ -61,7 +61,7 @@ def planned(plan, seed, share=1.0):
 
 
 def difference(claim, answers, measure, arm, against, recall=False):
-    """One entry of `claims.json`; with `recall`, that of things found beside it, in the same direction."""
+    """One entry of `claims.json`; with `recall`, that of things found beside it, which may not fall."""
     differences = intervals(answers[arm], answers[against])
     found, low, high = differences[measure]
     entry = {

@@ -7,11 +7,16 @@ import claims_graph
 import claims_page
 import claims_quick
 import pytest
+import torch
 from claims_arms import arm_of
 from claims_graph import Node, run_all, with_inputs
 from claims_statistics import interval
 
 from helpers.scenes import described
+from llava_mod_hf import loading
+from llava_mod_hf.data.scene_rows import load
+from llava_mod_hf.evaluation import answers
+from llava_mod_hf.students import quantisation
 
 
 @pytest.fixture(scope="module")
@@ -86,6 +91,26 @@ def test_a_key_depends_on_the_embedded_weights(monkeypatch):
     key = Node("mimic", None, options).key
     monkeypatch.setattr(claims_graph, "weights_hash", lambda name: "another")
     assert Node("mimic", None, options).key != key
+
+
+def test_a_key_is_of_what_a_recipe_says():
+    recipe, said = "scenes/1_adapt.yaml", claims_graph.read_recipe("scenes/1_adapt.yaml")
+    key = Node("adapt", recipe).key
+    assert Node("adapt", None, said).key == key
+    assert Node("adapt", recipe, {"output_dir": "elsewhere", "logging_steps": 7}).key == key
+    assert Node("adapt", recipe, {"max_steps": said["max_steps"] + 1}).key != key
+
+
+@pytest.mark.parametrize("bits", [None, 8])
+def test_answers_are_those_of_the_student_with_its_bits(tmp_path, monkeypatch, bits):
+    monkeypatch.setattr(loading, "load_model_and_processor", lambda name: (torch.nn.Linear(1, 1), None))
+    monkeypatch.setattr(quantisation, "load_quantised", lambda name, bits, dtype: torch.nn.Linear(bits, 1))
+    monkeypatch.setattr(answers, "generate_answers", lambda model, *args, **kwargs: [str(model.in_features)] * 3)
+    node = Node("answers", None, {"model": "a", "seed": 0, "rows": 3, **({"bits": bits} if bits else {})})
+    claims_graph._write_answers(node, tmp_path, "cpu")
+    found = json.loads((tmp_path / node.key / "answers.json").read_text())
+    assert found["given"] == [str(bits or 1)] * 3
+    assert found["answer"] == load("mixture", "test", 0, {"rows": 3})["answer"][:]
 
 
 def test_a_failure_stops_what_needs_it_and_nothing_else(tmp_path, monkeypatch):
