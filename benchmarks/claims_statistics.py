@@ -34,3 +34,10 @@ def interval(values):
         return mean, -math.inf, math.inf
     half = T_QUANTILES[len(values) - 2] * statistics.stdev(values) / math.sqrt(len(values))
     return mean, mean - half, mean + half
+
+
+def percent(values, sign=""):
+    """`str`: mean ± half width of its interval, in per cent; `sign="+"` always writes one."""
+    mean, low, _ = interval(values)
+    width = f" ± {100 * (mean - low):.1f}" if len(values) > 1 else ""
+    return f"{100 * mean:{sign}.1f}{width}"

@@ -4,7 +4,6 @@ import json
 
 import claims
 import claims_graph
-import claims_page
 import claims_quick
 import pytest
 import torch
@@ -260,44 +259,6 @@ def test_a_quick_claim_is_of_the_arms_of_the_plan(plan):
 
 def test_the_interval_is_students():
     assert interval([1.0, 2.0, 3.0]) == pytest.approx((2.0, 2.0 - 4.303 / 3**0.5, 2.0 + 4.303 / 3**0.5))
-
-
-def test_the_page_has_a_table_of_differences(plan, tmp_path):
-    runs = [
-        {"point": "", "arm": arm, "seed": seed, "figures": dict.fromkeys(claims_page.NAMES, value + 0.01 * seed)}
-        for arm, value in (("sparse alone", 0.5), ("dense, then sparse", 0.6))
-        for seed in (0, 1)
-    ]
-    (tmp_path / "stages.json").write_text(json.dumps({"runs": runs, "picked": []}))
-    text = "\n".join(claims_page.page_lines(plan, list(plan["claims"]), tmp_path))
-    assert "| dense, then sparse | 2 | +10.0 ± 0.0 |" in text
-    assert "Exact match against “sparse alone”, above: dense, then sparse (+10.0 ± 0.0)." in text
-    assert "## b. Dense-to-dense then" in text
-    assert "## a." not in text
-
-
-def test_the_page_tells_a_rival_and_the_teacher_first(plan, tmp_path):
-    values = {
-        "before": 0.5,
-        "own samples, fine-tuning on the chosen": 0.4,
-        "own samples, DPO + fine-tuning, teacher": 0.3,
-    }
-    runs = [
-        {"point": "", "arm": arm, "seed": seed, "figures": dict.fromkeys(claims_page.NAMES, value + 0.01 * seed),
-         "teacher": dict.fromkeys(claims_page.NAMES, 0.45)}
-        for arm, value in values.items() for seed in (0, 1)
-    ]  # fmt: skip
-    (tmp_path / "preference.json").write_text(json.dumps({"runs": runs, "picked": []}))
-    lines = claims_page.page_lines(plan, ["preference"], tmp_path)
-    said = [line for line in lines if line.startswith("“")]
-    assert said == [
-        "“own samples, DPO + fine-tuning, teacher” less “own samples, fine-tuning on the chosen”: hallucinated "
-        "descriptions -10.0 ± 0.0, things found -10.0 ± 0.0."
-    ]
-    assert any(
-        line.startswith("Hallucinated descriptions against “before”, below: own samples, fine") for line in lines
-    )
-    assert any(line.startswith("| *to its teacher* | 2 | *-14.5 ± ") for line in lines)
 
 
 def test_some_arms_and_points_are_run_alone(tmp_path, plan):
