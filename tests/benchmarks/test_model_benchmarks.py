@@ -28,6 +28,24 @@ def test_moe_block(capsys):
         assert result["ours_to_better"] == result["seconds"]["ours"] / better
 
 
+def test_preference_prefix(tmp_path, monkeypatch, capsys):
+    """Tiny sizes: what is compared and reported, not how fast it is."""
+    threads = torch.get_num_threads()
+    benchmark = runpy.run_path(str(BENCHMARKS / "preference_prefix.py"))
+    sizes = ["--layers", "2", "--vocabulary", "64", "--image-tokens", "5", "--prompt-tokens", "3"]
+    sizes += ["--response-tokens", "2", "--rounds", "1", "--threads", "1", "--json", str(tmp_path / "found.json")]
+    monkeypatch.setattr("sys.argv", ["preference_prefix.py", *sizes])
+    try:
+        benchmark["main"]()
+    finally:
+        torch.set_num_threads(threads)
+    found = json.loads((tmp_path / "found.json").read_text())
+    assert found["tokens_ratio"] == 12 / 20
+    assert found["seconds"].keys() == found["peak_mib"].keys() == {"two sequences", "shared", "head"}
+    assert min(*found["seconds"].values(), *found["peak_mib"].values(), found["body_ratio"]) > 0
+    assert "shared / two sequences: tokens 0.600" in capsys.readouterr().out
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("remote", [False, True], ids=["package", "remote-code"])
 def test_peak_of_loading_1_gb(remote):

@@ -100,6 +100,30 @@ def test_two_numbers_per_pair_are_the_sums_of_the_log_probabilities(models, cach
             assert found[REFERENCE_COLUMNS[1]][number] == pytest.approx(rejected, abs=1e-4)
 
 
+def test_the_prompt_of_a_pair_is_computed_once(models, caches, tmp_path, monkeypatch):
+    """Unless `share_prefix` is off: the same numbers, of twice as many sequences."""
+    shapes = []
+    plain = cache_reference.ReferenceWriter._log_probs
+
+    def noted(self, batch):
+        hook = self.teacher.base_model.language_model.register_forward_pre_hook(
+            lambda module, args, kwargs: shapes.append(len(kwargs["inputs_embeds"])), with_kwargs=True
+        )
+        found = plain(self, batch)
+        hook.remove()
+        return found
+
+    monkeypatch.setattr(cache_reference.ReferenceWriter, "_log_probs", noted)
+    for share, read in ((True, NUM_ROWS), (False, 2 * NUM_ROWS)):
+        shapes.clear()
+        given = groups(models, tmp_path / f"{share}", tmp_path / "run", share_prefix=share)
+        folder = run_cache_reference(*given, ReferenceCommand())
+        assert sum(shapes) == read
+        found, expected = columns(folder), columns(caches["teacher"])
+        for name in REFERENCE_COLUMNS + TAIL_COLUMNS:
+            assert found[name] == pytest.approx(expected[name], abs=1e-4)
+
+
 @pytest.mark.parametrize(("name", "options"), [("teacher", {}), ("foreign", {}), ("foreign", {"ld_alpha": 0.25})])
 def test_precomputed_and_live_have_the_same_loss_and_gradients(models, caches, tmp_path, name, options):
     found = {}

@@ -28,6 +28,7 @@ def test_beta_of_the_paper_is_the_default(tmp_path):
         ({"label_smoothing_factor": 0.1}, "`label_smoothing_factor` is 0.1"),
         ({"loss_type": ["margin"], "ld_alpha": 0.5}, r"`margin` takes plain log-ratios: leave out `ld_alpha` \(0.5\)"),
         ({"loss_type": ["kto_pair"], "use_weighting": True}, "leave out .*`use_weighting` .True."),
+        ({"loss_type": ["sigmoid", "sft"], "use_weighting": True}, "`use_weighting` weighs pairs, .* leave one out."),
         ({"kto_reference_compat": True}, "changes `kto_pair` alone"),
         ({"sync_ref_model": True}, "sync_ref_model"),
         ({"beta": 0.0}, "`beta` is 0.0: give a positive one"),

@@ -18,6 +18,7 @@ from llava_mod_hf.fingerprints import row_key
 from llava_mod_hf.losses.preference_losses import response_sums
 from llava_mod_hf.teachers.answer_cache import preference_settings
 from llava_mod_hf.teachers.reference_model import REFERENCE_COLUMNS, TAIL_COLUMNS, own_reading
+from llava_mod_hf.teachers.shared_prefix import sharing
 from llava_mod_hf.training.preference_config import PreferenceConfig
 from llava_mod_hf.training.preference_trainer import CHECKED_ROWS
 
@@ -54,6 +55,7 @@ class ReferenceWriter:
     def __init__(self, teacher, collate, rows, args):
         self.teacher, self.collate, self.rows, self.args = teacher.eval(), collate, rows, args
         add_fused_lm_head(teacher)
+        self.shared = sharing(teacher, teacher) if args.share_prefix else teacher
 
     def _collate(self, numbers):
         examples = [self.rows[number] for number in numbers]
@@ -98,7 +100,7 @@ class ReferenceWriter:
         labels = batch["input_ids"].masked_fill(mask == 0, -100)
         precision = torch.bfloat16 if args.bf16 else torch.float16
         with torch.autocast(device.type, precision, enabled=args.bf16 or args.fp16):
-            log_probs = self.teacher(**batch, labels=labels, fused_lm_head=True).log_probs
+            log_probs = self.shared(**batch, labels=labels, fused_lm_head=True).log_probs
         return torch.cat(response_sums(log_probs, mask[:, 1:])).float().cpu()
 
 

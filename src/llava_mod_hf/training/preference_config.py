@@ -42,11 +42,16 @@ class PreferenceConfig(ValidationOptions, LoraOptions, DPOConfig):
         train_modules (`list[str]`, *optional*):
             Parts that are trained, of `vision_tower`, `adaptor`, `language_model`, `ffn` (FFNs, experts and routers);
             by default as in [`~llava_mod_hf.MimicConfig`]. Parameters that were frozen before stay frozen.
+        share_prefix (`bool`, *optional*, defaults to `True`):
+            Compute images and prompt of a pair once, not once for each response, in the student and the reference:
+            the same loss and gradients, in less time and memory. Where a model cannot (flash attention, another family
+            than LLaVA), a sentence says so, and its pairs are two rows.
     """
 
     reference: str = "teacher"
     kto_reference_compat: bool = False
     train_modules: list[str] | None = field(default=None)
+    share_prefix: bool = True
 
     def __post_init__(self):
         check_options(self, "prefer")
@@ -64,6 +69,8 @@ class PreferenceConfig(ValidationOptions, LoraOptions, DPOConfig):
                 f"`{own[0]}` takes plain log-ratios: leave out `ld_alpha` ({self.ld_alpha}), `use_weighting` "
                 f"({self.use_weighting}) and `f_divergence_type` ({self.f_divergence_type})."
             )
+        if self.use_weighting and "sft" in self.loss_type:
+            raise ValueError("`use_weighting` weighs pairs, and TRL's `sft` has one figure for all: leave one out.")
         if self.kto_reference_compat and not any(name.startswith("kto") for name in own):
             raise ValueError(f"`kto_reference_compat` changes `kto_pair` alone, and `loss_type` is {self.loss_type}.")
         if self.label_smoothing and not SMOOTHED_LOSSES & set(self.loss_type):

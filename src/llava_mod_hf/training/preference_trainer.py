@@ -29,6 +29,7 @@ from llava_mod_hf.teachers.reference_model import (
     has_reference,
     own_reading,
 )
+from llava_mod_hf.teachers.shared_prefix import sharing
 from llava_mod_hf.training.given import given
 from llava_mod_hf.training.logs import KeepsMetrics
 from llava_mod_hf.training.noted_model import NotedModel
@@ -159,7 +160,8 @@ class PreferenceTrainer(KeepsMetrics, GroupedBatches, Validates, SafeRun, DPOTra
                 inputs[name] = without_tail(inputs[name], tail, self.args.ld_alpha)
         else:
             inputs.update(zip(REFERENCE_COLUMNS, self._reference_log_probs(reference_inputs), strict=True))
-        noted = NotedModel(model, self._base_model(), self.model.config.get_text_config())
+        shared = self._sharing(model, self._student())
+        noted = NotedModel(shared, self._student().base_model, self.model.config.get_text_config())
         # only here: `evaluate` reads it too, and would compute the references of text rows anew
         precompute_ref_logps, self.precompute_ref_logps = self.precompute_ref_logps, True
         try:
@@ -176,12 +178,16 @@ class PreferenceTrainer(KeepsMetrics, GroupedBatches, Validates, SafeRun, DPOTra
                 f"These rows have no columns {', '.join(REFERENCE_COLUMNS)}, and there is no `ref_model`: compute them "
                 "with `llava-mod cache-reference` too."
             )
+        unwrapped = self._student() if self.ref_model is None else self.accelerator.unwrap_model(self.ref_model)
         with trained_as_before(self.model):
-            return self.compute_ref_log_probs(self.ref_model or self.model, inputs)
+            return self.compute_ref_log_probs(self._sharing(self.ref_model or self.model, unwrapped), inputs)
 
-    def _base_model(self):
+    def _sharing(self, model, unwrapped):
+        return sharing(model, unwrapped) if self.args.share_prefix else model
+
+    def _student(self):
         model = self.accelerator.unwrap_model(self.model)
-        return (model.get_base_model() if is_peft_model(model) else model).base_model
+        return model.get_base_model() if is_peft_model(model) else model
 
     def _own_terms(self, noted, inputs):
         metrics = self._metrics["train" if self.model.training else "eval"]

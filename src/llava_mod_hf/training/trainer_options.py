@@ -72,7 +72,7 @@ READ_HERE_OF = {
     "ddp_find_unused_parameters divergence temperature jsd_beta kl_weight lm_weight teacher_weights rows_per_chunk "
     "on_policy_share on_policy_max_new_tokens share_vision_tower shard_teacher reference_compat reference_vocab_size",
     "prefer": "router_aux_loss_coef loss_type loss_weights beta label_smoothing ld_alpha sync_ref_model reference "
-    "kto_reference_compat",
+    "kto_reference_compat share_prefix",
 }
 
 # `HubStrategy` has two more, which push the optimiser's state: pickles, that nobody should load from the Hub
