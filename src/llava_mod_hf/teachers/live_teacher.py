@@ -9,6 +9,7 @@ from trl.chat_template_utils import get_training_chat_template, has_generation_m
 from llava_mod_hf.data.conversations import RewrittenHistory
 from llava_mod_hf.fingerprints import processor_parts
 from llava_mod_hf.losses.rows import ProjectedRows, shift_for_next_token
+from llava_mod_hf.teachers.last_ffn import read_only
 from llava_mod_hf.teachers.output_head import head_of
 from llava_mod_hf.teachers.response_alignment import align_labels, check_responses
 from llava_mod_hf.teachers.vocabulary import check_teacher, shared_vocab_size
@@ -139,6 +140,7 @@ class LiveTeacher:
             aligned, keep = own_inputs["aligned"][keep], own_inputs["keep"]
         device, head = self.model.device, self.head
         inputs = {name: value.to(device) if torch.is_tensor(value) else value for name, value in inputs.items()}
+        read_only(self.model.base_model, keep)
         with torch.inference_mode():
             hidden = self.model.base_model(**{**inputs, "use_cache": False}).last_hidden_state
             hidden = hidden[keep.to(hidden.device)].to(head.weight.device)

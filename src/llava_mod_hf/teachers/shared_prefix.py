@@ -7,6 +7,8 @@ from typing import NamedTuple
 import torch
 from transformers import LlavaModel
 
+from llava_mod_hf.teachers.last_ffn import read_only
+
 logger = logging.getLogger(__name__)
 
 MASKED = ("sdpa", "eager")  # attention implementations that take any mask
@@ -185,6 +187,9 @@ class SharedPrefix:
         before = self.base_model.register_forward_pre_hook(self._with_mask(pairs), with_kwargs=True)
         # first, so that what others note on the way is of the rows' own shape
         after = self.base_model.register_forward_hook(_with_rows(pairs), prepend=True)
+        read = torch.zeros_like(pairs.input_ids, dtype=torch.bool).flatten()
+        read[pairs.predictors[pairs.labels != -100]] = True
+        read_only(self.base_model, read.view_as(pairs.input_ids))
         try:
             outputs = self.model(
                 input_ids=pairs.input_ids,

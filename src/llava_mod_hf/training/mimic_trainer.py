@@ -18,6 +18,7 @@ from llava_mod_hf.losses.rows import shift_for_next_token
 from llava_mod_hf.model.moe_llava_mod import router_losses
 from llava_mod_hf.students.generation import prepare_generation
 from llava_mod_hf.teachers.fsdp_layers import shard_layers, whole
+from llava_mod_hf.teachers.last_ffn import read_only
 from llava_mod_hf.teachers.live_teacher import LiveTeacher
 from llava_mod_hf.teachers.output_head import head_without_weights
 from llava_mod_hf.teachers.protocol import row_sets
@@ -184,6 +185,7 @@ class MimicTrainer(GroupedBatches, Validates, WholeConversations, SafeRun, SFTTr
         count, mask = self._rows_that_count(len(labels)), inputs.get("attention_mask")
         with self.accelerator.autocast():  # the redirection goes around accelerate's own
             router = {"output_router_logits": True} if self._has_router_term else {}
+            read_only(student.base_model, shift_for_next_token(labels)[0] | shift_for_next_token(kl_labels)[0])
             outputs = student.base_model(**inputs, **router, use_cache=False)
             # after the student, whose image features a teacher may take over
             rows = [
