@@ -141,7 +141,7 @@ def test_the_memory_in_the_readme_is_what_its_command_prints(recipe, options, tm
     teacher = yaml.safe_load((ROOT / "recipes" / recipe / "2_mimic_dense.yaml").read_text())["teacher"]
     for name in (values["vision_tower"], values["language_model"], teacher):
         published_config(name).save_pretrained(tmp_path / name)
-    assert llava_mod_cli.main(["memory", str(ROOT / "recipes" / recipe), "--models", str(tmp_path), *options]) == 0
+    assert main(["memory", str(ROOT / "recipes" / recipe), "--models", str(tmp_path), *options]) == 0
     readme = (ROOT / "recipes" / recipe / "README.md").read_text()
     command = " ".join(["llava-mod memory", f"recipes/{recipe}", *options])
     assert f"```bash\n{command}\n```\n\n{capsys.readouterr().out}" in readme
