@@ -6,7 +6,7 @@ from pathlib import Path
 
 from peft import get_peft_model
 
-from llava_mod_hf.data.fitting import LENGTH
+from llava_mod_hf.data.fitting import LENGTH, NUM_IMAGES
 from llava_mod_hf.students.parameter_counts import count_parameters
 from llava_mod_hf.training.lora import lora_config
 from llava_mod_hf.training.stage_memory import GB, adapter_sums, stage_memory
@@ -47,7 +47,7 @@ class SizesOfStage:
             "parameters", f"{amount(total)}, {amount(active)} active, {amount(trained)} trained",
             total=total, active=active, trained=trained,
         )  # fmt: skip
-        if self.rows is None:
+        if "rows" not in self.found:
             return
         args = self.args
         batch = args.per_device_train_batch_size * args.gradient_accumulation_steps * self.processes
@@ -63,18 +63,21 @@ class SizesOfStage:
         )
 
     def _memory(self, gpu_memory):
-        if self.model is None or self.rows is None:
+        if self.model is None or "rows" not in self.found:
             return
         args, longest = self.args, self.found["rows"]["tokens"]["most"]
         sequences = args.per_device_train_batch_size * (2 if self.stage == "prefer" else 1)
+        images = (self.student.config.image_seq_length or 0) * max(self.rows[NUM_IMAGES][:], default=0)
+        supervised = self.found["rows"].get("supervised", 1.0) * sequences * longest
+        rows = min(args.rows_per_chunk, math.ceil(supervised)) if self.stage == "mimic" else 0
         small = getattr(self.who, "teacher_dtype", "float32") in ("bfloat16", "float16")
         found = stage_memory(
-            self.model, self.teacher, tokens=sequences * longest, teacher_bytes=2 if small else 4,
-            processes=self.processes, sums=self.sums,
+            self.model, self.teacher, tokens=sequences * longest, image_tokens=sequences * images, rows=rows,
+            teacher_bytes=2 if small else 4, processes=self.processes, sums=self.sums,
         )  # fmt: skip
         ways = {name: text for name, text in PARALLEL.items() if name != "shard_teacher" or self.stage == "mimic"}
         ways = ways if self.processes > 1 else {"whole": "one GPU"}
-        told = ", ".join(f"{found[name] / GB:.1f} GB ({text})" for name, text in ways.items())
+        told = ", ".join(f"{amount(found[name], 'B')} ({text})" for name, text in ways.items())
         self._tell("memory", f"of each process, estimated: {told}", **{name: found[name] for name in ways})
         least = min(found[name] for name in ways)
         if gpu_memory is not None and least > gpu_memory * GB:

@@ -245,8 +245,8 @@ class StageCheck(SizesOfStage):
         rows = fit_to_recipe(self.rows, self.student, self.processor, self.data_args, self.args)
         self.rows = given(self.args, type(self.args), self.student, train_dataset=rows)["train_dataset"]
         lengths = sorted(self.rows[LENGTH][:])
-        cuts = {"least": lengths[0], "median": statistics.median(lengths), "most": lengths[-1]}
-        cuts["95 %"] = lengths[min(len(lengths) - 1, math.ceil(0.95 * len(lengths)))]
+        at_95 = lengths[math.ceil(0.95 * len(lengths)) - 1]
+        cuts = {"least": lengths[0], "median": statistics.median(lengths), "at 95 %": at_95, "most": lengths[-1]}
         self._tell(
             "rows",
             f"{len(self.rows):,} of {before:,} are trained on; tokens: "

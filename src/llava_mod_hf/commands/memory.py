@@ -12,6 +12,7 @@ from llava_mod_hf.commands.parts import chosen_layers
 from llava_mod_hf.loading import resolve
 from llava_mod_hf.recipes import read_recipe
 from llava_mod_hf.students.upcycling import moe_layer_indices
+from llava_mod_hf.training.mimic_config import MimicConfig
 from llava_mod_hf.training.stage_memory import GB, adapted, stage_memory
 from llava_mod_hf.training.trainable import set_trainable
 
@@ -80,11 +81,14 @@ def _memory_of(stage, recipe, adapt, args):
             student, sums = adapted(student, recipe)
     if not recipe.get("use_peft"):
         set_trainable(student, recipe.get("train_modules") or (["adaptor"] if stage == "1_adapt" else None))
+    vision = student.config.vision_config
     sequences = recipe["per_device_train_batch_size"] * (2 if stage == "4_prefer" else 1)
     return stage_memory(
         student,
         teacher,
         tokens=sequences * recipe["max_length"],
+        image_tokens=sequences * (vision.image_size // vision.patch_size) ** 2,
+        rows=recipe.get("rows_per_chunk", MimicConfig.rows_per_chunk) if "mimic" in stage else 0,
         teacher_bytes=2 if recipe.get("teacher_dtype") in ("bfloat16", "float16") else 4,
         processes=args.processes,
         sums=sums,
