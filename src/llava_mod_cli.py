@@ -3,7 +3,8 @@
 
 Beside the package, not in it: importing the package registers its classes with transformers, and `--help` need not wait
 for that. A command is a file of `llava_mod_hf/commands/` whose docstring begins with "`llava-mod NAME`: summary"; its
-`OPTIONS` names the dataclasses that its `run` takes. Both are read without importing the file.
+`OPTIONS` names the dataclasses that its `run` takes. Both are read without importing the file. One without any reads
+its arguments itself, and its `run` returns the exit code.
 """
 
 import ast
@@ -86,6 +87,8 @@ def main(argv=None):
     from llava_mod_hf import recipes
 
     try:
+        if not command.options:
+            return importlib.import_module(command.module).run(rest)
         options = recipes.parse(command.groups(), rest, prog=f"llava-mod {name}", description=command.summary)
         importlib.import_module(command.module).run(*options)
     except (ValueError, OSError) as error:

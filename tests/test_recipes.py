@@ -4,7 +4,6 @@ import itertools
 import json
 import os
 import re
-import runpy
 import shlex
 import subprocess
 import sys
@@ -142,11 +141,9 @@ def test_the_memory_in_the_readme_is_what_its_command_prints(recipe, options, tm
     teacher = yaml.safe_load((ROOT / "recipes" / recipe / "2_mimic_dense.yaml").read_text())["teacher"]
     for name in (values["vision_tower"], values["language_model"], teacher):
         published_config(name).save_pretrained(tmp_path / name)
-    runpy.run_path(str(ROOT / "recipes" / "memory.py"))["main"](
-        [str(ROOT / "recipes" / recipe), "--models", str(tmp_path), *options]
-    )
+    assert main(["memory", str(ROOT / "recipes" / recipe), "--models", str(tmp_path), *options]) == 0
     readme = (ROOT / "recipes" / recipe / "README.md").read_text()
-    command = " ".join(["python recipes/memory.py", f"recipes/{recipe}", *options])
+    command = " ".join(["llava-mod memory", f"recipes/{recipe}", *options])
     assert f"```bash\n{command}\n```\n\n{capsys.readouterr().out}" in readme
 
 

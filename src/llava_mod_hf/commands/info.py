@@ -44,7 +44,7 @@ class InfoCommand:
     trust_remote_code: bool = False
 
 
-def _recipes_of(folder):
+def recipes_of(folder):
     """The recipes of a folder; one that cannot be read is not that of an earlier stage."""
     found = []
     for path in sorted(folder.glob("*.yaml")):
@@ -55,7 +55,7 @@ def _recipes_of(folder):
 
 def _from_recipe(path, upcycle_args):
     """The parts that the student of a recipe is made of, found through the recipes of its earlier stages."""
-    recipes, values, seen = _recipes_of(Path(path).parent), read_recipe(path), []
+    recipes, values, seen = recipes_of(Path(path).parent), read_recipe(path), []
     while values not in seen:
         seen.append(values)
         if upcycle_args.moe_layers is None and values.get("moe_layers"):

@@ -11,7 +11,7 @@ from llava_mod_hf.loading import resolve
 from llava_mod_hf.model.configuration_llava_mod import LlavaModConfig
 from llava_mod_hf.model.modeling_llava_mod import LlavaModForConditionalGeneration
 from llava_mod_hf.students.generation import prepare_generation
-from llava_mod_hf.students.vision_layout import load_part, load_tower, load_vision_layout, quietly
+from llava_mod_hf.students.vision_layout import load_part, load_tower, load_vision_layout, quietly, vision_config_of
 
 IMAGE_TOKEN = "<image>"
 
@@ -127,6 +127,41 @@ def make_processor(image_processor, tokenizer, layout):
         chat_template=tokenizer.chat_template,
         image_token=IMAGE_TOKEN,
     )
+
+
+def plan_student(vision_tower, language_model, *, chat_template=None, trust_remote_code=False):
+    """
+    What [`build_student`] would make, from the configs, tokenizer and image processor of its parts alone.
+
+    Args:
+        vision_tower, language_model (`str`), chat_template (`str`, *optional*), trust_remote_code (`bool`, *optional*):
+            As there.
+
+    Returns:
+        `tuple[LlavaModForConditionalGeneration, LlavaProcessor]`: the model on the meta device.
+
+    Raises:
+        ValueError: as there.
+    """
+    path, remote = resolve(vision_tower), {"trust_remote_code": trust_remote_code}
+    tower_config = load_part("vision tower", vision_tower, AutoConfig.from_pretrained, path, **remote)
+    image_processor, layout = load_vision_layout(tower_config, path, name=vision_tower, **remote)
+    if image_processor is None:
+        raise ValueError(f"The vision tower `{vision_tower}` has no image processor: save it beside the weights.")
+    path = resolve(language_model)
+    config = load_part("language model", language_model, AutoConfig.from_pretrained, path, **remote)
+    tokenizer = load_part("tokenizer of", language_model, AutoTokenizer.from_pretrained, path, **remote)
+    with torch.device("meta"):
+        made = load_part("language model", language_model, AutoModelForCausalLM.from_config, config, **remote)
+        _prepare_tokenizer(tokenizer, made, language_model, chat_template)
+        config = student_config(
+            vision_config_of(tower_config),
+            made.config,
+            layout,
+            image_token_index=tokenizer.convert_tokens_to_ids(IMAGE_TOKEN),
+        )
+        model = LlavaModForConditionalGeneration(config)
+    return model, make_processor(image_processor, tokenizer, layout)
 
 
 def build_student(

@@ -44,7 +44,8 @@ class LiveTeacher:
             check_teacher(student, model, processor, teacher_processor)
         else:
             self.collator = self._collator_like(collator, teacher_processor)
-        self._head = head_of(model)
+        # what has no weights, as where a run is only planned, has no logits to compare either
+        self._head = None if model.device.type == "meta" else head_of(model)
 
     @property
     def head(self):
