@@ -4,7 +4,7 @@ Tokens per second of a dense-to-sparse step: forward and backward pass of one ba
     python benchmarks/mimic_step.py --size tiny
     python benchmarks/mimic_step.py --size qwen2-0.5b [--layers 24]
 
-One student, four ways, taken in turns in one process; medians. `--clock cpu` counts the seconds of all threads together,
+One student, four ways, taken in turns in one process; medians. `--clock cpu` counts the seconds of all threads,
 which other work on the machine changes less.
 
 - `live`: `MimicTrainer` with the teacher in memory;
