@@ -7,6 +7,7 @@ import torch
 from transformers import AutoModelForImageTextToText, CLIPVisionConfig, Qwen2Config
 
 from llava_mod_hf import LlavaModConfig, LlavaModForConditionalGeneration
+from llava_mod_hf.evaluation.answers import evaluating
 from llava_mod_hf.students.quantisation import bytes_in_memory, load_quantised, quantization_config
 
 EXPERTS = "model.language_model.layers.0.mlp.experts"
@@ -120,6 +121,7 @@ def test_int8_logits_and_sizes(int8, student, tokens, tmp_path, folder):
     again = AutoModelForImageTextToText.from_pretrained(tmp_path)
     with torch.no_grad():
         assert torch.equal(again(tokens).logits, int8(tokens).logits)
+    with evaluating(again):  # as answers are generated
         generated = again.generate(tokens[:, :4], attention_mask=torch.ones(2, 4), max_new_tokens=3, do_sample=False)
     assert generated.shape == (2, 7)
 

@@ -24,7 +24,7 @@ def evaluating(model):
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
-        with torch.inference_mode():
+        with torch.no_grad():  # torchao's weights cannot be indexed in inference mode
             yield
     finally:
         for module, training in modes:
