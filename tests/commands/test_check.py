@@ -5,12 +5,12 @@ import shutil
 from pathlib import Path
 
 import pytest
-import torch
 import yaml
 from PIL import Image
 
 from llava_mod_cli import main
 from llava_mod_hf.commands.check import stage_of
+from llava_mod_hf.loading import resolve
 from llava_mod_hf.students.build import build_student, plan_student
 
 ROOT = Path(__file__).parents[2]
@@ -36,7 +36,7 @@ def folder(tmp_path):
 def recipe(folder, name="1_adapt.yaml", **options):
     values = {
         **MODELS, "dataset_name": str(folder / "rows.json"), "output_dir": str(folder / "out"), "max_length": 64,
-        "per_device_train_batch_size": 2, "num_train_epochs": 3, "save_strategy": "no", "bf16": False,
+        "per_device_train_batch_size": 2, "num_train_epochs": 3, "save_strategy": "no", "bf16": True,
     }  # fmt: skip
     values = {name: value for name, value in {**values, **options}.items() if value is not None}
     (folder / name).write_text(yaml.safe_dump(values))
@@ -191,6 +191,39 @@ def test_an_option_of_the_stage_overrides_the_recipe(folder, capsys):
     assert found["steps"]["steps"] == 12
 
 
+def test_a_student_that_is_no_llava(folder, capsys):
+    code, found, _ = check(mimic(folder, student="embedded:scenes-student-lm"), capsys=capsys)
+    assert code == 1 and "student `embedded:scenes-student-lm` could not be loaded" in found["to_mend"][0]
+
+
+def test_rows_of_evaluation_that_do_not_fit(folder, capsys):
+    rows = json.loads((folder / "rows.json").read_text())
+    rows[0]["conversations"][1]["value"] = "a red square " * 40
+    (folder / "eval.json").write_text(json.dumps(rows[:1]))
+    path = recipe(folder, eval_dataset_name=str(folder / "eval.json"), eval_strategy="steps")
+    code, found, _ = check(path, capsys=capsys)
+    assert found["data"]["eval_rows"] == 1
+    assert code == 1 and "None of the 1 rows can be trained on: 1 longer" in found["to_mend"][0]
+
+
+def test_of_a_stream_the_first_rows_are_read(folder, capsys, monkeypatch):
+    monkeypatch.setattr("llava_mod_hf.commands.check_stage.STREAMED", 3)
+    path = recipe(folder, streaming=True, max_steps=5)
+    code, found, text = check(path, capsys=capsys)
+    assert (code, found["rows"]["trained"], found["steps"]["steps"]) == (0, 3, 5)
+    assert "the first 3 rows stand for the rest" in text
+    code, found, _ = check(path, "--max_steps", "-1", capsys=capsys)
+    assert code == 1 and "give `max_steps`" in found["to_mend"][0]
+
+
+def test_models_of_a_folder_by_their_names(folder, capsys):
+    for name in MODELS.values():
+        shutil.copytree(resolve(name), folder / "models" / "you" / name.removeprefix("embedded:"))
+    path = recipe(folder, **{part: f"you/{name.removeprefix('embedded:')}" for part, name in MODELS.items()})
+    assert check(path, "--models", str(folder / "models"), capsys=capsys)[0] == 0
+    assert check(path, capsys=capsys)[0] == 1
+
+
 @pytest.mark.parametrize("argv", [[], ["--config", "none.yaml"], ["--config", "none.yaml", "--processes", "0"]])
 def test_bad_input_is_a_sentence(argv, capsys):
     assert main(["check", *argv]) == 2
@@ -208,4 +241,3 @@ def test_no_weights_are_read(folder, capsys, monkeypatch):
     monkeypatch.setattr("transformers.modeling_utils.safe_open", refuse)
     code, found, _ = check(mimic(folder), capsys=capsys)
     assert code == 0, found["to_mend"]
-    assert torch.get_default_device().type == "cpu"

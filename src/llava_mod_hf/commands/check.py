@@ -6,6 +6,8 @@ import logging
 import sys
 from pathlib import Path
 
+import torch
+
 import llava_mod_cli
 from llava_mod_hf import recipes
 from llava_mod_hf.commands.check_stage import StageCheck
@@ -78,6 +80,8 @@ def run(argv):
     elif args.stage is None:
         raise ValueError("Give a recipe by `--config`, or else `--stage` and its options.")
     stage = args.stage or stage_of(args.config)
+    if not torch.cuda.is_available() and "--use_cpu" not in options:  # bf16 is refused by transformers otherwise
+        options += ["--use_cpu", "true"]
     groups = recipes.parse(llava_mod_cli.commands()[stage].groups(), options, prog="llava-mod check")
     check = StageCheck(
         stage, groups, recipe=args.config, processes=args.processes, models=args.models, every_picture=args.all

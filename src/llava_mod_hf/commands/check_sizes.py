@@ -4,12 +4,9 @@ import math
 import shutil
 from pathlib import Path
 
-from peft import get_peft_model
-
 from llava_mod_hf.data.fitting import LENGTH, NUM_IMAGES
 from llava_mod_hf.students.parameter_counts import count_parameters
-from llava_mod_hf.training.lora import lora_config
-from llava_mod_hf.training.stage_memory import GB, adapter_sums, stage_memory
+from llava_mod_hf.training.stage_memory import GB, adapted, count, stage_memory
 from llava_mod_hf.training.trainable import train_only
 
 PARALLEL = {
@@ -35,14 +32,10 @@ class SizesOfStage:
         if self.student is None:
             return
         total, active = count_parameters(self.student)
-        model = self.student
-        adapter, sums = lora_config(self.args, model), 0
-        if adapter is not None:
-            model = get_peft_model(model, adapter)
-            sums = adapter_sums(model)
-        train_only(model, getattr(self.args, "train_modules", None), ["adaptor"] if self.stage == "adapt" else None)
-        self.model, self.sums = model, sums
-        trained = sum(p.numel() for p in set(model.parameters()) if p.requires_grad)
+        self.model, self.sums = adapted(self.student, self.args)
+        modules = getattr(self.args, "train_modules", None)
+        train_only(self.model, modules, ["adaptor"] if self.stage == "adapt" else None)
+        trained = count(parameter for parameter in self.model.parameters() if parameter.requires_grad)
         self._tell(
             "parameters", f"{amount(total)}, {amount(active)} active, {amount(trained)} trained",
             total=total, active=active, trained=trained,
@@ -91,21 +84,17 @@ class SizesOfStage:
         if self.model is None or "steps" not in self.found:
             return
         args, sizes = self.args, self.found["parameters"]
-        adapter = sizes["trained"] if args.use_peft else sizes["total"]
-        whole = 4 * adapter + 8 * sizes["trained"]
-        kept = 0
+        saved = 4 * (sizes["trained"] if args.use_peft else sizes["total"])
+        whole = saved + 8 * sizes["trained"]
+        kept, steps = 0, self.found["steps"]["steps"]
         if args.save_strategy == "steps":
-            every = (
-                args.save_steps
-                if args.save_steps >= 1
-                else max(1, math.ceil(args.save_steps * self.found["steps"]["steps"]))
-            )
-            kept = self.found["steps"]["steps"] // int(every)
+            every = args.save_steps if args.save_steps >= 1 else math.ceil(args.save_steps * steps)  # or a share
+            kept = steps // max(1, int(every))
         elif args.save_strategy == "epoch":
             kept = math.ceil(args.num_train_epochs)
         if args.save_total_limit:
             kept = min(kept, args.save_total_limit + 1)  # the new one is there before an old one goes
-        needed = kept * whole + 4 * adapter
+        needed = kept * whole + saved
         folder = Path(args.output_dir).resolve()
         while not folder.exists():
             folder = folder.parent

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import functools
 import hashlib
 import math
 import statistics
@@ -14,10 +15,9 @@ from trl.trainer.dpo_trainer import DataCollatorForVisionPreference
 
 from llava_mod_hf.commands.arguments import UpcycleArguments
 from llava_mod_hf.commands.check_sizes import SizesOfStage, amount
-from llava_mod_hf.commands.info import recipes_of
+from llava_mod_hf.commands.info import experts_of, recipe_chain, upcycled_config
 from llava_mod_hf.commands.parts import (
     check_experts,
-    chosen_layers,
     fit_to_recipe,
     load_eval_rows,
     refuse_adapter_of_new_student,
@@ -29,7 +29,6 @@ from llava_mod_hf.data.load import image_root, load_rows
 from llava_mod_hf.data.row_files import files_of
 from llava_mod_hf.loading import resolve
 from llava_mod_hf.students.build import plan_student
-from llava_mod_hf.students.upcycling import moe_layer_indices, sparse_config
 from llava_mod_hf.students.vision_layout import load_part
 from llava_mod_hf.teachers.cached_teacher import CachedTeacher
 from llava_mod_hf.teachers.live_teacher import LiveTeacher
@@ -76,7 +75,7 @@ class StageCheck(SizesOfStage):
         self.every_picture = every_picture
         self.data_args = dataclasses.replace(self.data_args, check_images="all" if every_picture else "header")
         self.lines, self.found, self.problems = [], {}, []
-        self.rows = self.student = self.processor = self.teacher = None
+        self.rows = self.eval_rows = self.student = self.processor = self.teacher = None
         self.model, self._last = None, ""
 
     def run(self, *, gpu_memory=None):
@@ -87,13 +86,12 @@ class StageCheck(SizesOfStage):
         Returns:
             `tuple[dict, list[str]]`: `found` and `problems`.
         """
-        for part in (self._options, self._data, self._student, self._rows, self._teacher, self._sizes):
+        memory = functools.partial(self._memory, gpu_memory)
+        for part in (
+            self._options, self._data, self._student, self._rows, self._teacher, self._sizes, memory, self._disk,
+        ):  # fmt: skip
             with self._noting():
                 part()
-        with self._noting():
-            self._memory(gpu_memory)
-        with self._noting():
-            self._disk()
         return self.found, list(dict.fromkeys(self.problems))
 
     @contextlib.contextmanager
@@ -151,9 +149,9 @@ class StageCheck(SizesOfStage):
         self.rows = rows
         self._tell("", f"{len(rows):,} rows", rows=len(rows), columns=rows.column_names)
         self._pictures()
-        eval_rows = load_eval_rows(self.data_args, self.args, columns)
-        if eval_rows is not None:
-            self._tell("", f"{len(eval_rows):,} rows of evaluation", eval_rows=len(eval_rows))
+        self.eval_rows = load_eval_rows(self.data_args, self.args, columns)
+        if self.eval_rows is not None:
+            self._tell("", f"{len(self.eval_rows):,} rows of evaluation", eval_rows=len(self.eval_rows))
 
     def _pictures(self):
         """Opens pictures to their ends; those of local files were all looked at when the rows were loaded."""
@@ -176,71 +174,47 @@ class StageCheck(SizesOfStage):
     # -- the student
 
     def _student(self):
-        template, experts = None, self.upcycle_args
         if self.stage == "adapt":
-            parts, template = self.who, self.args.chat_template_path
+            self._plan(self.who.vision_tower, self.who.language_model, self.args.chat_template_path)
+            return
+        name, experts = self.who.student, self.upcycle_args
+        local, chain = self._local(name), []
+        if local == name and self.recipe:
+            chain = recipe_chain(self.recipe, {"student": name})
+        if chain and "language_model" in chain[-1]:
+            made = chain[-1]
+            self._tell("student", f"{name}, which earlier recipes here will make", planned=True)
+            self._plan(made["vision_tower"], made["language_model"], made.get("chat_template_path"))
+            experts = experts if experts.moe_layers is not None else experts_of(chain)
         else:
-            path = resolve(self._local(self.who.student))
-            found = self._earlier_stages() if not (Path(path) / "config.json").is_file() else None
-            if found is None:
-                remote = {"trust_remote_code": self.args.trust_remote_code}
-                config = load_part("student", self.who.student, AutoConfig.from_pretrained, path, **remote)
-                self.processor = load_part(
-                    "processor of", self.who.student, AutoProcessor.from_pretrained, path, **remote
-                )
-                with torch.device("meta"):
-                    self.student = AutoModelForImageTextToText.from_config(config)
-            else:
-                parts, earlier = found
-                template = getattr(parts, "chat_template_path", None)
-                experts = experts if experts.moe_layers is not None else earlier
-        if self.student is None:
-            self.student, self.processor = plan_student(
-                self._local(parts.vision_tower),
-                self._local(parts.language_model),
-                chat_template=Path(template).read_text(encoding="utf-8") if template else None,
-                trust_remote_code=self.args.trust_remote_code,
-            )
+            self.student, self.processor = self._on_meta("student", name)
         if experts.moe_layers is not None:
-            self._upcycle(experts)
-        self.student.name_or_path = getattr(self.who, "student", "")
+            with torch.device("meta"):
+                self.student = AutoModelForImageTextToText.from_config(upcycled_config(self.student, experts))
+        self.student.name_or_path = name
 
-    def _upcycle(self, experts):
-        text_config = self.student.config.get_text_config()
-        if getattr(text_config, "moe_layers", []):
-            raise ValueError(
-                f"The student is sparse already, in layers {text_config.moe_layers}: leave `moe_layers` out."
-            )
-        fields = {item.name: getattr(experts, item.name) for item in dataclasses.fields(experts)}
-        layers = moe_layer_indices(chosen_layers(fields.pop("moe_layers")), text_config.num_hidden_layers)
-        config = sparse_config(self.student, moe_layers=layers, **fields)
+    def _plan(self, vision_tower, language_model, template):
+        self.student, self.processor = plan_student(
+            self._local(vision_tower),
+            self._local(language_model),
+            chat_template=Path(template).read_text(encoding="utf-8") if template else None,
+            trust_remote_code=self.args.trust_remote_code,
+        )
+
+    def _on_meta(self, role, name):
+        """A model without weights, and its processor."""
+        path, remote = resolve(self._local(name)), {"trust_remote_code": self.args.trust_remote_code}
+        config = load_part(role, name, AutoConfig.from_pretrained, path, **remote)
         with torch.device("meta"):
-            self.student = AutoModelForImageTextToText.from_config(config)
-
-    def _earlier_stages(self):
-        """What the student will be made of, by the recipes beside this one: the first stage's, and the experts."""
-        recipes = recipes_of(Path(self.recipe).parent) if self.recipe else []
-        student, experts, seen = self.who.student, UpcycleArguments(), []
-        while student not in seen:
-            seen.append(student)
-            values = next((each for each in recipes if each.get("output_dir") == student), None)
-            if values is None:
-                return None
-            if values.get("moe_layers") and experts.moe_layers is None:
-                known = {item.name for item in dataclasses.fields(UpcycleArguments)}
-                experts = UpcycleArguments(**{key: value for key, value in values.items() if key in known})
-            if "language_model" in values:
-                fields = {"chat_template_path": None, **values}
-                self._tell("student", f"{self.who.student}, which earlier recipes here will make", planned=True)
-                return type("Parts", (), fields), experts
-            student = values.get("student")
-        return None
+            model = load_part(role, name, AutoModelForImageTextToText.from_config, config, **remote)
+        return model, load_part(f"processor of the {role}", name, AutoProcessor.from_pretrained, path, **remote)
 
     # -- rows
 
     def _rows(self):
-        if self.rows is None or self.processor is None:
+        if self.rows is None or self.student is None:
             return
+        fit_to_recipe(self.eval_rows, self.student, self.processor, self.data_args, self.args)
         before = len(self.rows)
         rows = fit_to_recipe(self.rows, self.student, self.processor, self.data_args, self.args)
         self.rows = given(self.args, type(self.args), self.student, train_dataset=rows)["train_dataset"]
@@ -315,7 +289,6 @@ class StageCheck(SizesOfStage):
         )
         if name is None or not needed or self.student is None:
             return
-        remote = {"trust_remote_code": self.args.trust_remote_code}
         if self.who.teacher_cache:
             cached = CachedTeacher if self.stage == "mimic" else CachedReference
             settings = settings_of_teacher(self.who, self.args.trust_remote_code)
@@ -324,11 +297,7 @@ class StageCheck(SizesOfStage):
                 cache.check_run(self.args, self.processor, self.rows)
             self._tell("teacher", f"the cache `{self.who.teacher_cache}`, which has all rows", cached=True)
             return
-        path = resolve(self._local(name))
-        config = load_part("teacher", name, AutoConfig.from_pretrained, path, **remote)
-        processor = load_part("processor of the teacher", name, AutoProcessor.from_pretrained, path, **remote)
-        with torch.device("meta"):
-            self.teacher = load_part("teacher", name, AutoModelForImageTextToText.from_config, config, **remote)
+        self.teacher, processor = self._on_meta("teacher", name)
         same = processor.tokenizer.get_vocab() == self.processor.tokenizer.get_vocab()
         self._tell(
             "teacher", f"{name}: {'the same' if same else 'another'} tokenizer; its own template and images"

@@ -44,7 +44,7 @@ class InfoCommand:
     trust_remote_code: bool = False
 
 
-def recipes_of(folder):
+def _recipes_of(folder):
     """The recipes of a folder; one that cannot be read is not that of an earlier stage."""
     found = []
     for path in sorted(folder.glob("*.yaml")):
@@ -53,20 +53,43 @@ def recipes_of(folder):
     return found
 
 
-def _from_recipe(path, upcycle_args):
-    """The parts that the student of a recipe is made of, found through the recipes of its earlier stages."""
-    recipes, values, seen = recipes_of(Path(path).parent), read_recipe(path), []
-    while values not in seen:
-        seen.append(values)
-        if upcycle_args.moe_layers is None and values.get("moe_layers"):
-            known = {item.name for item in dataclasses.fields(UpcycleArguments)}
-            upcycle_args = UpcycleArguments(**{key: value for key, value in values.items() if key in known})
+def recipe_chain(path, values):
+    """
+    What a recipe says, and what those of earlier stages beside it say, back to one whose student is there.
+
+    Args:
+        path (`str`): of the recipe.
+        values (`dict`): what it says, or the `student` alone.
+
+    Returns:
+        `list[dict]`: `values` first.
+
+    Raises:
+        ValueError: if a `student` is no name.
+    """
+    recipes, chain = _recipes_of(Path(path).parent), []
+    while values not in chain:
+        chain.append(values)
         student = _name_in(values, "student", path)
         if student is None or (Path(resolve(student)) / "config.json").is_file():
             break
         # else a name of the Hub
         values = next((recipe for recipe in recipes if recipe.get("output_dir") == student), values)
-    names = {name: _name_in(values, name, path) for name in ("student", "vision_tower", "language_model")}
+    return chain
+
+
+def experts_of(chain):
+    """[`UpcycleArguments`] of the latest of such recipes that makes experts; without any, those that make none."""
+    known = {item.name for item in dataclasses.fields(UpcycleArguments)}
+    made = next((values for values in chain if values.get("moe_layers")), {})
+    return UpcycleArguments(**{key: value for key, value in made.items() if key in known})
+
+
+def _from_recipe(path, upcycle_args):
+    """The parts that the student of a recipe is made of, found through the recipes of its earlier stages."""
+    chain = recipe_chain(path, read_recipe(path))
+    upcycle_args = experts_of(chain) if upcycle_args.moe_layers is None else upcycle_args
+    names = {name: _name_in(chain[-1], name, path) for name in ("student", "vision_tower", "language_model")}
     if not (names["student"] or (names["vision_tower"] and names["language_model"])):
         raise ValueError(f"The recipe `{path}` names no `student`, nor a `vision_tower` and a `language_model`.")
     return names, upcycle_args
@@ -124,7 +147,7 @@ def student_info(config, upcycle_args=None):
     with torch.device("meta"):
         model = AutoModelForImageTextToText.from_config(config)
         if upcycle_args is not None and upcycle_args.moe_layers is not None:
-            model = AutoModelForImageTextToText.from_config(_upcycled(model, upcycle_args))
+            model = AutoModelForImageTextToText.from_config(upcycled_config(model, upcycle_args))
     total, active = count_parameters(model)
     text_config = model.config.get_text_config()
     return {
@@ -139,8 +162,17 @@ def student_info(config, upcycle_args=None):
     }
 
 
-def _upcycled(model, args):
-    """The config that upcycling with these options gives, without its weights."""
+def upcycled_config(model, args):
+    """
+    The config that upcycling with these options gives, without its weights.
+
+    Args:
+        model (`PreTrainedModel`): dense; on the meta device, it may be.
+        args ([`UpcycleArguments`]).
+
+    Raises:
+        ValueError: if it is sparse already.
+    """
     text_config = model.config.get_text_config()
     if getattr(text_config, "moe_layers", []):
         raise ValueError(f"The model is sparse already, in layers {text_config.moe_layers}: leave `moe_layers` out.")

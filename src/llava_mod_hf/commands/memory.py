@@ -1,5 +1,6 @@
 """`llava-mod memory`: the GPU memory that the stages of a folder of recipes expect, from their models' sizes."""
 
+import dataclasses
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +13,7 @@ from llava_mod_hf.commands.parts import chosen_layers
 from llava_mod_hf.loading import resolve
 from llava_mod_hf.recipes import read_recipe
 from llava_mod_hf.students.upcycling import moe_layer_indices
+from llava_mod_hf.training.lora_options import LoraOptions
 from llava_mod_hf.training.mimic_config import MimicConfig
 from llava_mod_hf.training.stage_memory import GB, adapted, stage_memory
 from llava_mod_hf.training.trainable import set_trainable
@@ -70,15 +72,21 @@ def _stages(folder):
     return recipes
 
 
+def _lora_options(recipe):
+    known = {item.name for item in dataclasses.fields(LoraOptions)}
+    options = LoraOptions(**{name: value for name, value in recipe.items() if name in known})
+    options.train_modules = recipe.get("train_modules")
+    return options
+
+
 def _memory_of(stage, recipe, adapt, args):
     with torch.device("meta"):
         student = LlavaModForConditionalGeneration(_student_config(adapt, recipe, args.models))
-        teacher, sums = None, 0
+        teacher = None
         if "teacher" in recipe and "teacher_cache" not in recipe:
             teacher = AutoModelForImageTextToText.from_config(_load_config(recipe["teacher"], args.models))
-        if recipe.get("use_peft"):
-            student.name_or_path = recipe["student"]
-            student, sums = adapted(student, recipe)
+        student.name_or_path = recipe.get("student", "")
+        student, sums = adapted(student, _lora_options(recipe))
     if not recipe.get("use_peft"):
         set_trainable(student, recipe.get("train_modules") or (["adaptor"] if stage == "1_adapt" else None))
     vision = student.config.vision_config

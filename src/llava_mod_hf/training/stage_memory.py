@@ -1,11 +1,8 @@
 """What a stage holds in memory, from the sizes of its models alone; they may be on the meta device."""
 
-import dataclasses
-
 from peft import get_peft_model
 
 from llava_mod_hf.training.lora import lora_config
-from llava_mod_hf.training.lora_options import LoraOptions
 
 GB = 1e9
 
@@ -23,30 +20,26 @@ def layer_parameters(model):
 
 def adapted(student, options):
     """
-    A student with the adapter of a recipe.
+    A student with the adapter that its stage's options ask for, if they ask for one.
 
     Args:
         student (`PreTrainedModel`): with the `name_or_path` that the recipe gives.
-        options (`dict`): of a recipe; those of [`~llava_mod_hf.training.lora_options.LoraOptions`] are read.
+        options ([`~llava_mod_hf.training.lora_options.LoraOptions`]): with `train_modules`.
 
     Returns:
-        `tuple[PeftModel, int]`: it, and the weights of one layer's experts that the adapter adds to, 0 without any.
+        `tuple[PreTrainedModel, int]`: it, and the weights of packed experts that the adapter adds to, of the layer with
+        most of them; 0 without any.
     """
-    known = {item.name for item in dataclasses.fields(LoraOptions)}
-    chosen = LoraOptions(**{name: value for name, value in options.items() if name in known})
-    chosen.train_modules = options.get("train_modules")
-    model = get_peft_model(student, lora_config(chosen, student))
-    return model, adapter_sums(model)
-
-
-def adapter_sums(model):
-    """`int`: weights of one layer's packed experts that an adapter adds to, of the layer with most of them."""
+    config = lora_config(options, student)
+    if config is None:
+        return student, 0
+    model = get_peft_model(student, config)
     layers: dict[str, int] = {}
     for name, module in model.named_modules():
         if hasattr(module, "parameter_name"):
             layer = name.partition(".mlp.")[0]
             layers[layer] = layers.get(layer, 0) + module.get_param().numel()
-    return max(layers.values(), default=0)
+    return model, max(layers.values(), default=0)
 
 
 # parameters: what a stage is, each a number of its own
