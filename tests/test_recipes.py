@@ -96,7 +96,7 @@ def test_the_readme_launches_every_stage_in_order(recipe):
 def test_the_readmes_caches_are_made_of_the_stages_own_options(recipe, monkeypatch):
     monkeypatch.chdir(ROOT)
     text = (ROOT / "recipes" / recipe / "README.md").read_text()
-    lines = [shlex.split(line) for line in re.findall(r"^llava-mod .*$", text, re.MULTILINE)]
+    lines = [shlex.split(line) for line in re.findall(r"^llava-mod cache-.*$", text, re.MULTILINE)]
     assert [words[3] for words in lines] == [f"recipes/{recipe}/{stage}.yaml" for stage in list(STAGES)[1:3]]
     for words in lines:
         groups = parse(words[1], [*words[2:], "--use_cpu", "true"])

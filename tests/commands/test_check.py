@@ -1,6 +1,7 @@
 """`llava-mod check`: what a stage would find out later, found out before."""
 
 import json
+import logging
 import shutil
 from pathlib import Path
 
@@ -75,6 +76,7 @@ def test_a_stage_that_is_ready(folder, capsys):
     assert found["steps"]["tokens"] == pytest.approx(3 * (4 * tokens["least"] + 3 + 6 + 9))
     assert "<image × 16>" in found["rows"]["first"] and "⟦a red square<|end|>⟧" in found["rows"]["first"]
     assert not (folder / "out").exists()
+    assert logging.getLogger("llava_mod_hf").level == logging.NOTSET
 
 
 def test_the_counts_are_those_of_the_student(folder, capsys):

@@ -1,6 +1,7 @@
 """`llava-mod check`: whether a stage is ready to run: data, models, memory, disk; no weights are read."""
 
 import argparse
+import contextlib
 import json
 import logging
 import sys
@@ -62,6 +63,18 @@ def stage_of(recipe):
     return found[0] if len(found) == 1 else named[0]
 
 
+@contextlib.contextmanager
+def _quietly():
+    """Without the package's warnings: what they say is told among the findings."""
+    logger = logging.getLogger("llava_mod_hf")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+
+
 def run(argv):
     """
     Writes what was found to standard output, and at its end `ready`, or a list of what is to be mended.
@@ -86,8 +99,8 @@ def run(argv):
     check = StageCheck(
         stage, groups, recipe=args.config, processes=args.processes, models=args.models, every_picture=args.all
     )
-    logging.getLogger("llava_mod_hf").setLevel(logging.ERROR)  # what it warns of is told below
-    found, problems = check.run(gpu_memory=args.gpu_memory)
+    with _quietly():
+        found, problems = check.run(gpu_memory=args.gpu_memory)
     sys.stdout.write("\n".join(check.lines) + "\n")
     if problems:
         sys.stdout.write("\nto mend:\n" + "".join(f"{i}. {text}\n" for i, text in enumerate(problems, 1)))
