@@ -20,9 +20,18 @@ COLORS = {
 # what a way to prefer is made of: the form is of whose pairs, the color of which loss
 FORMS = {"own samples": "o", "teacher's samples": "D", "swapped things": "s", "added things": "^"}
 
-LOSSES = {"fine-tuning on the chosen": "#656d76", "DPO +": "#0969da", "DPO,": "#c4192b"}
+LOSSES = {
+    "fine-tuning on the chosen": "#656d76",
+    "DPO + 0.2": "#54aeff",
+    "DPO +": "#0969da",
+    "DPO,": "#c4192b",
+    "KTO": "#8250df",
+    "margin": "#bf3989",
+}
 
-OTHER = "#8250df"  # KTO and margin
+MEASURES = ("object_recall", "chair_s")
+
+REACH = 15  # points; a way further from the stage before is told in the legend, for it would squeeze all others
 
 
 def read(results, name):
@@ -65,6 +74,11 @@ def _curves(axes, curves):
             axes.fill_between(x, low, high, color=COLORS[arm], alpha=0.15, linewidth=0)
 
 
+def _several(points):
+    """Whether there are two at least: a curve of one says nothing about its axis."""
+    return len({point for point, _ in points}) > 1
+
+
 def _noise(axes, runs):
     _curves(axes, {arm: curve(runs, arm, wrong_share) for arm in COLORS})
     _plain(axes, "When the training answers are wrong", "wrong answers in training, %", "exact match, %")
@@ -72,8 +86,7 @@ def _noise(axes, runs):
 
 def _rows(axes, few, noise):
     """The clean rows of `noise` are the last point: the same arms with all rows."""
-    found = {(point, arm): seeds for (point, arm), seeds in few.items()}
-    found |= {("6,000 rows", arm): seeds for (point, arm), seeds in noise.items() if point == "clean"}
+    found = few | {("6,000 rows", arm): seeds for (point, arm), seeds in noise.items() if point == "clean"}
     arms = ("supervised", "distilled, teacher of clean rows")
     _curves(axes, {arm: curve(found, arm, lambda point: int(point.split()[0].replace(",", ""))) for arm in arms})
     axes.set_xscale("log")
@@ -83,19 +96,19 @@ def _rows(axes, few, noise):
 def _preference(axes, runs):
     """Each way as its differences to the stage before; its teacher as a star; where the claim holds is shaded."""
     before = runs[("", "before")]
-    teacher = [[-100 * value for value in to_teacher(before, each)] for each in ("object_recall", "chair_s")]
-    for (_, arm), seeds in runs.items():
-        pairs = [[100 * each for each in differences(seeds, before, name)] for name in ("object_recall", "chair_s")]
-        if arm == "before" or len(pairs[0]) < 2:
+    teacher = [[-100 * value for value in to_teacher(before, each)] for each in MEASURES]
+    for form, arm in sorted((next(k for k in FORMS if arm.startswith(k)), arm) for _, arm in runs if arm != "before"):
+        pairs = [[100 * each for each in differences(runs["", arm], before, name)] for name in MEASURES]
+        if len(pairs[0]) < 2:
             continue
         (x, x_low, _), (y, y_low, _) = map(interval, pairs)
-        form = next(form for name, form in FORMS.items() if arm.startswith(name))
-        color = next((color for name, color in LOSSES.items() if name in arm), OTHER)
+        color = next(color for name, color in LOSSES.items() if name in arm)
         own = ", itself" in arm  # its own reference: hollow
-        axes.errorbar(
-            x, y, xerr=x - x_low, yerr=y - y_low, fmt=form, color=color, markerfacecolor="white" if own else color,
-            markersize=7, elinewidth=0.8, label=arm,
-        )  # fmt: skip
+        style = {"fmt": FORMS[form], "color": color, "markerfacecolor": "white" if own else color, "markersize": 7}
+        if max(abs(x), abs(y)) > REACH:
+            axes.errorbar([], [], [], [], **style, label=f"{arm}: outside, at {x:+.0f} and {y:+.0f}")
+        else:
+            axes.errorbar(x, y, xerr=x - x_low, yerr=y - y_low, **style, elinewidth=0.8, label=arm)
     axes.axhline(0, color=MUTED, linewidth=0.8)
     axes.axvline(0, color=MUTED, linewidth=0.8)
     (x, *_), (y, *_) = map(interval, teacher)
@@ -109,10 +122,11 @@ def _preference(axes, runs):
 
 
 def draw(results, path):
-    """Writes the figure as a PNG file; what has not run is not in it."""
+    """Writes the figure as a PNG file; what has not run is not in it, nor a curve of one point."""
     noise, few, preference = (read(results, name) for name in ("noise", "few_rows", "preference"))
-    parts = [(noise, _noise), (few, lambda axes, runs: _rows(axes, runs, noise)), (preference, _preference)]
-    parts = [(runs, part) for runs, part in parts if runs]
+    parts = [(noise, _noise)] if _several(noise) else []
+    parts += [(few, lambda axes, runs: _rows(axes, runs, noise))] if _several(few) else []
+    parts += [(preference, _preference)] if preference else []
     figure = Figure(figsize=(5 * len(parts), 7.2), facecolor="white", layout="constrained")
     for axes, (runs, part) in zip(figure.subplots(1, len(parts), squeeze=False)[0], parts, strict=True):
         part(axes, runs)

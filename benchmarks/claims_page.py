@@ -106,7 +106,7 @@ def page_lines(plan, names, results):
         "",
         "![Curves of exact match against wrong answers and rows, and what preferences trade](claims.png)",
         "",
-        "Bands and bars are those intervals. On the right the shaded corner is where the claim on preferences holds: "
+        "Bands and bars are those intervals. The shaded corner is where the claim on preferences holds: "
         "fewer hallucinated descriptions than the teacher, hardly fewer things found than before. A hollow mark is a "
         "student that is its own reference.",
         "",

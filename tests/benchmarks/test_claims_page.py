@@ -116,6 +116,26 @@ def test_the_figure_has_the_curves_of_what_has_run(plan, tmp_path):
         assert picture.size == (2 * one[0], one[1])
 
 
+def test_the_figure_has_no_curve_of_one_point_and_tells_what_lies_outside(plan, tmp_path, monkeypatch):
+    noise = {("30 % wrong", arm): 0.5 for arm in plan["claims"]["noise"]["arms"]}
+    (tmp_path / "noise.json").write_text(json.dumps({"runs": runs_of(noise)}))
+    ways = {
+        ("", arm): 0.5 + (0.4 if "added" in arm else 0.01 * k)
+        for k, arm in enumerate(plan["claims"]["preference"]["arms"])
+    }
+    (tmp_path / "preference.json").write_text(json.dumps({"runs": runs_of(ways)}))
+    drawn = []
+    monkeypatch.setattr(claims_figure.Figure, "savefig", lambda figure, *_, **__: drawn.extend(figure.axes))
+    claims_figure.draw(tmp_path, tmp_path / "claims.png")
+    (axes,) = drawn
+    labels = [text.get_text() for text in axes.get_legend().get_texts()]
+    assert sorted(labels) == sorted(
+        f"{arm}: outside, at +40 and +40" if "added" in arm else arm
+        for arm in [*list(plan["claims"]["preference"]["arms"])[1:], "the teacher"]
+    )
+    assert max(axes.get_xlim()) < 20
+
+
 def test_the_page_tells_a_rival_and_the_teacher_first(plan, tmp_path):
     values = {
         "before": 0.5,
