@@ -11,9 +11,9 @@ export HF_HUB_DISABLE_TELEMETRY ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 # Two test processes of one thread each are faster than one of two: the models are tiny.
 WORKERS := -n 2 --dist loadfile
-test test-quantisation test-lowest test-newest test-conventions test-all: export OMP_NUM_THREADS ?= 1
+test test-quantisation test-launched test-lowest test-newest test-conventions test-all: export OMP_NUM_THREADS ?= 1
 
-.PHONY: setup quickstart test test-quantisation test-versions test-lowest test-newest test-conventions test-all lint typecheck weights clean
+.PHONY: setup quickstart test test-quantisation test-launched test-versions test-lowest test-newest test-conventions test-all lint typecheck weights clean
 
 setup: $(VENV)/.installed
 
@@ -38,7 +38,19 @@ $(QUANTISATION): $(VENV)/.installed
 test-quantisation: $(QUANTISATION)
 	PYTHONPATH=$(QUANTISATION) $(BIN)/python -m pytest -q tests/students/test_quantisation.py
 
-test-all: setup test-quantisation
+# In a folder of its own: transformers and accelerate import it in every process where it is installed.
+DEEPSPEED := $(VENV)/deepspeed
+
+$(DEEPSPEED): $(VENV)/.installed
+	rm -rf $@
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps -c constraints.txt --target $@ \
+		deepspeed hjson py-cpuinfo einops msgpack
+
+# The recipes' launch configurations on two CPU processes.
+test-launched: $(DEEPSPEED)
+	PYTHONPATH=$(DEEPSPEED) $(BIN)/python -m pytest -q -m '' tests/training/test_launched.py
+
+test-all: setup test-quantisation test-launched
 	$(BIN)/python -m pytest -q $(WORKERS) -m ''
 	$(MAKE) test-lowest test-newest
 

@@ -22,7 +22,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor, TrainerCall
 from llava_mod_hf import LlavaModForConditionalGeneration, MimicConfig, MimicTrainer
 from llava_mod_hf.commands.pretrain import image_processor
 from llava_mod_hf.data import easy_vqa
-from llava_mod_hf.teachers.fsdp_layers import shard_layers, whole
+from llava_mod_hf.teachers.sharded import shard_layers, whole
 
 # Responses of different lengths: the first two rows have more tokens than the next two.
 KINDS = ("caption", "caption", "yes/no", "color", "yes/no", "shape", "caption", "yes/no")

@@ -64,6 +64,7 @@ OVERRIDDEN = {
             "train": "self resume_from_checkpoint trial ignore_keys_for_eval",
             "training_step": "self model inputs num_items_in_batch",
             "save_model": "self output_dir _internal_call",
+            "_save": "self output_dir state_dict",
             "_save_checkpoint": "self model trial",
             "_push_from_checkpoint": "self checkpoint_folder",
             "push_to_hub": "self commit_message blocking token revision private kwargs",

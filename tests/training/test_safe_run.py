@@ -5,6 +5,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from peft import LoraConfig
+from safetensors.torch import load_file
 from torch import nn
 from transformers import TrainerCallback
 
@@ -127,6 +128,15 @@ def test_training_is_taken_up_in_python(trainer_of, tmp_path, kind):
         last.train(resume_from_checkpoint=True)
     last.train()
     assert rest.taken == 2  # from the start
+
+
+def test_a_tied_head_that_was_gathered_is_not_written_beside_the_embeddings(trainer_of, tmp_path, make_student):
+    trainer = trainer_of("mimic")
+    state = {name: value.clone() for name, value in trainer.model.state_dict().items()}
+    tied, source = next(iter(trainer.model.all_tied_weights_keys.items()))
+    assert tied in state and source in state
+    trainer._save(str(tmp_path / "gathered"), state_dict=state)
+    assert load_file(tmp_path / "gathered" / "model.safetensors").keys() == state.keys() - {tied}
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -12,6 +12,7 @@ from llava_mod_hf.losses.rows import ProjectedRows, shift_for_next_token
 from llava_mod_hf.teachers.last_ffn import read_only
 from llava_mod_hf.teachers.output_head import head_of
 from llava_mod_hf.teachers.response_alignment import align_labels, check_responses
+from llava_mod_hf.teachers.sharded import whole_head
 from llava_mod_hf.teachers.vocabulary import check_teacher, shared_vocab_size
 
 logger = logging.getLogger(__name__)
@@ -50,8 +51,7 @@ class LiveTeacher:
     @property
     def head(self):
         """[`~llava_mod_hf.losses.Head`] of the shared tokens; from the parameter itself, which moves with the model."""
-        rows, bias = slice(self.shared_vocab_size), self._head.bias
-        return self._head._replace(weight=self._head.weight[rows], bias=None if bias is None else bias[rows])
+        return whole_head(self._head, slice(self.shared_vocab_size))
 
     @staticmethod
     def _collator_like(collator, processor):

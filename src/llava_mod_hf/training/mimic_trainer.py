@@ -17,11 +17,11 @@ from llava_mod_hf.losses.chunked_mimic import chunked_mimic_loss
 from llava_mod_hf.losses.rows import shift_for_next_token
 from llava_mod_hf.model.moe_llava_mod import router_losses
 from llava_mod_hf.students.generation import prepare_generation
-from llava_mod_hf.teachers.fsdp_layers import shard_layers, whole
 from llava_mod_hf.teachers.last_ffn import read_only
 from llava_mod_hf.teachers.live_teacher import LiveTeacher
 from llava_mod_hf.teachers.output_head import head_without_weights
 from llava_mod_hf.teachers.protocol import row_sets
+from llava_mod_hf.teachers.sharded import shard_layers, whole
 from llava_mod_hf.teachers.teachers_collator import TeachersCollator
 from llava_mod_hf.teachers.vision_sharing import share_vision_tower
 from llava_mod_hf.teachers.vocabulary import compared_vocab_size

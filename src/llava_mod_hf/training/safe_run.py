@@ -12,6 +12,7 @@ from transformers.utils import PushInProgress
 
 from llava_mod_hf.data.fitting import check_images_fit
 from llava_mod_hf.teachers.protocol import row_sets
+from llava_mod_hf.teachers.sharded import of_its_own_class
 from llava_mod_hf.training.checkpoints import STATE_FILE, chosen_checkpoint
 from llava_mod_hf.training.finite_steps import FiniteSteps
 from llava_mod_hf.training.hub_pushes import UNFINISHED, push_model
@@ -117,6 +118,15 @@ class SafeRun(CountsRows):
             (folder / "training_args.bin").unlink(missing_ok=True)
         if self.args.push_to_hub and not _internal_call:
             self.push_to_hub(commit_message="Model save")
+
+    # What FSDP2 and DeepSpeed have gathered holds a tied head as a tensor of its own: it would be written twice.
+    def _save(self, output_dir=None, state_dict=None):
+        model = self.accelerator.unwrap_model(self.model)
+        tied = getattr(model, "all_tied_weights_keys", {})
+        if state_dict is not None:
+            state_dict = {name: value for name, value in state_dict.items() if tied.get(name) not in state_dict}
+        with of_its_own_class(model):
+            super()._save(output_dir, state_dict=state_dict)
 
     def _save_checkpoint(self, model, trial):
         folder = Path(self._get_output_dir(trial=trial), f"checkpoint-{self.state.global_step}")

@@ -1,0 +1,32 @@
+"""
+The command line as one of several processes of `accelerate launch`, on a CPU; says at its end how they worked together.
+
+As `llava-mod`, with one difference: accelerate turns FSDP on where the processes have accelerators of their own, and
+leaves CPU processes to DDP, so that they are said to be of the other kind.
+"""
+
+import os
+import sys
+
+from accelerate.state import AcceleratorState, PartialState
+from accelerate.utils import DistributedType
+
+import llava_mod_cli
+
+made = PartialState.__init__
+
+
+def as_accelerators(self, *args, **kwargs):
+    made(self, *args, **kwargs)
+    if self.distributed_type == DistributedType.MULTI_CPU:
+        self.distributed_type = DistributedType.MULTI_GPU
+
+
+if __name__ == "__main__":
+    if os.environ.get("ACCELERATE_USE_FSDP"):
+        PartialState.__init__ = as_accelerators
+    sys.argv[0] = "llava-mod"
+    code = llava_mod_cli.main()
+    state = AcceleratorState()
+    sys.stdout.write(f"{state.num_processes} processes as {state.distributed_type.value}\n")
+    sys.exit(code)
