@@ -58,7 +58,7 @@ def read_captions(tmp_path):
     Image.new("RGB", (8, 8), "red").save(tmp_path / "cat.png")
     rows = [{"image": "cat.png", "caption": caption} for caption in ("A cat on a mat.", "")]
     (tmp_path / "captions.json").write_text(json.dumps(rows))
-    arguments = DataArguments(str(tmp_path / "captions.json"), bad_rows="drop")
+    arguments = DataArguments(str(tmp_path / "captions.json"), bad_rows="drop", max_bad_rows=1.0)
     return load_rows(arguments, columns=("prompt", "completion"))
 
 

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from llava_mod_hf.data.dropped_rows import DroppedRows
 from llava_mod_hf.data.fitting import _measure_batch, fit_rows
 from llava_mod_hf.data.images import resolve_image
 from llava_mod_hf.data.load import DataArguments, load_rows
@@ -51,14 +52,14 @@ def test_malformed_rows_stop_or_are_left_out_by_number(tmp_path, caplog, good, b
     path.write_text(json.dumps([good, bad, good]))
     with pytest.raises(ValueError, match=message):
         load(path, pairs=good is PAIR)
-    assert list(load(path, pairs=good is PAIR, bad_rows="drop")["source_row"]) == [0, 2]
+    assert list(load(path, pairs=good is PAIR, bad_rows="drop", max_bad_rows=1.0)["source_row"]) == [0, 2]
     assert "Left out 1 of 3 rows, first: Row 1" in caplog.text
 
 
 def test_the_first_row_may_be_the_bad_one(tmp_path):
     path = tmp_path / "rows.json"
     path.write_text(json.dumps([None, GOOD]))
-    assert list(load(path, bad_rows="drop")["source_row"]) == [1]
+    assert list(load(path, bad_rows="drop", max_bad_rows=1.0)["source_row"]) == [1]
 
 
 @pytest.mark.parametrize("encode", [lambda text: text.encode("utf-16"), lambda text: gzip.compress(text.encode())])
@@ -150,7 +151,7 @@ def test_marks_of_a_turn_in_a_text_are_refused(processor, tmp_path, part):
     dataset = load(path)
     with pytest.raises(ValueError, match=r"Row 1: a text holds `<\|assistant\|>`, which the tokenizer reads as a mark"):
         fit_rows(dataset, processor, max_length=None)
-    fitted, report = fit_rows(dataset, processor, max_length=None, bad_rows="drop")
+    fitted, report = fit_rows(dataset, processor, max_length=None, bad_rows="drop", dropped=DroppedRows(max_share=1))
     assert (len(fitted), report["bad"]) == (1, 1)
 
 

@@ -9,6 +9,7 @@ from PIL import Image
 from trl.trainer.dpo_trainer import DataCollatorForVisionPreference
 from trl.trainer.sft_trainer import DataCollatorForVisionLanguageModeling
 
+from llava_mod_hf.data.dropped_rows import DroppedRows
 from llava_mod_hf.data.fitting import check_images_fit, fit_rows, image_token_counter
 from llava_mod_hf.data.mixture import mix_rows
 
@@ -138,7 +139,7 @@ def test_malformed_rows_are_named_or_counted(processor, message):
     numbered = rows.add_column("source_row", [4, 17])
     with pytest.raises(ValueError, match=f"Row 17.*{message}"):
         fit_rows(numbered, processor, max_length=None)
-    fitted, report = fit_rows(rows, processor, max_length=None, bad_rows="drop")
+    fitted, report = fit_rows(rows, processor, max_length=None, bad_rows="drop", dropped=DroppedRows(max_share=1))
     assert len(fitted) == 1 and report["bad"] == 1
 
 

@@ -208,7 +208,7 @@ def test_a_format_of_somebody_else(tmp_path, own_formats, monkeypatch):
     register_format("captions", ["caption"], captions)
     path = tmp_path / "rows.json"
     path.write_text(json.dumps([{"caption": "a dog"}, {"caption": ""}, {"caption": "a cat"}]))
-    arguments = DataArguments(str(path), bad_rows="drop")
+    arguments = DataArguments(str(path), bad_rows="drop", max_bad_rows=1.0)
     rows = load_rows(arguments, columns=("prompt", "completion"))
     assert [row[0]["content"] for row in rows["completion"]] == ["a dog", "a cat"]
     assert list(rows["source_row"]) == [0, 2]

@@ -148,7 +148,7 @@ def test_a_mistaken_format_says_what_was_found(tmp_path):
         load(path)
     path = write(tmp_path / "pairs.json", [{"image": "a.png", "question": "?", "chosen": "a", "rejected": "b"}])
     with pytest.raises(ValueError, match="this stage needs completion as well"):
-        load(path, image_folder=str(tmp_path), bad_rows="drop")
+        load(path, image_folder=str(tmp_path), bad_rows="drop", max_bad_rows=1.0)
 
 
 BAD = [
@@ -163,7 +163,7 @@ BAD = [
 @pytest.mark.parametrize("streaming", [False, True])
 def test_bad_rows_stop_the_reading_or_are_left_out_and_named(tmp_path, folder, streaming, caplog):
     path = write(tmp_path / "rows.json", BAD)
-    rows = list(load(path, image_folder=str(folder), bad_rows="drop", streaming=streaming))
+    rows = list(load(path, image_folder=str(folder), bad_rows="drop", max_bad_rows=1.0, streaming=streaming))
     assert answers(rows) == ["a square", "blue"]
     assert [row["source_row"] for row in rows] == [0, 4]
     assert "problem" not in rows[0]

@@ -3,6 +3,7 @@
 import pytest
 from datasets import Dataset
 
+from llava_mod_hf.data.dropped_rows import DroppedRows
 from llava_mod_hf.data.fitting import fit_rows
 from llava_mod_hf.data.marks import check_marks, leave_out_marked, marks_of, without_marks
 
@@ -46,7 +47,10 @@ def test_prompts_with_marks_are_refused_or_left_out(processor, caplog):
         leave_out_marked(rows, processor)
     with pytest.raises(ValueError, match="Row 1: a text holds `<image>`"):
         leave_out_marked(rows.remove_columns("source_row"), processor)
-    assert leave_out_marked(rows, processor, bad_rows="drop")["source_row"][:] == [4, 11]
+    assert leave_out_marked(rows, processor, bad_rows="drop", dropped=DroppedRows(max_share=1))["source_row"][:] == [
+        4,
+        11,
+    ]
     assert "Left out 1 of 3 rows, first: Row 9: a text holds `<image>`" in caplog.text
     with pytest.raises(ValueError, match="Each of the 1 prompts holds a mark"):
         leave_out_marked(rows.select([1]), processor, bad_rows="drop")

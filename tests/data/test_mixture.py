@@ -206,7 +206,7 @@ def test_a_bad_row_is_named_with_its_data_set_or_left_out(tmp_path, sets, stream
             list(load(weighted([sets[0], path], 1, 3, max_samples=3), streaming=streaming))
         caplog.clear()
         entries = weighted([sets[0], path], 1, 9, max_samples=3)
-        rows = list(load(entries, streaming=streaming, bad_rows="drop"))
+        rows = list(load(entries, streaming=streaming, bad_rows="drop", max_bad_rows=1.0))
         assert [row["source_row"] for row in rows if row["source_dataset"] == 1] == [0, 2]
         assert f"Row 1 of `{path}`" in caplog.text
 
@@ -216,7 +216,9 @@ def test_a_bad_row_of_trls_keeps_the_numbers_of_the_others(tmp_path, sets, strea
     (tmp_path / "c").mkdir()
     Image.new("RGB", (8, 8)).save(tmp_path / "c" / "x.png")
     path = write(tmp_path / "c" / "rows.jsonl", [row("x.png"), row("nowhere.png"), row("x.png")])
-    rows = list(load(weighted([sets[0], path], 1, 9, max_samples=3), streaming=streaming, bad_rows="drop"))
+    rows = list(
+        load(weighted([sets[0], path], 1, 9, max_samples=3), streaming=streaming, bad_rows="drop", max_bad_rows=1.0)
+    )
     assert [row["source_row"] for row in rows if row["source_dataset"] == 1] == [0, 2]
     assert f"Row 1 of `{path}`: image" in caplog.text
 
@@ -232,7 +234,7 @@ def test_pictures_between_words_cannot_become_texts(tmp_path, sets):
     assert load([str(path)])[0]["prompt"][0]["content"][0]["text"] == "this"  # alone it stays as it is
     with pytest.raises(ValueError, match=rf"Row 0 of `{path}` has 1 images and 1 places for them, which are not all"):
         load([sets[0], str(path)])
-    rows = load([sets[0], str(path)], bad_rows="drop")
+    rows = load([sets[0], str(path)], bad_rows="drop", max_bad_rows=1.0)
     assert count_sources(rows) == {sets[0]: 300, str(path): 0}
 
 

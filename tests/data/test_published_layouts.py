@@ -324,7 +324,7 @@ def test_shards_that_are_cut_off_or_hold_no_json(tmp_path, folder):
         load_rows(DataArguments(str(tar_with(tmp_path / "no.tar", a_json=b"{"))), columns=COLUMNS)
     with pytest.raises(ValueError, match=r"Row 1 has 0 images and 1 `<image>`"):
         load_rows(DataArguments(str(whole)), columns=COLUMNS)
-    rows = load_rows(DataArguments(str(whole), bad_rows="drop"), columns=COLUMNS)
+    rows = load_rows(DataArguments(str(whole), bad_rows="drop", max_bad_rows=1.0), columns=COLUMNS)
     assert [said(row) for row in rows] == [(["?", "red"], [RED])]
     broken = tar_with(tmp_path / "broken.tar", a_json=row, a_png=(folder / "a.png").read_bytes()[:60])
     with pytest.raises(ValueError, match="Row 0: image `a.png` is not a whole image"):

@@ -16,8 +16,8 @@ def run(data_args, student_args, args):
     refuse_adapter_of_new_student(args, "makes the student")
     begun = start_run(data_args, student_args, args)
     columns = ("prompt", "completion")
-    rows = load_rows(data_args, columns=columns, seed=args.seed, num_proc=args.dataset_num_proc)
-    eval_rows = load_eval_rows(data_args, args, columns)
+    rows = load_rows(data_args, columns=columns, seed=args.seed, num_proc=args.dataset_num_proc, dropped=begun.dropped)
+    eval_rows = load_eval_rows(data_args, args, columns, begun.dropped)
     template = Path(args.chat_template_path).read_text() if args.chat_template_path else None
     args.chat_template_path = None  # read here: the parent would expect a tokenizer that has it already
     model, processor = build_student(
@@ -28,7 +28,7 @@ def run(data_args, student_args, args):
         trust_remote_code=args.trust_remote_code,
         seed=args.seed,
     )
-    rows = fit_to_recipe(rows, model, processor, data_args, args)
-    eval_rows = fit_to_recipe(eval_rows, model, processor, data_args, args)
+    rows = fit_to_recipe(rows, model, processor, data_args, args, begun.dropped)
+    eval_rows = fit_to_recipe(eval_rows, model, processor, data_args, args, begun.dropped, evaluated=True)
     trainer = AdaptTrainer(model, args, train_dataset=rows, eval_dataset=eval_rows, processing_class=processor)
     return train_and_save(trainer, "adapt", begun)

@@ -13,7 +13,7 @@ from tqdm.auto import tqdm
 from trl.chat_template_utils import get_training_chat_template, has_generation_markers
 
 from llava_mod_hf.commands.arguments import DistillArguments, UpcycleArguments
-from llava_mod_hf.commands.parts import fit_to_recipe, load_eval_rows, load_teacher, settings_of_teacher
+from llava_mod_hf.commands.parts import fit_to_recipe, load_eval_rows, load_teacher, settings_of_teacher, written_down
 from llava_mod_hf.data.arguments import DataArguments
 from llava_mod_hf.data.conversations import AnswersCollator, supervises_answers
 from llava_mod_hf.data.load import load_rows
@@ -203,13 +203,15 @@ def load_for_cache(data_args, distill_args, args, cache_args, *, columns):
     if distill_args.teacher_cache is None:
         raise ValueError("Give `teacher_cache`, the folder that the cache is written to and trained from.")
     trust = args.trust_remote_code
-    cache_args.processes(PartialState())  # refuses parts that there are not
     student, processor = load_model_and_processor(distill_args.student, device="meta", trust_remote_code=trust)
-    rows = load_rows(data_args, columns=columns, seed=args.seed)
+    process, _ = cache_args.processes(PartialState())
+    dropped = written_down(data_args, distill_args.teacher_cache, writes=process == 0)
+    rows = load_rows(data_args, columns=columns, seed=args.seed, dropped=dropped)
     if not hasattr(rows, "__len__"):
         raise ValueError("A cache has a row for each of a known number: leave out `streaming`.")
-    rows = fit_to_recipe(rows, student, processor, data_args, args)
-    eval_rows = fit_to_recipe(load_eval_rows(data_args, args, columns), student, processor, data_args, args)
+    rows = fit_to_recipe(rows, student, processor, data_args, args, dropped)
+    eval_rows = load_eval_rows(data_args, args, columns, dropped)
+    eval_rows = fit_to_recipe(eval_rows, student, processor, data_args, args, dropped, evaluated=True)
     if eval_rows is not None:
         shared = [name for name in rows.column_names if name in eval_rows.column_names]
         rows = concatenate_datasets([each.select_columns(shared) for each in (rows, eval_rows)])

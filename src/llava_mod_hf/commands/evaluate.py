@@ -1,14 +1,13 @@
 """`llava-mod evaluate`: measure answers and hallucination."""
 
 import dataclasses
-import functools
 import logging
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from llava_mod_hf.commands.parts import unmarked, written_down
 from llava_mod_hf.data.arguments import DataArguments
 from llava_mod_hf.data.load import load_rows
-from llava_mod_hf.data.marks import leave_out_marked
 from llava_mod_hf.evaluation.answers import evaluate_blind, evaluate_model
 from llava_mod_hf.evaluation.expert_load import expert_load
 from llava_mod_hf.loading import load_model_and_processor
@@ -18,6 +17,8 @@ from llava_mod_hf.training.run_folder import write_json
 OPTIONS = ("data.arguments:DataArguments", "commands.evaluate:EvaluateCommand")
 
 QUESTION_COLUMNS = ("prompt", "completion", "question", "answer", "kind")
+
+READ = ("prompt", "completion")  # of which a model reads the words
 
 logger = logging.getLogger(__name__)
 
@@ -66,18 +67,19 @@ def run(data_args: DataArguments, args: EvaluateCommand):
         )
     if data_args.streaming:
         raise ValueError("`streaming` is true, and measures are of all rows: leave it out.")
-    rows = load_rows(data_args, columns=QUESTION_COLUMNS, split=data_args.dataset_test_split, seed=args.seed)
+    dropped = written_down(data_args, output_file.with_suffix(""))
+    options = {"columns": QUESTION_COLUMNS, "seed": args.seed, "dropped": dropped}
+    rows = load_rows(data_args, split=data_args.dataset_test_split, **options)
     all_rows = dataclasses.replace(data_args, dataset_name=training_name, max_samples=None)
     if training_name != data_args.dataset_name:
         all_rows.dataset_options = None  # which are of the test's data set
-    training = load_rows(all_rows, columns=QUESTION_COLUMNS, seed=args.seed).remove_columns("images")
-    without_marked = functools.partial(leave_out_marked, columns=("prompt", "completion"), bad_rows=data_args.bad_rows)
+    training = load_rows(all_rows, **options).remove_columns("images")
     model, processor = load_model_and_processor(args.model, trust_remote_code=args.trust_remote_code)
-    rows = without_marked(rows, processor)
+    rows = unmarked(rows, processor, data_args, dropped, READ)
     teacher = teacher_results = None
     if args.teacher:
         teacher, teacher_processor = load_model_and_processor(args.teacher, trust_remote_code=args.trust_remote_code)
-        rows = without_marked(rows, teacher_processor)
+        rows = unmarked(rows, teacher_processor, data_args, dropped, READ)
         teacher_results = evaluate_model(teacher, teacher_processor, rows, batch_size=args.batch_size)
     results = {
         "student": evaluate_model(model, processor, rows, teacher=teacher, batch_size=args.batch_size),

@@ -10,9 +10,10 @@ from accelerate import PartialState
 from datasets import Dataset, Features, Image, List
 from pyarrow.parquet import read_metadata
 
+from llava_mod_hf.commands.parts import unmarked, written_down
 from llava_mod_hf.data.arguments import PromptArguments
 from llava_mod_hf.data.load import MESSAGES, image_root, load_rows
-from llava_mod_hf.data.marks import find_mark, leave_out_marked, marks_of
+from llava_mod_hf.data.marks import find_mark, marks_of
 from llava_mod_hf.data.mixture import SOURCE
 from llava_mod_hf.data.parquet_shards import check_shards, write_shards
 from llava_mod_hf.evaluation.answers import sample_answers
@@ -97,9 +98,14 @@ class GenerationArguments:
         return {name: getattr(self, name) for name in names}
 
 
-def load_prompts(data_args, args, *, columns=()):
+def load_prompts(data_args, args, dropped, *, columns=()):
     """
     Rows with a `prompt`.
+
+    Args:
+        data_args ([`PromptArguments`]), args ([`GenerationArguments`]).
+        dropped ([`~llava_mod_hf.data.dropped_rows.DroppedRows`]), columns (`tuple[str]`, *optional*): as for
+            [`~llava_mod_hf.data.load.load_rows`], besides `prompt`.
 
     Raises:
         ValueError: if the rows are streamed, or their prompts are no messages.
@@ -108,7 +114,7 @@ def load_prompts(data_args, args, *, columns=()):
         raise ValueError("`streaming` is true, and a data set is written of a known number of rows: leave it out.")
     if data_args.multi_turn != "expand":
         raise ValueError('`multi_turn` must be "expand" here: each answer of a conversation has its own prompt.')
-    rows = load_rows(data_args, columns=("prompt", *columns), seed=args.seed, num_proc=args.num_proc)
+    rows = load_rows(data_args, columns=("prompt", *columns), seed=args.seed, num_proc=args.num_proc, dropped=dropped)
     if not isinstance(rows[:1]["prompt"][0], list):
         raise ValueError(
             f"The prompts of `{'`, `'.join(data_args.names())}` are no messages: write them as `role`, `content`."
@@ -209,9 +215,10 @@ def run(data_args: PromptArguments, args: GenerationArguments):
         `dict`: `prompts`, and `rows` that were written of them: those with an answer that is not empty, has an end, and
         spells out no mark that would be read as a picture or as somebody else's turn.
     """
-    rows = load_prompts(data_args, args)
+    dropped = written_down(data_args, args.output_dir, writes=PartialState().is_main_process)
+    rows = load_prompts(data_args, args, dropped)
     model, processor = args.load(args.model)
-    rows, marks = leave_out_marked(rows, processor, bad_rows=data_args.bad_rows), marks_of(processor)
+    rows, marks = unmarked(rows, processor, data_args, dropped), marks_of(processor)
     prompts = PromptRows(rows, image_root(data_args))
     features = prompts.features(completion=MESSAGES)
 

@@ -4,6 +4,7 @@ import importlib
 import logging
 from dataclasses import dataclass, field
 
+from accelerate import PartialState
 from datasets import Value
 from torch.nn import functional as F
 from trl.trainer.sft_trainer import DataCollatorForVisionLanguageModeling
@@ -16,10 +17,11 @@ from llava_mod_hf.commands.generate_completions import (
     shard_seed,
     write_answers,
 )
+from llava_mod_hf.commands.parts import unmarked, written_down
 from llava_mod_hf.data.arguments import PromptArguments
 from llava_mod_hf.data.formats import check_answer, text_of
 from llava_mod_hf.data.load import MESSAGES, image_root
-from llava_mod_hf.data.marks import check_marks, find_mark, leave_out_marked, marks_of
+from llava_mod_hf.data.marks import check_marks, find_mark, marks_of
 from llava_mod_hf.data.mixture import row_names
 from llava_mod_hf.evaluation.answers import evaluating, inputs_for, sample_answers
 from llava_mod_hf.evaluation.measures import normalize_answer
@@ -261,13 +263,14 @@ def run(data_args: PromptArguments, args: PairArguments):
     Returns:
         `dict`: `prompts`, and `rows` that were written of them: those with two answers of different score.
     """
-    rows = load_prompts(data_args, args)
+    dropped = written_down(data_args, args.output_dir, writes=PartialState().is_main_process)
+    rows = load_prompts(data_args, args, dropped)
     if args.scorer == "answer":
         right_answers(rows)  # refuses before a model is loaded
     model, processor = args.load(args.model)
     teacher = args.load(args.teacher) if args.scorer == "teacher" else None
     for reader in (processor, *(teacher or ())[1:]):
-        rows = leave_out_marked(rows, reader, bad_rows=data_args.bad_rows)
+        rows = unmarked(rows, reader, data_args, dropped)
     prompts = PromptRows(rows, image_root(data_args))
     references = right_answers(rows) if args.scorer == "answer" else None
     make = PairMaker(args, prompts, model, processor, references, teacher)

@@ -29,11 +29,11 @@ def run(data_args, distill_args, upcycle_args, args):
         refuse_adapter_of_new_student(args, "makes a sparse student (`moe_layers`)")
     begun = start_run(data_args, distill_args, upcycle_args, args)
     columns = ("prompt", "completion")
-    rows = load_rows(data_args, columns=columns, seed=args.seed, num_proc=args.dataset_num_proc)
-    eval_rows = load_eval_rows(data_args, args, columns)
+    rows = load_rows(data_args, columns=columns, seed=args.seed, num_proc=args.dataset_num_proc, dropped=begun.dropped)
+    eval_rows = load_eval_rows(data_args, args, columns, begun.dropped)
     student, processor = load_student(distill_args, args.trust_remote_code)
-    rows = fit_to_recipe(rows, student, processor, data_args, args)
-    eval_rows = fit_to_recipe(eval_rows, student, processor, data_args, args)
+    rows = fit_to_recipe(rows, student, processor, data_args, args, begun.dropped)
+    eval_rows = fit_to_recipe(eval_rows, student, processor, data_args, args, begun.dropped, evaluated=True)
     student = upcycle_student(student, upcycle_args, router_aux_loss_coef=args.router_aux_loss_coef, seed=args.seed)
     teacher, teacher_processor = None, None
     if args.kl_weight:

@@ -3,8 +3,10 @@
 import dataclasses
 from pathlib import Path
 
+from llava_mod_hf.data.dropped_rows import FILE, DroppedRows
 from llava_mod_hf.data.fitting import fit_rows
 from llava_mod_hf.data.load import load_rows
+from llava_mod_hf.data.marks import leave_out_marked
 from llava_mod_hf.data.row_files import SUFFIXES
 from llava_mod_hf.loading import load_model_and_processor
 from llava_mod_hf.students.upcycling import PLACEMENTS, upcycle
@@ -117,14 +119,14 @@ def refuse_adapter_of_new_student(args, making):
         )
 
 
-def load_eval_rows(data_args, args, columns):
+def load_eval_rows(data_args, args, columns, dropped=None):
     """
     Rows that a stage is evaluated on, of other ones than it is trained on.
 
     Args:
         data_args ([`~llava_mod_hf.data.arguments.DataArguments`]).
         args (`TrainingArguments`): of the stage.
-        columns (`tuple[str]`): as for [`~llava_mod_hf.data.load.load_rows`].
+        columns (`tuple[str]`), dropped (*optional*): as for [`~llava_mod_hf.data.load.load_rows`].
 
     Returns:
         `datasets.Dataset` or `None`: those of `eval_dataset_name`, or else of the data set's `dataset_test_split`;
@@ -166,20 +168,31 @@ def load_eval_rows(data_args, args, columns):
         **({} if same else {"dataset_options": None}),
     )
     return load_rows(
-        own, columns=columns, split=data_args.dataset_test_split, seed=args.seed, num_proc=args.dataset_num_proc
+        own,
+        columns=columns,
+        split=data_args.dataset_test_split,
+        seed=args.seed,
+        num_proc=args.dataset_num_proc,
+        dropped=dropped,
     )
 
 
-def fit_to_recipe(rows, student, processor, data_args, args):
+def fit_to_recipe(rows, student, processor, data_args, args, dropped=None, *, evaluated=False):
     """
     [`~llava_mod_hf.data.fitting.fit_rows`] with the options of a recipe, within the student's positions; of `None`,
     none.
+
+    Args:
+        rows (`datasets.Dataset`, `datasets.IterableDataset` or `None`), student, processor, data_args, args.
+        dropped ([`~llava_mod_hf.data.dropped_rows.DroppedRows`], *optional*): where left-out rows are written down.
+        evaluated (`bool`, *optional*, defaults to `False`): whether they are those of [`load_eval_rows`].
 
     Raises:
         ValueError: if rows are streamed without `max_steps`, or `max_length` is more than the student has positions.
     """
     if rows is None:
         return None
+    dropped = dropped or DroppedRows(max_share=data_args.max_bad_rows)
     limit_max_length(args, student)
     if data_args.streaming and args.max_steps <= 0:
         raise ValueError("`streaming` is true, so nobody knows how many rows come: give `max_steps`.")
@@ -191,5 +204,33 @@ def fit_to_recipe(rows, student, processor, data_args, args):
         assistant_only_loss=getattr(args, "assistant_only_loss", False),  # of pairs there is no such option
         bad_rows=data_args.bad_rows,
         num_proc=args.dataset_num_proc,
+        dropped=dropped.of(_evaluated_name(data_args) if evaluated else data_args.names()[0]),
     )
     return rows
+
+
+def _evaluated_name(data_args):
+    name, split = data_args.eval_dataset_name or data_args.names()[0], data_args.dataset_test_split
+    return name if split == "train" else f"{name} ({split})"
+
+
+def unmarked(rows, processor, data_args, dropped, columns=("prompt",)):
+    """[`~llava_mod_hf.data.marks.leave_out_marked`] with the options of a recipe."""
+    dropped = dropped.of(data_args.names()[0])
+    return leave_out_marked(rows, processor, columns=columns, bad_rows=data_args.bad_rows, dropped=dropped)
+
+
+def written_down(data_args, place, *, writes=True):
+    """
+    Where a command that writes something other than a run's folder writes down the rows that it leaves out: beside it.
+
+    Args:
+        data_args ([`~llava_mod_hf.data.arguments.DataArguments`]).
+        place (`str` or `Path`): a folder or a file, such as `runs/pairs`, which gives `runs/pairs.dropped_rows.jsonl`.
+        writes (`bool`, *optional*, defaults to `True`): whether this process does, of several that read the same.
+
+    Returns:
+        [`~llava_mod_hf.data.dropped_rows.DroppedRows`].
+    """
+    place = Path(place)
+    return DroppedRows(place.with_name(f"{place.name}.{FILE}"), max_share=data_args.max_bad_rows, writes=writes)

@@ -17,11 +17,11 @@ def run(data_args, distill_args, args):
     """Preference distillation with the teacher as reference, or the student as it was (paper, stage 3)."""
     begun = start_run(data_args, distill_args, args)
     columns = ("prompt", "chosen", "rejected")
-    rows = load_rows(data_args, columns=columns, seed=args.seed, num_proc=args.dataset_num_proc)
-    eval_rows = load_eval_rows(data_args, args, columns)
+    rows = load_rows(data_args, columns=columns, seed=args.seed, num_proc=args.dataset_num_proc, dropped=begun.dropped)
+    eval_rows = load_eval_rows(data_args, args, columns, begun.dropped)
     student, processor = load_student(distill_args, args.trust_remote_code)
-    rows = fit_to_recipe(rows, student, processor, data_args, args)
-    eval_rows = fit_to_recipe(eval_rows, student, processor, data_args, args)
+    rows = fit_to_recipe(rows, student, processor, data_args, args, begun.dropped)
+    eval_rows = fit_to_recipe(eval_rows, student, processor, data_args, args, begun.dropped, evaluated=True)
     teacher, teacher_processor = None, None
     if args.reference == "teacher":
         teacher, teacher_processor = load_teacher_or_cache(distill_args, args.trust_remote_code, CachedReference)

@@ -10,6 +10,8 @@ from dataclasses import dataclass, field
 
 from trl.scripts.utils import DatasetConfig
 
+from llava_mod_hf.data.dropped_rows import MAX_SHARE
+
 CHOICES = {"multi_turn": ["whole", "expand"], "check_images": ["all", "header"], "bad_rows": ["error", "drop"]}
 
 STOPPING = ("first_exhausted", "all_exhausted", "all_exhausted_without_replacement")  # as `datasets` has them
@@ -120,7 +122,11 @@ class DataArguments:
             `"all"` reads every image of a local file to its end; `"header"` its size and format only, and does not
             notice a truncated one. Either refuses decompression bombs and files that are missing or no images.
         bad_rows (`str`, *optional*, defaults to `"error"`):
-            `"error"` stops at the first row that cannot be used; `"drop"` leaves such rows out and says which.
+            `"error"` stops at the first row that cannot be used; `"drop"` leaves such rows out and writes down which,
+            in `dropped_rows.jsonl` of the run's folder.
+        max_bad_rows (`float`, *optional*, defaults to 0.01):
+            With `bad_rows: drop`, the share of the rows seen that may be left out as unusable, from 0 to 1: of each
+            data set at the end of its reading, of a stream after every 1,000 rows and at its end.
         streaming (`bool`, *optional*, defaults to `False`):
             Read rows when they are needed, in the file's order; training then needs `max_steps`.
     """
@@ -140,6 +146,7 @@ class DataArguments:
     multi_turn: str = field(default="whole", metadata={"choices": CHOICES["multi_turn"]})
     check_images: str = field(default="all", metadata={"choices": CHOICES["check_images"]})
     bad_rows: str = field(default="error", metadata={"choices": CHOICES["bad_rows"]})
+    max_bad_rows: float = MAX_SHARE
     streaming: bool = False
     datasets: list[str] | None = field(
         default=None, metadata={"help": "several data sets in place of one: paths, or an entry's keys as JSON each"}
@@ -159,6 +166,11 @@ class DataArguments:
         for name, known in CHOICES.items():
             if getattr(self, name) not in known:
                 raise ValueError(f"`{name}` is {getattr(self, name)!r}: give one of {', '.join(known)}.")
+        share = self.max_bad_rows
+        if isinstance(share, bool) or not isinstance(share, int | float) or not 0 <= share <= 1:
+            raise ValueError(f"`max_bad_rows` is {share!r}: give a share of the rows, from 0 to 1.")
+        if share != MAX_SHARE and self.bad_rows != "drop":
+            raise ValueError(f"`max_bad_rows` is {share}, which does nothing without `bad_rows: drop`: give that too.")
         self._check_mixture()
 
     def _check_mixture(self):

@@ -11,12 +11,13 @@ from trl import apply_chat_template, is_conversational, prepare_multimodal_messa
 from trl.chat_template_utils import get_training_chat_template, has_generation_markers
 
 from llava_mod_hf.data.conversations import as_answers, check_assistant_only, conversation_texts, expand_conversations
+from llava_mod_hf.data.dropped_rows import MALFORMED, DroppedRows
 from llava_mod_hf.data.formats import check_answer, check_pair
 from llava_mod_hf.data.images import map_undecoded, open_image
 from llava_mod_hf.data.marks import check_marks, marks_of
-from llava_mod_hf.data.mixture import SOURCE, row_name, source_names
+from llava_mod_hf.data.mixture import SOURCE, Readings, row_name, source_names
 
-LENGTH, NUM_IMAGES, REASON = "length", "num_images", "reason"
+LENGTH, NUM_IMAGES, REASON, TOLD = "length", "num_images", "reason", "told"
 
 COLUMNS = ("images", "prompt", "completion", "chosen", "rejected", "messages", "source_row", SOURCE)
 
@@ -24,10 +25,22 @@ REASONS = {
     "too_long": "longer than `max_length`",
     "unsupervised": "without a supervised token",
     "ties": "pairs of equal answers",
-    "bad": "malformed",
+    MALFORMED: "malformed",
 }
 
+SENTENCES = {  # of a row, behind its name; a malformed one has its own
+    "too_long": " has {} tokens, and `max_length` is {}.",
+    "unsupervised": " has no supervised token.",
+    "ties": " is a pair of equal answers.",
+}
+
+MEASURED = Features(
+    {LENGTH: Value("int64"), NUM_IMAGES: Value("int64"), REASON: Value("string"), TOLD: Value("string")}
+)
+
 MAX_SEEN = 4096
+
+NOTED = 10_000  # rows whose reasons are in memory at a time
 
 TEXTS = ("prompt", "messages", "text")  # where a row's images are
 
@@ -37,7 +50,15 @@ logger = logging.getLogger(__name__)
 
 
 def fit_rows(
-    rows, processor, *, max_length, multi_turn="whole", assistant_only_loss=False, bad_rows="error", num_proc=None
+    rows,
+    processor,
+    *,
+    max_length,
+    multi_turn="whole",
+    assistant_only_loss=False,
+    bad_rows="error",
+    num_proc=None,
+    dropped=None,
 ):
     """
     Leaves out the rows that training would cut, skip or learn nothing from.
@@ -57,6 +78,9 @@ def fit_rows(
             As the trainer's, of rows of `messages`: the template's `{% generation %}` marks say what is supervised.
         bad_rows (`str`, *optional*, defaults to `"error"`): `"drop"` counts malformed rows and goes on.
         num_proc (`int`, *optional*): processes that tokenise.
+        dropped ([`~llava_mod_hf.data.dropped_rows.DroppedRows`], *optional*):
+            Where the rows that are left out are written down, by default nowhere, and which share of malformed ones is
+            too many, by default more than 1 %. Rows left out for another reason are no part of it.
 
     Returns:
         `tuple[Dataset, dict]`: the rows that are left, with `length` (tokens) and `num_images`, by which batches are
@@ -65,7 +89,7 @@ def fit_rows(
 
     Raises:
         ValueError: if a row is malformed (an empty answer, placeholders that do not fit its images, images inside an
-            answer, a missing part), or if no row is left.
+            answer, a missing part), if no row is left, or more are malformed than may be.
     """
     if assistant_only_loss:
         check_assistant_only(rows.column_names)
@@ -82,41 +106,58 @@ def fit_rows(
         names=source_names(rows),
         seen={},  # text → what is known of it: short questions and answers come again and again
     )
+    readings = Readings(rows, DroppedRows() if dropped is None else dropped)
     report = {"rows": 0, "longest": 0, **dict.fromkeys(REASONS, 0)}
     if isinstance(rows, IterableDataset):
-        return _fit_stream(rows, measure, report), report
+        return _fit_stream(rows, measure, report, readings), report
 
-    features = Features({LENGTH: Value("int64"), NUM_IMAGES: Value("int64"), REASON: Value("string")})
     texts = [name for name in COLUMNS if name in names]
     measured = map_undecoded(
         rows.select_columns(texts),
         measure,
-        features=features,
+        features=MEASURED,
         num_proc=num_proc,
         desc="Measuring rows",
         remove_columns=texts,
     )
+    return _without_left_out(rows, measured, readings, report, max_length), report
+
+
+def _without_left_out(rows, measured, readings, report, max_length):
+    """The rows that have no reason to be left out, with what was measured of them; counts in the `report`."""
     lengths, reasons = measured[LENGTH][:], measured[REASON][:]
     report |= {"rows": len(lengths), "longest": max(lengths, default=0)}
     report |= {reason: reasons.count(reason) for reason in REASONS}
     kept = [index for index, reason in enumerate(reasons) if reason is None]
     left_out = [f"{report[reason]} {text}" for reason, text in REASONS.items() if report[reason]]
     if left_out:
+        _note(rows, measured, readings)
         sentence = f"{', '.join(left_out)} ({max_length}; the longest has {report['longest']} tokens)"
         if not kept:
             raise ValueError(
                 f"None of the {len(lengths)} rows can be trained on: {sentence}. Raise `max_length`, or mend the rows."
             )
         logger.warning("Left out of %d rows: %s.", len(lengths), sentence)
-    rows = rows.remove_columns([name for name in (LENGTH, NUM_IMAGES) if name in names])
+        readings.judge()
+    rows = rows.remove_columns([name for name in (LENGTH, NUM_IMAGES) if name in rows.column_names])
     rows = rows.add_column(LENGTH, lengths).add_column(NUM_IMAGES, measured[NUM_IMAGES][:])
-    return (rows if len(kept) == len(lengths) else rows.select(kept)), report
+    return rows if len(kept) == len(lengths) else rows.select(kept)
 
 
-def _fit_stream(rows, measure, report):
-    added = Features({LENGTH: Value("int64"), NUM_IMAGES: Value("int64"), REASON: Value("string")})
+def _note(rows, measured, readings):
+    """Writes down the rows that are left out."""
+    place = 0
+    for batch in measured.select_columns([REASON, TOLD]).iter(NOTED):
+        known = readings.known(rows, range(place, place + len(batch[REASON])))
+        for row, reason, told in zip(known, batch[REASON], batch[TOLD], strict=True):
+            readings.note(place, row, reason, told)
+            place += 1
 
-    def keep(length, reason):
+
+def _fit_stream(rows, measure, report, readings):
+    def keep(length, reason, told, *known):
+        *known, place = known
+        readings.note_streamed(place, dict(zip(readings.columns, known, strict=True)), reason, told)
         report["rows"] += 1
         report["longest"] = max(report["longest"], length)
         if reason is not None:
@@ -128,8 +169,9 @@ def _fit_stream(rows, measure, report):
     def measure_all(batch, indices):
         return {**batch, **measure(batch, indices)}
 
-    rows = map_undecoded(rows, measure_all, features=Features({**rows.features, **added}), batch_size=16)
-    return rows.filter(keep, input_columns=[LENGTH, REASON]).remove_columns(REASON)
+    rows = map_undecoded(rows, measure_all, features=Features({**rows.features, **MEASURED}), batch_size=16)
+    rows = rows.filter(keep, input_columns=[LENGTH, REASON, TOLD, *readings.columns], with_indices=True)
+    return rows.remove_columns([REASON, TOLD])
 
 
 def check_images_fit(rows, processor, *, max_length, num_proc=None):
@@ -238,24 +280,28 @@ def _measure_batch(batch, indices, *, processor, image_tokens, max_length, bad_r
         key = json.dumps([num_images, texts], default=str)
         keys.append(key)
         if key not in seen and key not in new:
+            where = row_name(row, index, names)
             try:
-                new[key] = _render(texts, num_images, processor, row_name(row, index, names), by_marks)
-            except ValueError:
+                new[key] = _render(texts, num_images, processor, where, by_marks)
+            except ValueError as error:
                 if bad_rows == "error":
                     raise
-                seen[key] = None
+                seen[key] = str(error).removeprefix(where)  # the same of the next row of these texts
     seen |= zip(new, _count_tokens(list(new.values()), processor), strict=True)
-    lengths, reasons = [], []
-    for row, key in zip(rows, keys, strict=True):
-        length, reason = sum(image_tokens(image) - 1 for image in row["images"] or []), "bad"
-        if seen[key] is not None:
+    lengths, reasons, told = [], [], []
+    for row, index, key in zip(rows, indices, keys, strict=True):
+        length, reason = sum(image_tokens(image) - 1 for image in row["images"] or []), MALFORMED
+        sentence = seen[key]
+        if not isinstance(sentence, str):
             tokens, supervised, equal = seen[key]
             length += tokens
             too_long = max_length is not None and length > max_length
             reason = "ties" if equal else "unsupervised" if supervised == 0 else "too_long" if too_long else None
+            sentence = SENTENCES.get(reason, "").format(length, max_length)
         lengths.append(length)
         reasons.append(reason)
-    return {LENGTH: lengths, NUM_IMAGES: [len(row["images"] or []) for row in rows], REASON: reasons}
+        told.append(None if reason is None else row_name(row, index, names) + sentence)
+    return {LENGTH: lengths, NUM_IMAGES: [len(row["images"] or []) for row in rows], REASON: reasons, TOLD: told}
 
 
 def _count_tokens(rendered, processor):

@@ -9,6 +9,7 @@ from datasets.exceptions import DatasetGenerationError
 from llava_mod_hf import loading
 from llava_mod_hf.data import easy_vqa, scene_rows
 from llava_mod_hf.data.arguments import DataArguments
+from llava_mod_hf.data.dropped_rows import DroppedRows
 from llava_mod_hf.data.formats import FORMATS, image_references, read_row, recognise
 from llava_mod_hf.data.images import map_undecoded, resolve_image
 from llava_mod_hf.data.mixture import MESSAGES, first_rows, in_one_form, mix_rows, plain_row
@@ -26,7 +27,7 @@ from llava_mod_hf.data.row_files import (
 from llava_mod_hf.hub_reading import told_when_the_hub_fails
 
 
-def load_rows(args: DataArguments, *, columns, split=None, seed=0, num_proc=None):
+def load_rows(args: DataArguments, *, columns, split=None, seed=0, num_proc=None, dropped=None):
     """
     The rows that a stage trains on.
 
@@ -36,6 +37,9 @@ def load_rows(args: DataArguments, *, columns, split=None, seed=0, num_proc=None
         split (`str`, *optional*): by default `args.dataset_train_split`, or of a mixture each entry's own.
         seed (`int`, *optional*, defaults to 0): of the embedded data's thinning, and of a mixture's order.
         num_proc (`int`, *optional*): processes that convert rows and check images.
+        dropped ([`~llava_mod_hf.data.dropped_rows.DroppedRows`], *optional*):
+            Where the rows that `bad_rows: drop` leaves out are written down, by default nowhere. Of a stream that is
+            read to its end, `dropped.judge()` compares them with `max_bad_rows` there.
 
     Returns:
         `datasets.Dataset`, or `datasets.IterableDataset` if streamed, with `images` (lists of PIL images when read) and
@@ -44,20 +48,22 @@ def load_rows(args: DataArguments, *, columns, split=None, seed=0, num_proc=None
 
     Raises:
         ValueError: if the file or a column is missing, the format is unknown, a row is malformed, an image path leaves
-            the image folder, or an image is missing, broken or a decompression bomb.
+            the image folder, or an image is missing, broken or a decompression bomb; with `bad_rows: drop`, if more
+            rows are so than `max_bad_rows` allows.
         ConnectionError: if the Hub fails while the data set is read.
     """
     sources = args.sources(split)
-    loaded = [_load(source, columns, seed, num_proc) for source in sources]
+    dropped = DroppedRows(max_share=args.max_bad_rows) if dropped is None else dropped
+    loaded = [_load(source, columns, seed, num_proc, dropped) for source in sources]
     if args.datasets is None:
         return loaded[0]
     labels = [source.label for source in sources]
-    loaded = in_one_form(loaded, labels, columns, bad_rows=args.bad_rows, num_proc=num_proc)
+    loaded = in_one_form(loaded, labels, columns, bad_rows=args.bad_rows, num_proc=num_proc, dropped=dropped)
     mixed = mix_rows(loaded, labels, args.weights, stopping_strategy=args.stopping_strategy, seed=seed)
     return first_rows(mixed, args.max_samples)
 
 
-def _load(args, columns, seed, num_proc):
+def _load(args, columns, seed, num_proc, dropped):
     """The rows of one [`~llava_mod_hf.data.arguments.DataSource`]."""
     split = args.dataset_train_split
     if args.dataset_options and args.dataset_name != scene_rows.DATASET:
@@ -70,7 +76,7 @@ def _load(args, columns, seed, num_proc):
         dataset = _embedded(args, split, seed)
     else:
         try:
-            dataset = _published(args, split, num_proc)
+            dataset = _published(args, split, num_proc, dropped)
         except DatasetGenerationError as error:
             cause = error.__cause__ or error
             if isinstance(cause, ValueError) and str(cause).startswith("Row "):
@@ -119,7 +125,7 @@ def image_root(args):
     return None
 
 
-def _published(args, split, num_proc):
+def _published(args, split, num_proc, dropped):
     """A local file or folder, or a data set of the Hub: in TRL's formats, its images checked."""
     path, root = Path(args.dataset_name), image_root(args)
     if root is None:
@@ -142,7 +148,8 @@ def _published(args, split, num_proc):
     if "images" in dataset.column_names:
         if root is not None:
             dataset = _with_checked_images(dataset, root, args, num_proc)
-        dataset = without_problems(dataset)
+        name = args.label or args.dataset_name
+        dataset = without_problems(dataset, dropped.reading(name if split == "train" else f"{name} ({split})"))
     return dataset
 
 

@@ -2,8 +2,9 @@
 
 import logging
 
+from llava_mod_hf.data.dropped_rows import MALFORMED, DroppedRows
 from llava_mod_hf.data.formats import text_of
-from llava_mod_hf.data.mixture import row_names
+from llava_mod_hf.data.mixture import Readings, row_names
 
 logger = logging.getLogger(__name__)
 
@@ -55,7 +56,7 @@ def check_marks(messages, marks, where):
             )
 
 
-def leave_out_marked(rows, processor, *, columns=("prompt",), bad_rows="error"):
+def leave_out_marked(rows, processor, *, columns=("prompt",), bad_rows="error", dropped=None):
     """
     Rows whose texts spell out no mark, for those that do not go through
     [`~llava_mod_hf.data.fitting.fit_rows`], which does the same.
@@ -65,16 +66,19 @@ def leave_out_marked(rows, processor, *, columns=("prompt",), bad_rows="error"):
         processor (`ProcessorMixin`): who reads them.
         columns (`tuple[str]`, *optional*): what is read of them.
         bad_rows (`str`, *optional*, defaults to `"error"`): `"drop"` leaves such a row out, with a warning.
+        dropped ([`~llava_mod_hf.data.dropped_rows.DroppedRows`], *optional*): where it is written down.
 
     Returns:
         `datasets.Dataset`.
 
     Raises:
-        ValueError: naming the row and the mark, or if no row is left.
+        ValueError: naming the row and the mark, or if no row is left, or more are left out than may be.
     """
     marks = marks_of(processor)
-    kept, problems = [], []
-    for place, (where, *texts) in enumerate(zip(row_names(rows), *(rows[name] for name in columns), strict=True)):
+    readings = Readings(rows, DroppedRows() if dropped is None else dropped)
+    known, kept, first = readings.known(rows, range(len(rows))), [], None
+    for place, (where, *texts) in enumerate(zip(row_names(rows), *(rows[column] for column in columns), strict=True)):
+        problem = None
         try:
             for messages in texts:
                 if not isinstance(messages, str):
@@ -83,10 +87,13 @@ def leave_out_marked(rows, processor, *, columns=("prompt",), bad_rows="error"):
         except ValueError as error:
             if bad_rows == "error":
                 raise
-            problems.append(str(error))
-    if not problems:
+            problem = str(error)
+            first = first or problem
+        readings.note(place, known[place], None if problem is None else MALFORMED, problem)
+    if first is None:
         return rows
     if not kept:
-        raise ValueError(f"Each of the {len(rows)} prompts holds a mark, first: {problems[0]}")
-    logger.warning("Left out %d of %d rows, first: %s", len(problems), len(rows), problems[0])
+        raise ValueError(f"Each of the {len(rows)} prompts holds a mark, first: {first}")
+    logger.warning("Left out %d of %d rows, first: %s", len(rows) - len(kept), len(rows), first)
+    readings.judge()
     return rows.select(kept)

@@ -117,6 +117,46 @@ def row_names(rows):
     return [row_name(row, place, names) for place, row in enumerate(known or [{}] * len(rows))]
 
 
+class Readings:
+    """
+    A [`~llava_mod_hf.data.dropped_rows.Reading`] of each data set of a mixture, or the one of any other rows.
+
+    Args:
+        rows (`datasets.Dataset` or `datasets.IterableDataset`).
+        dropped ([`~llava_mod_hf.data.dropped_rows.DroppedRows`]): what they are written into.
+    """
+
+    def __init__(self, rows, dropped):
+        names = source_names(rows)
+        self.columns = [column for column in ("source_row", SOURCE) if column in (rows.column_names or [])]
+        self._mixed, self._each = bool(names), [dropped.reading(each) for each in names or [dropped.dataset]]
+
+    def known(self, rows, places):
+        """`list[dict]`: the `columns` of the rows (`datasets.Dataset`) in a `range`."""
+        columns = rows.select_columns(self.columns)[places.start : places.stop] if self.columns else {}
+        return [{name: values[offset] for name, values in columns.items()} for offset in range(len(places))]
+
+    def note(self, place, row, kind, reason):
+        """Takes in one row (its `columns`) of many, at a place among them; see `Reading.note`."""
+        self._of(row).note([(self._number(place, row), kind, reason)])
+
+    def note_streamed(self, place, row, kind, reason):
+        """The same of a stream; see `Reading.note_streamed`."""
+        return self._of(row).note_streamed(place, self._number(place, row), kind, reason)
+
+    def _of(self, row):
+        return self._each[row[SOURCE] if self._mixed and row.get(SOURCE) is not None else 0]
+
+    @staticmethod
+    def _number(place, row):
+        return place if row.get("source_row") is None else row["source_row"]
+
+    def judge(self):
+        """[`Reading.judge`] of each."""
+        for reading in self._each:
+            reading.judge()
+
+
 def first_rows(rows, count):
     """The first `count` rows, all of them for `None`."""
     if count is None:
@@ -163,7 +203,7 @@ def _check_places(messages, num_images, where):
         )
 
 
-def in_one_form(datasets, names, columns, *, bad_rows="error", num_proc=None):
+def in_one_form(datasets, names, columns, *, dropped, bad_rows="error", num_proc=None):
     """
     Data sets of equal columns: what the stage needs, and what all of them have besides.
 
@@ -171,6 +211,7 @@ def in_one_form(datasets, names, columns, *, bad_rows="error", num_proc=None):
         datasets (`list`): as they were read, with `images` and `columns`.
         names (`list[str]`): for messages.
         columns (`tuple[str]`): what the stage needs.
+        dropped ([`~llava_mod_hf.data.dropped_rows.DroppedRows`]): where left-out rows are written down.
         bad_rows (`str`, *optional*, defaults to `"error"`): as in `DataArguments`.
         num_proc (`int`, *optional*): processes that convert rows.
 
@@ -200,10 +241,13 @@ def in_one_form(datasets, names, columns, *, bad_rows="error", num_proc=None):
         if name not in kept and all(rows.features[name] == datasets[0].features[name] for rows in datasets)
     ]
     target = {name: target[name] for name in converted}
-    return [_in_form(rows, kept, target, name, bad_rows, num_proc) for rows, name in zip(datasets, names, strict=True)]
+    return [
+        _in_form(rows, kept, target, dropped.reading(name), bad_rows, num_proc)
+        for rows, name in zip(datasets, names, strict=True)
+    ]
 
 
-def _in_form(rows, kept, target, name, bad_rows, num_proc):
+def _in_form(rows, kept, target, reading, bad_rows, num_proc):
     """The columns `kept`, with row numbers; those in `target` with its features."""
     rows = rows.select_columns([column for column in kept if column in rows.column_names])
     numbered = "source_row" in rows.column_names
@@ -212,6 +256,7 @@ def _in_form(rows, kept, target, name, bad_rows, num_proc):
     if numbered and all(rows.features[column] == feature for column, feature in target.items()):
         return rows
     features = Features({**rows.features, "source_row": Value("int64"), **target, PROBLEM: Value("string")})
+    name = reading.dataset  # which `datasets` hashes, and not what was read of it
 
     def convert(batch, indices):
         batch = {"source_row": indices, **batch, PROBLEM: [None] * len(indices)}
@@ -229,4 +274,4 @@ def _in_form(rows, kept, target, name, bad_rows, num_proc):
         return batch
 
     converted = map_undecoded(rows, convert, features=features, num_proc=num_proc, desc=f"Reading `{name}`")
-    return without_problems(converted)
+    return without_problems(converted, reading)

@@ -19,8 +19,10 @@ TRAINING_STATE = ("optimizer", "rng_state")
 
 NOT_OURS = {".git", ".cache"}  # kept by git and by huggingface_hub's downloads; the client refuses to commit them
 
-# what a run keeps for itself: they hold paths, the names of event logs that of the host
-LEFT_BEHIND = re.compile(r"checkpoint-\d+(/.*)?|training_args\.bin|run\.json|(.*/)?events\.out\.tfevents\.[^/]*")
+# what a run keeps for itself: they hold paths and words of rows, the names of event logs that of the host
+LEFT_BEHIND = re.compile(
+    r"checkpoint-\d+(/.*)?|training_args\.bin|run\.json|([^/]*\.)?dropped_rows\.jsonl|(.*/)?events\.out\.tfevents\.[^/]*"
+)
 
 REWRITTEN = {RECIPE_FILE, RESULTS_FILE}  # of a run's folder, for the commit: they name local files
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from transformers import ProgressCallback
 
+from llava_mod_hf.data.dropped_rows import FILE, DroppedRows
 from llava_mod_hf.data.mixture import count_sources
 from llava_mod_hf.publishing.provenance import RUN_FILE
 from llava_mod_hf.training.checkpoints import chosen_checkpoint
@@ -23,10 +24,11 @@ CONFIGS = ("config.json", ADAPTER_FILE)  # of a model, or of an adapter: without
 
 @dataclass
 class BegunRun:
-    """What a run begins with: its recipe, and the checkpoint that it is taken up from."""
+    """What a run begins with: its recipe, the checkpoint that it is taken up from, and where dropped rows go."""
 
     recipe: Recipe
     checkpoint: str | None
+    dropped: DroppedRows
 
 
 def start_run(*groups):
@@ -34,7 +36,7 @@ def start_run(*groups):
     Refuses what would be found out late, and notes the options before a trainer changes any.
 
     Args:
-        groups: the argument dataclasses of a stage, the trainer's last.
+        groups: the argument dataclasses of a stage, those of its data first, the trainer's last.
 
     Returns:
         [`BegunRun`].
@@ -52,7 +54,8 @@ def start_run(*groups):
         check_same_recipe(checkpoint, recipe)
     if args.should_save:
         clear_unfinished(args.output_dir)
-    return BegunRun(recipe, checkpoint)
+    dropped = DroppedRows(Path(args.output_dir, FILE), max_share=groups[0].max_bad_rows, writes=args.process_index == 0)
+    return BegunRun(recipe, checkpoint, dropped)
 
 
 def check_output_dir(folder):
@@ -84,8 +87,11 @@ def train_and_save(trainer, stage, begun):
 
     Returns:
         `dict`: what `run.json` holds: `stage`, `steps`, `seconds` (all of this start), `seconds_per_step` (without the
-        first step), `first_loss`, `last_loss`, `log_history`, `recipe` (the options that somebody chose), and of a
-        mixture `datasets`, as [`rows_of_each`].
+        first step), `first_loss`, `last_loss`, `log_history`, `recipe` (the options that somebody chose),
+        `dropped_rows` (how many of each kind are in that file), and of a mixture `datasets`, as [`rows_of_each`].
+
+    Raises:
+        ValueError: if more rows of a stream were malformed than may be.
     """
     if trainer.pop_callback(ProgressCallback) is not None:
         trainer.add_callback(LossOnBar)
@@ -94,6 +100,8 @@ def train_and_save(trainer, stage, begun):
     trainer.recipe = begun.recipe
     start = time.perf_counter()
     trainer.train(begun.checkpoint or False)
+    if trainer.args.process_index == 0 and trainer.args.dataloader_num_workers == 0:  # who has read a stream itself
+        begun.dropped.judge()
     history = trainer.state.log_history
     losses = [entry["loss"] for entry in history if "loss" in entry]
     run = {
@@ -105,6 +113,7 @@ def train_and_save(trainer, stage, begun):
         "last_loss": losses[-1] if losses else None,
         "log_history": history,
         **rows_of_each(trainer),
+        "dropped_rows": begun.dropped.counts(),
         "recipe": begun.recipe.changed,
     }
     output_dir = Path(trainer.args.output_dir)

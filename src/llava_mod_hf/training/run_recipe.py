@@ -25,7 +25,7 @@ MAY_CHANGE = {
     "prediction_loss_only eval_do_concat_batches eval_use_gather_object eval_accumulation_steps "
     "include_for_metrics batch_eval_metrics bf16_full_eval fp16_full_eval",
     "workers": "dataloader_num_workers dataloader_pin_memory dataloader_persistent_workers "
-    "dataloader_prefetch_factor dataloader_multiprocessing_context dataset_num_proc check_images",
+    "dataloader_prefetch_factor dataloader_multiprocessing_context dataset_num_proc check_images max_bad_rows",
     "memory": "gradient_checkpointing gradient_checkpointing_kwargs activation_checkpointing "
     "activation_checkpointing_kwargs activation_offloading torch_empty_cache_steps rows_per_chunk teacher_device "
     "shard_teacher share_vision_tower share_prefix",
