@@ -184,7 +184,10 @@ def test_upcycle(save, tmp_path):
     path = tmp_path / "upcycle.yaml"
     path.write_text(yaml.safe_dump({"student": str(dense), "moe_layers": ["second_half"], "num_experts": 3}))
     argv = ["--config", str(path), "--num_experts_per_tok", "1", "--output_dir", str(tmp_path / "sparse")]
+    (dense / "run.json").write_text("{}")
     assert main(["upcycle", *argv]) == 0
+    # what the card of a student made of it will tell of the stages before
+    assert (tmp_path / "sparse" / "run.json").read_text() == "{}"
     sparse, processor = load_model_and_processor(str(tmp_path / "sparse"))
     assert sparse.config.moe_layers == [1, 2]
     assert (sparse.config.num_experts, sparse.config.num_experts_per_tok) == (3, 1)

@@ -3,8 +3,11 @@
 import json
 
 import pytest
+import torch
 
+from helpers.own_data import write_own_data
 from llava_mod_cli import main
+from llava_mod_hf.commands import evaluate as evaluate_module
 from llava_mod_hf.data.scene_rows import DATASET, load
 from llava_mod_hf.evaluation.answers import evaluate_blind
 
@@ -39,3 +42,44 @@ def test_the_options_are_not_of_the_data_that_the_baseline_learns_from(folders, 
         folders["student"], tmp_path / "results.json", "--train_dataset_name", str(tmp_path / "training.jsonl")
     )
     assert results["blind"] == evaluate_blind(training, asked)
+
+
+@pytest.fixture
+def own(tmp_path):
+    """Options for conversations as a user has them, which have no columns of questions and answers."""
+    write_own_data(tmp_path / "own")
+    train, test, pictures = (str(tmp_path / "own" / name) for name in ("train.json", "test.json", "pictures"))
+    return ["--dataset_name", test, "--train_dataset_name", train, "--image_folder", pictures]
+
+
+def test_conversations_are_measured_by_their_first_question(folders, tmp_path, own, monkeypatch):
+    said = json.loads((tmp_path / "own" / "test.json").read_text())
+    first = [next(turn["value"] for turn in row["conversations"] if turn["from"] == "gpt") for row in said]
+    monkeypatch.setattr(
+        "llava_mod_hf.evaluation.answers.generate_answers", lambda *args, **kwargs: [*first[:3], *["neither"] * 3]
+    )
+    argv = ["--model", folders["student"], "--teacher", folders["teacher"], "--output_file", str(tmp_path / "out.json")]
+    assert main(["evaluate", *argv, *own]) == 0
+    results = json.loads((tmp_path / "out.json").read_text())
+    assert results["student"]["exact_match"] == results["teacher"]["exact_match"] == 0.5
+    assert results["blind"]["exact_match"] < 1
+    assert not any("exact_match_by_kind" in results[who] for who in ("student", "teacher", "blind"))
+
+
+def test_where_and_in_what_precision_is_chosen(folders, tmp_path, own, monkeypatch, capsys):
+    load, loaded = evaluate_module.load_model_and_processor, []
+
+    def noted(name, **options):
+        model, processor = load(name, **options)
+        loaded.append((name, model.dtype))
+        return model, processor
+
+    monkeypatch.setattr(evaluate_module, "load_model_and_processor", noted)
+    argv = ["evaluate", "--model", folders["student"], "--teacher", folders["teacher"], *own]
+    argv += ["--max_samples", "2", "--output_file", str(tmp_path / "results.json"), "--teacher_dtype", "bfloat16"]
+    assert main(argv) == 0
+    assert loaded == [(folders["student"], torch.float32), (folders["teacher"], torch.bfloat16)]
+    assert main([*argv, "--dtype", "bfloat16", "--device", "cpu"]) == 0
+    assert loaded[2] == (folders["student"], torch.bfloat16)
+    assert main([*argv, "--device", "xpu:7"]) == 2
+    assert "cannot be put on the device `xpu:7`" in capsys.readouterr().err

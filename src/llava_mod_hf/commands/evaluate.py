@@ -5,20 +5,21 @@ import logging
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from accelerate import PartialState
+
 from llava_mod_hf.commands.parts import unmarked, written_down
 from llava_mod_hf.data.arguments import DataArguments
 from llava_mod_hf.data.load import load_rows
 from llava_mod_hf.evaluation.answers import evaluate_blind, evaluate_model
 from llava_mod_hf.evaluation.expert_load import expert_load
+from llava_mod_hf.evaluation.questions import KIND, with_questions
 from llava_mod_hf.loading import load_model_and_processor
 from llava_mod_hf.publishing.provenance import RESULTS_FILE
 from llava_mod_hf.training.run_folder import write_json
 
 OPTIONS = ("data.arguments:DataArguments", "commands.evaluate:EvaluateCommand")
 
-QUESTION_COLUMNS = ("prompt", "completion", "question", "answer", "kind")
-
-READ = ("prompt", "completion")  # of which a model reads the words
+NEEDED = ("prompt", "completion")
 
 logger = logging.getLogger(__name__)
 
@@ -34,6 +35,9 @@ class EvaluateCommand:
             Where the blind baseline learns the most frequent answers; by default the train split of `dataset_name`. A
             single file has no splits, so that the baseline would learn the test's answers: there it has to be given.
         batch_size (`int`, *optional*, defaults to 128): questions answered at a time.
+        dtype (`str`, *optional*, defaults to `"float32"`): of the model's weights in memory.
+        teacher_dtype (`str`, *optional*, defaults to `"float32"`): of the teacher's.
+        device (`str`, *optional*): where both go, as transformers' `device_map`; by default a GPU if there is one.
         seed (`int`, *optional*, defaults to 0): of the test questions' balancing.
         trust_remote_code (`bool`, *optional*, defaults to `False`).
     """
@@ -43,8 +47,18 @@ class EvaluateCommand:
     output_file: str | None = None
     train_dataset_name: str | None = None
     batch_size: int = 128
+    dtype: str = "float32"
+    teacher_dtype: str = "float32"
+    device: str | None = None
     seed: int = 0
     trust_remote_code: bool = False
+
+    def load(self, name, dtype):
+        """A model, where it answers, and its processor."""
+        model, processor = load_model_and_processor(
+            name, dtype=dtype, device=self.device, trust_remote_code=self.trust_remote_code
+        )
+        return (model.to(PartialState().device) if self.device is None else model), processor
 
 
 def run(data_args: DataArguments, args: EvaluateCommand):
@@ -68,18 +82,20 @@ def run(data_args: DataArguments, args: EvaluateCommand):
     if data_args.streaming:
         raise ValueError("`streaming` is true, and measures are of all rows: leave it out.")
     dropped = written_down(data_args, output_file.with_suffix(""))
-    options = {"columns": QUESTION_COLUMNS, "seed": args.seed, "dropped": dropped}
+    options = {"columns": NEEDED, "seed": args.seed, "dropped": dropped}
     rows = load_rows(data_args, split=data_args.dataset_test_split, **options)
+    has_kinds = KIND in rows.column_names
+    rows = with_questions(rows)
     all_rows = dataclasses.replace(data_args, dataset_name=training_name, max_samples=None)
     if training_name != data_args.dataset_name:
         all_rows.dataset_options = None  # which are of the test's data set
-    training = load_rows(all_rows, **options).remove_columns("images")
-    model, processor = load_model_and_processor(args.model, trust_remote_code=args.trust_remote_code)
-    rows = unmarked(rows, processor, data_args, dropped, READ)
+    training = with_questions(load_rows(all_rows, **options).remove_columns("images"))
+    model, processor = args.load(args.model, args.dtype)
+    rows = unmarked(rows, processor, data_args, dropped, NEEDED)
     teacher = teacher_results = None
     if args.teacher:
-        teacher, teacher_processor = load_model_and_processor(args.teacher, trust_remote_code=args.trust_remote_code)
-        rows = unmarked(rows, teacher_processor, data_args, dropped, READ)
+        teacher, teacher_processor = args.load(args.teacher, args.teacher_dtype)
+        rows = unmarked(rows, teacher_processor, data_args, dropped, NEEDED)
         teacher_results = evaluate_model(teacher, teacher_processor, rows, batch_size=args.batch_size)
     results = {
         "student": evaluate_model(model, processor, rows, teacher=teacher, batch_size=args.batch_size),
@@ -89,6 +105,9 @@ def run(data_args: DataArguments, args: EvaluateCommand):
         "expert_load": expert_load(model, processor, rows.select(range(min(len(rows), 512)))),
         "num_questions": len(rows),
     }
+    if not has_kinds:
+        for measured in filter(None, (results["student"], teacher_results, results["blind"])):
+            del measured["exact_match_by_kind"]
     write_json(output_file, results)
     logger.warning("Exact match %.3f; everything is in `%s`.", results["student"]["exact_match"], output_file)
     return results

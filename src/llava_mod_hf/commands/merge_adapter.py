@@ -1,7 +1,6 @@
 """`llava-mod merge-adapter`: an adapter and its student → a student."""
 
 import json
-import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -11,9 +10,8 @@ from safetensors import safe_open
 
 from llava_mod_hf.commands.parts import load_without_adapter
 from llava_mod_hf.loading import resolve
-from llava_mod_hf.publishing.provenance import RECIPE_FILE, RUN_FILE
 from llava_mod_hf.training.hub_pushes import ADAPTER_FILE
-from llava_mod_hf.training.run_folder import check_output_dir, save_checkpoint
+from llava_mod_hf.training.run_folder import check_output_dir, copy_records, save_checkpoint
 
 OPTIONS = ("commands.merge_adapter:MergeAdapterCommand",)
 
@@ -55,9 +53,7 @@ def run(args: MergeAdapterCommand):
         ) from error
     _check_whole(adapted, folder, name)
     save_checkpoint(adapted.merge_and_unload(safe_merge=True), processor, args.output_dir)
-    for record in (RECIPE_FILE, RUN_FILE):  # what the card of the student will tell of its making
-        if (folder / record).is_file():
-            shutil.copyfile(folder / record, Path(args.output_dir, record))
+    copy_records(folder, args.output_dir)
 
 
 def _check_whole(model, folder, name):

@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 
 from llava_mod_hf.commands.arguments import UpcycleArguments
 from llava_mod_hf.commands.parts import load_without_adapter, upcycle_student
-from llava_mod_hf.training.run_folder import check_output_dir, save_checkpoint
+from llava_mod_hf.training.run_folder import check_output_dir, copy_records, save_checkpoint
 
 OPTIONS = ("commands.arguments:UpcycleArguments", "commands.upcycle:UpcycleCommand")
 
@@ -31,3 +31,4 @@ def run(upcycle_args: UpcycleArguments, args: UpcycleCommand):
     student, processor = load_without_adapter(args.student, trust_remote_code=args.trust_remote_code)
     upcycle_args.moe_layers = upcycle_args.moe_layers or ["alternate"]
     save_checkpoint(upcycle_student(student, upcycle_args, seed=args.seed), processor, args.output_dir)
+    copy_records(args.student, args.output_dir)

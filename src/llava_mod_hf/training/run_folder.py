@@ -11,7 +11,7 @@ from transformers import ProgressCallback
 
 from llava_mod_hf.data.dropped_rows import FILE, DroppedRows
 from llava_mod_hf.data.mixture import count_sources
-from llava_mod_hf.publishing.provenance import RUN_FILE
+from llava_mod_hf.publishing.provenance import RECIPE_FILE, RUN_FILE
 from llava_mod_hf.training.checkpoints import chosen_checkpoint
 from llava_mod_hf.training.hub_pushes import ADAPTER_FILE, UNFINISHED
 from llava_mod_hf.training.progress import LossOnBar, StepTimer
@@ -150,6 +150,13 @@ def save_checkpoint(model, processor, folder):
         model.save_pretrained(temporary)
         processor.save_pretrained(temporary)
         _move_checkpoint(temporary, Path(folder))
+
+
+def copy_records(source, target):
+    """What a card tells of a student's making, to what was made of it without training; nothing where it has none."""
+    for record in (RECIPE_FILE, RUN_FILE):
+        if (Path(source) / record).is_file():
+            shutil.copyfile(Path(source) / record, Path(target) / record)
 
 
 def _move_checkpoint(source, target):

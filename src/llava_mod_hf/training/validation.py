@@ -9,8 +9,7 @@ from trl.models.utils import unwrap_model_for_generation
 from llava_mod_hf.data.held_out import hold_out
 from llava_mod_hf.evaluation.answers import generate_answers
 from llava_mod_hf.evaluation.measures import score
-
-QUESTION, ANSWER, KIND = "question", "answer", "kind"
+from llava_mod_hf.evaluation.questions import ANSWER, KIND, QUESTION, question_texts
 
 logger = logging.getLogger(__name__)
 
@@ -119,35 +118,18 @@ def asked(rows, count):
             "prompt": [turns[:-1] for turns in told["messages"]],
             ANSWER: [turns[-1:] for turns in told["messages"]],
         }
-    if isinstance(told.get("completion", [None])[0], list):
-        told["completion"] = [turns[:1] for turns in told["completion"]]  # of a conversation, to its first question
     answers = told.get(ANSWER) or told.get("completion") or told.get("chosen")
     if not answers or any(isinstance(turns, str) for turns in told.get("prompt", [""])):
         raise ValueError(
             f"`eval_answers` asks the prompts of conversations, and these rows have {', '.join(names)}: give rows of "
             "messages, or leave it out."
         )
-    questions = told.get(QUESTION) or [text_of(turns) for turns in told["prompt"]]
     if "image" in names:
         rows = rows.map(lambda row: {"images": [row["image"]]})
-    columns = {
-        "prompt": told["prompt"],
-        QUESTION: questions,
-        ANSWER: [text if isinstance(text, str) else text_of(text) for text in answers],
-        KIND: told.get(KIND) or [""] * len(rows),
-    }
     rows = rows.select_columns("images")
-    for name, values in columns.items():
+    for name, values in {"prompt": told["prompt"], **question_texts(told)}.items():
         rows = rows.add_column(name, values)
     return rows, has_kinds
-
-
-def text_of(turns):
-    """The words of the last turn."""
-    content = turns[-1]["content"]
-    if isinstance(content, str):
-        return content
-    return "".join(part.get("text") or "" for part in content if part.get("type") == "text")
 
 
 def flat(scores):

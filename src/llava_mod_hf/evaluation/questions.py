@@ -1,0 +1,38 @@
+"""What measures are of, from rows that say it in their turns alone, as a user's own conversations do."""
+
+from llava_mod_hf.data.formats import text_of
+
+QUESTION, ANSWER, KIND = "question", "answer", "kind"
+
+
+def question_texts(columns):
+    """
+    The texts that answers are measured by.
+
+    Args:
+        columns (`dict[str, list]`): `prompt`, and `completion` or `chosen`, of messages; or the texts themselves.
+
+    Returns:
+        `dict[str, list[str]]`: `question`, `answer` and `kind` as they are there, or else the last turn before the
+        first answer, that answer, and no kind.
+    """
+    answers = columns.get(ANSWER) or columns.get("completion") or columns["chosen"]
+    return {
+        QUESTION: columns.get(QUESTION) or [text_of(turns[-1]["content"]) for turns in columns["prompt"]],
+        ANSWER: [turns if isinstance(turns, str) else text_of(turns[0]["content"]) for turns in answers],
+        KIND: columns.get(KIND) or [""] * len(answers),
+    }
+
+
+def with_questions(rows):
+    """
+    Rows with [`question_texts`].
+
+    Args:
+        rows (`datasets.Dataset`): `prompt` and `completion`, of messages.
+    """
+    given = {name: list(rows[name]) for name in rows.column_names if name not in ("images", "image")}
+    for name, texts in question_texts(given).items():
+        if name not in given:
+            rows = rows.add_column(name, texts)
+    return rows
