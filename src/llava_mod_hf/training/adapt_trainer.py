@@ -9,13 +9,14 @@ from llava_mod_hf.training.adapt_config import AdaptConfig
 from llava_mod_hf.training.given import given
 from llava_mod_hf.training.logs import KeepsMetrics
 from llava_mod_hf.training.noted_model import NotedModel
+from llava_mod_hf.training.progress import ShowsProgress
 from llava_mod_hf.training.safe_run import SafeRun
 from llava_mod_hf.training.trainable import train_only
 from llava_mod_hf.training.validation import Validates
 from llava_mod_hf.training.whole_conversations import WholeConversations
 
 
-class AdaptTrainer(KeepsMetrics, GroupedBatches, Validates, WholeConversations, SafeRun, SFTTrainer):
+class AdaptTrainer(KeepsMetrics, GroupedBatches, Validates, ShowsProgress, WholeConversations, SafeRun, SFTTrainer):
     """
     [`~trl.SFTTrainer`] that trains the adaptor alone, or what [`AdaptConfig`] names, and whose
     `train_sampling_strategy: group_by_length` knows rows with images. A sparse student's router losses are those of

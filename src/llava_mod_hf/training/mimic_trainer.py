@@ -30,6 +30,7 @@ from llava_mod_hf.training.given import given
 from llava_mod_hf.training.logs import BatchTerms, MimicLog, kind_of_logs
 from llava_mod_hf.training.mimic_config import MimicConfig
 from llava_mod_hf.training.on_policy import answer_batches, check_on_policy
+from llava_mod_hf.training.progress import ShowsProgress
 from llava_mod_hf.training.safe_run import SafeRun
 from llava_mod_hf.training.trainable import train_only
 from llava_mod_hf.training.trainer_options import check_weights
@@ -41,7 +42,7 @@ logger = logging.getLogger(__name__)
 ALIGNMENT_SAMPLE = 8  # rows on which a teacher with its own processor is compared before training
 
 
-class MimicTrainer(GroupedBatches, Validates, WholeConversations, SafeRun, SFTTrainer):
+class MimicTrainer(GroupedBatches, Validates, ShowsProgress, WholeConversations, SafeRun, SFTTrainer):
     """
     [`~trl.SFTTrainer`] whose loss is that of [`MimicConfig`], on the supervised positions only.
 

@@ -34,6 +34,7 @@ from llava_mod_hf.training.given import given
 from llava_mod_hf.training.logs import KeepsMetrics
 from llava_mod_hf.training.noted_model import NotedModel
 from llava_mod_hf.training.preference_config import PreferenceConfig
+from llava_mod_hf.training.progress import ShowsProgress
 from llava_mod_hf.training.safe_run import SafeRun
 from llava_mod_hf.training.trainable import train_only, trained_as_before
 from llava_mod_hf.training.validation import Validates
@@ -43,7 +44,7 @@ FEWEST_PAIRS = 8  # that a KL estimate of `kto_pair` should rest on
 CHECKED_ROWS = 8  # whose responses are compared where teacher and student have different processors
 
 
-class PreferenceTrainer(KeepsMetrics, GroupedBatches, Validates, SafeRun, DPOTrainer):
+class PreferenceTrainer(KeepsMetrics, GroupedBatches, Validates, ShowsProgress, SafeRun, DPOTrainer):
     """
     [`~trl.DPOTrainer`] whose reference is the teacher, live or computed before, or the student as it was.
 

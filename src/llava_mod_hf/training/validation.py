@@ -1,7 +1,9 @@
 """Validation of a run: rows held out of training, answers measured at each evaluation, and an early stop."""
 
+import contextlib
 import logging
 
+import datasets
 from datasets import Dataset, IterableDataset
 from transformers import EarlyStoppingCallback, Trainer
 from trl.models.utils import unwrap_model_for_generation
@@ -77,7 +79,8 @@ class Validates(Trainer):
 
     def _measure_answers(self, rows):
         """The figures of the student's answers; with sharded weights all processes generate together, the same ones."""
-        rows, has_kinds = asked(rows, self.args.eval_answers)
+        with _without_bars():
+            rows, has_kinds = asked(rows, self.args.eval_answers)
         with (
             unwrap_model_for_generation(self.model_wrapped, self.accelerator) as model,
             self.accelerator.autocast(),
@@ -90,6 +93,18 @@ class Validates(Trainer):
         if not has_kinds:
             del scores["exact_match_by_kind"]
         return flat(scores)
+
+
+@contextlib.contextmanager
+def _without_bars():
+    """Without the bars of `datasets`, of which each evaluation would leave one below the training's."""
+    hidden = datasets.are_progress_bars_disabled()
+    datasets.disable_progress_bars()
+    try:
+        yield
+    finally:
+        if not hidden:
+            datasets.enable_progress_bars()
 
 
 def asked(rows, count):
