@@ -18,7 +18,9 @@ from llava_mod_hf.training.adapt_trainer import AdaptTrainer
 from llava_mod_hf.training.finite_steps import FiniteSteps
 from llava_mod_hf.training.logs import KeepsMetrics
 from llava_mod_hf.training.progress import Bar, Clock, Lines, ShowsProgress, StepTimer
+from llava_mod_hf.training.router_health import WatchesRouters
 from llava_mod_hf.training.rows_read import CountsRows, RowsRead
+from llava_mod_hf.training.run_lines import BeginsLines
 from llava_mod_hf.training.safe_run import EndAtLastStep, SafeRun
 from llava_mod_hf.training.validation import Validates
 
@@ -92,6 +94,8 @@ OVERRIDDEN = {
         {"on_train_begin": CALLBACK, "on_step_end": CALLBACK, "on_evaluate": CALLBACK, "on_save": CALLBACK},
     ),
     ShowsProgress: (Trainer, {"log": "self logs start_time"}),
+    WatchesRouters: (Trainer, {"log": "self logs start_time"}),
+    BeginsLines: (TrainerCallback, {"on_train_begin": CALLBACK}),
     Validates: (
         Trainer,
         {
