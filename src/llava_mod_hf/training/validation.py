@@ -11,6 +11,7 @@ from trl.models.utils import unwrap_model_for_generation
 from llava_mod_hf.data.held_out import hold_out
 from llava_mod_hf.evaluation.answers import generate_answers
 from llava_mod_hf.evaluation.measures import score
+from llava_mod_hf.training.examples import keep_examples
 
 QUESTION, ANSWER, KIND = "question", "answer", "kind"
 
@@ -73,12 +74,15 @@ class Validates(Trainer):
     ):
         output = super().evaluation_loop(dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix)
         if self.args.eval_answers:
-            for name, value in self._measure_answers(dataloader.dataset).items():
+            for name, value in self._measure_answers(dataloader.dataset, metric_key_prefix).items():
                 output.metrics[f"{metric_key_prefix}_{name}"] = value
         return output
 
-    def _measure_answers(self, rows):
-        """The figures of the student's answers; with sharded weights all processes generate together, the same ones."""
+    def _measure_answers(self, rows, prefix):
+        """
+        The figures of the student's answers, which are kept as examples too; with sharded weights all processes
+        generate together, the same ones.
+        """
         with _without_bars():
             rows, has_kinds = asked(rows, self.args.eval_answers)
         with (
@@ -88,6 +92,7 @@ class Validates(Trainer):
             answers = generate_answers(
                 model, self.processing_class, rows, batch_size=self.args.per_device_eval_batch_size
             )
+        keep_examples(self, rows, answers, prefix)
         texts = {f"{name}s": list(rows[name]) for name in (QUESTION, KIND)}
         scores = score(predictions=answers, references=list(rows[ANSWER]), **texts)
         if not has_kinds:
