@@ -9,6 +9,7 @@ its arguments itself, and its `run` returns the exit code.
 
 import ast
 import importlib
+import os
 import re
 import sys
 from pathlib import Path
@@ -81,6 +82,8 @@ def main(argv=None):
         sys.stderr.write(f"llava-mod: there is no command `{name}`: give one of {', '.join(known)}.\n")
         return 2
 
+    if not sys.stderr.isatty():
+        os.environ.setdefault("TQDM_DISABLE", "1")  # before anything imports it: the libraries' bars would fill a file
     command = known[name]
     if command.positional and rest and not rest[0].startswith("-"):
         rest = [f"--{command.positional}", *rest]

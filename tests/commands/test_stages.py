@@ -183,7 +183,9 @@ NOWHERE = dict.fromkeys(("student", "teacher", "language_model"), "nothing")  # 
 
 @pytest.mark.parametrize("stage", [adapt, mimic, prefer])
 def test_a_logger_that_is_not_installed_is_refused_first(tmp_path, stage):
-    with pytest.raises(ValueError, match="`report_to` is 'wandb', and its library is not installed"):
+    with pytest.raises(
+        ValueError, match="`report_to` is 'wandb', and its library is not installed: `pip install wandb`"
+    ):
         stage(NOWHERE, tmp_path, report_to="wandb")
 
 

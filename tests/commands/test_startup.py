@@ -39,6 +39,21 @@ found = [name for name in ("torch", "transformers", "trl", "numpy", "yaml", "lla
     assert llava_mod_cli.main(argv) == code
 
 
+@pytest.mark.parametrize(("own", "expected"), [(None, True), ("", False)])
+def test_without_a_terminal_the_libraries_draw_no_bars(own, expected, monkeypatch):
+    monkeypatch.delenv("TQDM_DISABLE", raising=False)
+    if own is not None:
+        monkeypatch.setenv("TQDM_DISABLE", own)
+    code = """
+import contextlib, llava_mod_cli
+with contextlib.suppress(SystemExit):
+    llava_mod_cli.main(["info", "--help"])
+from tqdm.auto import tqdm
+found = tqdm([]).disable
+"""
+    assert in_a_process(code) is expected
+
+
 def test_a_stage_lists_its_options_without_trainers_and_data_and_the_package_gives_its_names():
     found = in_a_process(
         """

@@ -4,25 +4,11 @@ import pytest
 import torch
 from transformers import TrainerCallback
 
-from helpers.ddp_gradients import EVERYTHING, RUN, mimic_trainer, rows, sharpened
-from helpers.preference_trainers import preference_trainer
-from llava_mod_hf.training.adapt_trainer import AdaptConfig, AdaptTrainer
+from helpers.ddp_gradients import mimic_trainer, rows, sharpened
+from helpers.trainers import TRAINERS
 from llava_mod_hf.training.logs import kind_of_logs
 
 STEPS = {"batch": 2, "max_steps": 2, "logging_steps": 2, "learning_rate": 0.0}
-
-
-def adapt_trainer(student, teacher, processor, folder, *, batch=4, accumulation=1, callbacks=None, **args):
-    config = AdaptConfig(
-        output_dir=str(folder),
-        per_device_train_batch_size=batch,
-        gradient_accumulation_steps=accumulation,
-        **{**RUN, "train_modules": EVERYTHING, **args},
-    )
-    return AdaptTrainer(student, config, train_dataset=rows(), processing_class=processor, callbacks=callbacks)
-
-
-TRAINERS = {"adapt": adapt_trainer, "mimic": mimic_trainer, "prefer": preference_trainer}
 
 
 @pytest.fixture

@@ -139,6 +139,12 @@ def test_two_processes_give_the_gradients_of_one(models, trainer_of, processor, 
     assert_gradients_close(differences(found[1.0], found[0.0], expected_aux.keys()), expected_aux)
     assert found["log 0.0"]["kl"] == pytest.approx(kl / tokens, rel=1e-5)
     assert found["log 0.0"]["loss"] == pytest.approx(trainer.state.log_history[0]["loss"], rel=1e-5)
+    balanced = trainer_of(*models(), **{**PLAIN, "router_aux_loss_coef": 1.0})
+    balanced.train()
+    figures = {name: value for name, value in balanced.state.log_history[0].items() if name.startswith("router/")}
+    assert len(figures) == 4
+    for name, value in figures.items():
+        assert found["log 1.0"][name] == pytest.approx(value, rel=1e-5), name
 
     student, teacher = models()
     other, other_processor = smaller_images(teacher, processor)

@@ -3,7 +3,7 @@
 import inspect
 
 import pytest
-from transformers import ProgressCallback, Trainer, TrainerCallback
+from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback
 from transformers.trainer_pt_utils import get_length_grouped_indices
 from trl import DPOTrainer, SFTTrainer, get_peft_config
 from trl.models import prepare_deepspeed
@@ -17,8 +17,10 @@ from llava_mod_hf.data.grouping import GroupedBatches
 from llava_mod_hf.training.adapt_trainer import AdaptTrainer
 from llava_mod_hf.training.finite_steps import FiniteSteps
 from llava_mod_hf.training.logs import KeepsMetrics
-from llava_mod_hf.training.progress import LossOnBar, StepTimer
+from llava_mod_hf.training.progress import Bar, Clock, Lines, ShowsProgress, StepTimer
+from llava_mod_hf.training.router_health import WatchesRouters
 from llava_mod_hf.training.rows_read import CountsRows, RowsRead
+from llava_mod_hf.training.run_lines import BeginsLines
 from llava_mod_hf.training.safe_run import EndAtLastStep, SafeRun
 from llava_mod_hf.training.validation import Validates
 
@@ -83,7 +85,18 @@ OVERRIDDEN = {
         Trainer,
         {"_get_train_sampler": "self train_dataset", "_get_eval_sampler": "self eval_dataset"},
     ),
-    LossOnBar: (ProgressCallback, {"on_log": "self args state control logs kwargs"}),
+    Bar: (ProgressCallback, {"on_train_begin": CALLBACK, "on_log": "self args state control logs kwargs"}),
+    Lines: (
+        PrinterCallback,
+        {"on_train_begin": CALLBACK, "on_log": "self args state control logs kwargs"},
+    ),
+    Clock: (
+        TrainerCallback,
+        {"on_train_begin": CALLBACK, "on_step_end": CALLBACK, "on_evaluate": CALLBACK, "on_save": CALLBACK},
+    ),
+    ShowsProgress: (Trainer, {"log": "self logs start_time"}),
+    WatchesRouters: (Trainer, {"log": "self logs start_time"}),
+    BeginsLines: (TrainerCallback, {"on_train_begin": CALLBACK}),
     Validates: (
         Trainer,
         {

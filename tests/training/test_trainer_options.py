@@ -221,6 +221,26 @@ def test_an_optimiser_of_few_bits_gets_what_is_trained_alone(trainer_of, monkeyp
     assert given == {id(p) for name, p in trainer.model.named_parameters() if "lora_" in name}
 
 
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        (
+            "wandb",
+            "`report_to` is 'wandb', and its library is not installed: `pip install wandb`, or give one of trackio",
+        ),
+        ("tensorboard", "`report_to` is 'tensorboard', and its library is not installed: `pip install tensorboardX`"),
+        ("tensorbord", "`report_to` is 'tensorbord', which transformers does not know: give one of trackio"),
+    ],
+)
+def test_a_tracker_that_is_not_there_is_refused(make_student, processor, tmp_path, monkeypatch, name, message):
+    monkeypatch.setattr(trainer_options, "get_available_reporting_integrations", lambda: ["trackio"])
+    for report_to in (name, ["trackio", name]):
+        with pytest.raises(ValueError, match=message):
+            start_run(MimicConfig(**{**RUN, "report_to": report_to}, output_dir=str(tmp_path)))
+        with pytest.raises(ValueError, match=message):
+            mimic_trainer(make_student(moe_layers=[]), None, processor, tmp_path, report_to=report_to)
+
+
 # What a trainer is given beside them
 
 

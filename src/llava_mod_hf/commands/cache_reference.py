@@ -77,7 +77,7 @@ class ReferenceWriter:
             num_workers=self.args.dataloader_num_workers,
             collate_fn=self._collate,
         )
-        for batch_keys, batch in tqdm(batches, desc=f"Pairs from {numbers[0]}", disable=self.args.disable_tqdm):
+        for batch_keys, batch in tqdm(batches, desc=f"Pairs from {numbers[0]}", disable=self.args.disable_tqdm or None):
             keys += batch_keys
             found.append(self._log_probs(batch).reshape(len(NUMBERS), -1))  # (numbers, pairs)
         values = torch.cat(found, dim=1)

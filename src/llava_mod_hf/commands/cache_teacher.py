@@ -138,7 +138,9 @@ class TeacherWriter:
         )
         found: list[Dataset] = []
         precision = torch.bfloat16 if args.bf16 else torch.float16
-        for places, keys, batch, own in tqdm(batches, desc=f"Rows from {numbers[0]}", disable=args.disable_tqdm):
+        for places, keys, batch, own in tqdm(
+            batches, desc=f"Rows from {numbers[0]}", disable=args.disable_tqdm or None
+        ):
             batch, own = ({k: v.to(device) for k, v in part.items()} for part in (batch, own))
             labels = batch.pop("labels")
             with torch.autocast(device.type, precision, enabled=args.bf16 or args.fp16):

@@ -48,7 +48,8 @@ def _batches(dataset, columns, collate, batch_size, description):
         # without one of its own a loader draws from the global generator: evaluating would change the training
         generator=torch.Generator(),
     )
-    return tqdm(loader, desc=description, disable=not is_progress_bar_enabled())
+    # None: on a terminal alone, and below a training's bar it goes when it is done
+    return tqdm(loader, desc=description, leave=None, disable=None if is_progress_bar_enabled() else True)
 
 
 def response_batches(processor, dataset, *, batch_size, description):

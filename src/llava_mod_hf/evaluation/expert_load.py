@@ -1,9 +1,71 @@
 """How a student's routers share the work among their experts, and the figures of a training."""
 
+import math
+
 import torch
-from torch.nn import functional as F
 
 from llava_mod_hf.evaluation.answers import evaluating, inputs_for, response_batches
+
+
+def count_choices(router_logits, top_k, counted):
+    """
+    How often each expert is chosen.
+
+    Args:
+        router_logits (`tuple[torch.FloatTensor]`): per layer `(tokens, experts)`.
+        top_k (`int`): experts that a token is sent to.
+        counted (`torch.BoolTensor` of shape `(tokens,)`): tokens that count.
+
+    Returns:
+        `torch.LongTensor` of shape `(layers, experts)`.
+    """
+    counts = []
+    for logits in router_logits:
+        chosen = logits.softmax(-1).topk(top_k, dim=-1).indices.flatten()  # (tokens * k), as the router chooses
+        choices = counted.to(chosen).repeat_interleave(top_k)  # (tokens * k)
+        counts.append(chosen.new_zeros(logits.shape[-1]).scatter_add_(0, chosen, choices))
+    return torch.stack(counts)
+
+
+def sum_entropy(router_logits, counted):
+    """
+    The entropy of each token's distribution over the experts, in nats, summed over tokens.
+
+    Args:
+        router_logits, counted: as in [`count_choices`].
+
+    Returns:
+        `torch.FloatTensor` of shape `(layers,)`.
+    """
+    sums = []
+    for logits in router_logits:
+        log_p = logits.float().log_softmax(-1)
+        sums.append((-(log_p.exp() * log_p).sum(-1) * counted).sum())
+    return torch.stack(sums)
+
+
+def router_figures(choices, entropy, tokens):
+    """
+    What a layer's router did with its tokens. Entropies are shares of log E, of E experts: 1 is even.
+
+    Args:
+        choices (`list[int]`): of each expert.
+        entropy (`float`): of the tokens' distributions, summed.
+        tokens (`float`): how many.
+
+    Returns:
+        `dict`: `load`, each expert's share of the choices; `max_load`, the largest; `load_entropy`; `entropy`, the mean
+        of the tokens; and `dead_experts`, the share of experts that no token was sent to.
+    """
+    load = [count / sum(choices) for count in choices]
+    most = math.log(len(load)) or 1.0  # of a single expert all entropies are 0
+    return {
+        "load": load,
+        "max_load": max(load),
+        "load_entropy": -sum(share * math.log(share) for share in load if share) / most,
+        "entropy": entropy / tokens / most,
+        "dead_experts": load.count(0.0) / len(load),
+    }
 
 
 def _count_choices(model, processor, dataset, batch_size):
@@ -18,11 +80,9 @@ def _count_choices(model, processor, dataset, batch_size):
             outputs = model(**inputs_for(model, batch), output_router_logits=True, logits_to_keep=1)
             real = batch["attention_mask"].bool().flatten()  # (batch * sequence,)
             image = (batch["input_ids"] == model.config.image_token_index).flatten()
-            for layer, logits in zip(layers, outputs.router_logits, strict=True):
-                chosen = logits.softmax(-1).topk(top_k, dim=-1).indices.cpu()  # (tokens, k), as the router chooses
-                choices = F.one_hot(chosen, num_experts).sum(1)  # (tokens, experts)
-                counts[layer][0] += choices[real & ~image].sum(0)
-                counts[layer][1] += choices[real & image].sum(0)
+            for row, counted in enumerate((real & ~image, real & image)):
+                for layer, choices in zip(layers, count_choices(outputs.router_logits, top_k, counted), strict=True):
+                    counts[layer][row] += choices.cpu()
     return counts
 
 

@@ -9,14 +9,14 @@ from matplotlib.ticker import MaxNLocator, PercentFormatter
 STYLE = {"font_size": 11, "line": "#2f5d8a", "grid": "#d9d9d9"}
 
 
-def _finish_axes(axes):
+def finish_axes(axes):
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(axis="y", color=STYLE["grid"], linewidth=0.8)
     axes.set_axisbelow(True)
     axes.tick_params(labelsize=STYLE["font_size"] - 1)
 
 
-def _save(figure, path):
+def save_figure(figure, path):
     figure.get_layout_engine().set(w_pad=0.12, h_pad=0.12)  # inches
     # the library's version is metadata by default: without it the same numbers give the same bytes
     figure.savefig(path, format="png", dpi=150, metadata={"Software": None})
@@ -57,8 +57,8 @@ def plot_losses(history, path):
         axes.set_ylim(bottom=min(0.0, *losses))  # from 0, so that a flat curve looks flat
         axes.set_xlim(left=0)
         axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
-        _finish_axes(axes)
-    _save(figure, path)
+        finish_axes(axes)
+    save_figure(figure, path)
 
 
 def plot_expert_load(loads, path):
@@ -97,7 +97,7 @@ def plot_expert_load(loads, path):
     axes.set_xlabel("layer", fontsize=STYLE["font_size"])
     axes.set_ylabel("share of choices (%)", fontsize=STYLE["font_size"])
     axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0, symbol=""))
-    _finish_axes(axes)
+    finish_axes(axes)
     figure.legend(
         handles=[*bars, balance],
         loc="outside right upper",
@@ -105,4 +105,4 @@ def plot_expert_load(loads, path):
         fontsize=STYLE["font_size"] - 1,
         frameon=False,
     )
-    _save(figure, path)
+    save_figure(figure, path)

@@ -1,4 +1,4 @@
-"""The page that a run is summed up in: one file, which needs nothing else."""
+"""The page that a quickstart is summed up in, and what makes pages: one file, which needs nothing else."""
 
 import base64
 from pathlib import Path
@@ -8,7 +8,8 @@ from jinja2 import Environment, StrictUndefined
 TEMPLATE = Path(__file__).with_name("summary.html.j2")
 
 
-def _data_uri(png):
+def data_uri(png):
+    """`str`: a PNG within a page."""
     return f"data:image/png;base64,{base64.b64encode(png).decode()}"
 
 
@@ -24,7 +25,21 @@ def write_page(path, said, picture, dark_picture):
     Raises:
         jinja2.UndefinedError: if `said` lacks what the template names.
     """
+    pictures = {"light": data_uri(picture.read_bytes()), "dark": data_uri(dark_picture)}
+    fill_template(TEMPLATE, path, pictures=pictures, **said)
+
+
+def fill_template(template, path, **said):
+    """
+    Writes a page of a template of HTML, whatever characters the words have.
+
+    Args:
+        template (`Path`), path (`Path`): to read, and to write.
+        said: what the template names, all of it.
+
+    Raises:
+        jinja2.UndefinedError: if something is missing.
+    """
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    template = environment.from_string(TEMPLATE.read_text(encoding="utf-8"))
-    pictures = {"light": _data_uri(picture.read_bytes()), "dark": _data_uri(dark_picture)}
-    path.write_text(template.render(pictures=pictures, **said) + "\n", encoding="utf-8")
+    page = environment.from_string(template.read_text(encoding="utf-8"))
+    path.write_text(page.render(**said) + "\n", encoding="utf-8")

@@ -12,10 +12,11 @@ from llava_mod_hf.training.noted_model import NotedModel
 from llava_mod_hf.training.safe_run import SafeRun
 from llava_mod_hf.training.trainable import train_only
 from llava_mod_hf.training.validation import Validates
+from llava_mod_hf.training.watching import Watched
 from llava_mod_hf.training.whole_conversations import WholeConversations
 
 
-class AdaptTrainer(KeepsMetrics, GroupedBatches, Validates, WholeConversations, SafeRun, SFTTrainer):
+class AdaptTrainer(KeepsMetrics, GroupedBatches, Validates, Watched, WholeConversations, SafeRun, SFTTrainer):
     """
     [`~trl.SFTTrainer`] that trains the adaptor alone, or what [`AdaptConfig`] names, and whose
     `train_sampling_strategy: group_by_length` knows rows with images. A sparse student's router losses are those of
@@ -39,6 +40,8 @@ class AdaptTrainer(KeepsMetrics, GroupedBatches, Validates, WholeConversations, 
         noted = NotedModel(model, student.base_model, text_config)
         found = super().compute_loss(noted, inputs, return_outputs, num_items_in_batch)
         loss, *outputs = found if return_outputs else (found,)
+        if noted.router is not None:
+            self.note_routers(*noted.router)
         if noted.z_loss is not None:
             steps = self.current_gradient_accumulation_steps if num_items_in_batch is not None else 1
             loss = loss + text_config.router_z_loss_coef * noted.z_loss / steps

@@ -34,6 +34,7 @@ from llava_mod_hf.training.safe_run import SafeRun
 from llava_mod_hf.training.trainable import train_only
 from llava_mod_hf.training.trainer_options import check_weights
 from llava_mod_hf.training.validation import Validates
+from llava_mod_hf.training.watching import Watched
 from llava_mod_hf.training.whole_conversations import WholeConversations
 
 logger = logging.getLogger(__name__)
@@ -41,7 +42,7 @@ logger = logging.getLogger(__name__)
 ALIGNMENT_SAMPLE = 8  # rows on which a teacher with its own processor is compared before training
 
 
-class MimicTrainer(GroupedBatches, Validates, WholeConversations, SafeRun, SFTTrainer):
+class MimicTrainer(GroupedBatches, Validates, Watched, WholeConversations, SafeRun, SFTTrainer):
     """
     [`~trl.SFTTrainer`] whose loss is that of [`MimicConfig`], on the supervised positions only.
 
@@ -200,6 +201,7 @@ class MimicTrainer(GroupedBatches, Validates, WholeConversations, SafeRun, SFTTr
         router = None
         if self._has_router_term:
             router = router_losses(outputs.router_logits, student.config.get_text_config(), mask)
+            self.note_routers(outputs.router_logits, mask)
         unaligned = [0 if row.aligned is None else (~row.aligned).sum() for row in rows]
         return BatchTerms(terms, router, labels, count, unaligned)
 

@@ -16,11 +16,12 @@ class NotedModel:
     Attributes:
         log_probs (`torch.FloatTensor`): of the last call.
         z_loss (`torch.FloatTensor` or `None`): of the last call, if the config has a coefficient for it.
+        router (`tuple` or `None`): the routers' logits of the last call, if it asked for them, and its attention mask.
     """
 
     def __init__(self, model, base_model, text_config):
         self.model, self.base_model, self.text_config = model, base_model, text_config
-        self.log_probs = self.z_loss = None
+        self.log_probs = self.z_loss = self.router = None
 
     def __call__(self, fused_lm_head=False, **kwargs):
         if not fused_lm_head:  # the parent's second forward pass, for deprecated `compute_metrics`
@@ -35,6 +36,7 @@ class NotedModel:
         finally:
             hook.remove()
         if kwargs.get("output_router_logits") and hasattr(self.text_config, "router_aux_loss_type"):
+            self.router = (found[0], kwargs.get("attention_mask"))
             outputs.aux_loss, z_loss = router_losses(found[0], self.text_config, kwargs.get("attention_mask"))
             self.z_loss = z_loss if with_z_loss else None
         self.log_probs = outputs.log_probs

@@ -37,13 +37,14 @@ from llava_mod_hf.training.preference_config import PreferenceConfig
 from llava_mod_hf.training.safe_run import SafeRun
 from llava_mod_hf.training.trainable import train_only, trained_as_before
 from llava_mod_hf.training.validation import Validates
+from llava_mod_hf.training.watching import Watched
 
 FEWEST_PAIRS = 8  # that a KL estimate of `kto_pair` should rest on
 
 CHECKED_ROWS = 8  # whose responses are compared where teacher and student have different processors
 
 
-class PreferenceTrainer(KeepsMetrics, GroupedBatches, Validates, SafeRun, DPOTrainer):
+class PreferenceTrainer(KeepsMetrics, GroupedBatches, Validates, Watched, SafeRun, DPOTrainer):
     """
     [`~trl.DPOTrainer`] whose reference is the teacher, live or computed before, or the student as it was.
 
@@ -207,6 +208,8 @@ class PreferenceTrainer(KeepsMetrics, GroupedBatches, Validates, SafeRun, DPOTra
                 as_authors=self.args.kto_reference_compat,
             )
             loss = loss + weight * PREFERENCE_LOSSES[name.removesuffix("_norm")](pairs, self.beta)
+        if noted.router is not None:
+            self.note_routers(*noted.router)
         if noted.z_loss is not None:
             metrics["router_z_loss"].append(self.accelerator.gather(noted.z_loss.detach()).mean().item())
             loss = loss + self.model.config.get_text_config().router_z_loss_coef * noted.z_loss

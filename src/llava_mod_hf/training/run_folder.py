@@ -7,14 +7,12 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from transformers import ProgressCallback
-
 from llava_mod_hf.data.dropped_rows import FILE, DroppedRows
 from llava_mod_hf.data.mixture import count_sources
 from llava_mod_hf.publishing.provenance import RECIPE_FILE, RUN_FILE
 from llava_mod_hf.training.checkpoints import chosen_checkpoint
 from llava_mod_hf.training.hub_pushes import ADAPTER_FILE, UNFINISHED
-from llava_mod_hf.training.progress import LossOnBar, StepTimer
+from llava_mod_hf.training.progress import StepTimer
 from llava_mod_hf.training.run_recipe import Recipe, check_same_recipe, recipe_of, write_recipe
 from llava_mod_hf.training.safe_run import clear_unfinished, told_when_not_written, unfinished_folder
 from llava_mod_hf.training.trainer_options import check_libraries
@@ -93,8 +91,6 @@ def train_and_save(trainer, stage, begun):
     Raises:
         ValueError: if more rows of a stream were malformed than may be.
     """
-    if trainer.pop_callback(ProgressCallback) is not None:
-        trainer.add_callback(LossOnBar)
     timer = StepTimer()
     trainer.add_callback(timer)
     trainer.recipe = begun.recipe

@@ -235,14 +235,22 @@ def check_libraries(args):
         pass  # of one that asks for the model, too, and is told of it by the parent
 
 
+# what of several packages for a logger needs least
+SMALLEST = {"tensorboard": "tensorboardX", "azure_ml": "azureml-mlflow", "comet_ml": "comet-ml"}
+
+
 def _check_loggers(args):
-    known = get_available_reporting_integrations()
-    missing = [name for name in args.report_to if name in INTEGRATION_TO_CALLBACK and name not in (*known, "flyte")]
-    if missing:
-        raise ValueError(
-            f"`report_to` is {missing[0]!r}, and its library is not installed: install it, or give one of "
-            f"{', '.join(known) or 'none'}."
-        )
+    installed = get_available_reporting_integrations()
+    missing = [name for name in args.report_to if name not in (*installed, "flyte")]  # which is not looked for
+    if not missing:
+        return
+    name, others = missing[0], ", ".join(installed) or "none"
+    if name not in INTEGRATION_TO_CALLBACK:
+        raise ValueError(f"`report_to` is {name!r}, which transformers does not know: give one of {others}.")
+    package = SMALLEST.get(name, name)
+    raise ValueError(
+        f"`report_to` is {name!r}, and its library is not installed: `pip install {package}`, or give one of {others}."
+    )
 
 
 def check_weights(name, weights, *, count=None):

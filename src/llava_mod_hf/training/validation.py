@@ -1,7 +1,9 @@
 """Validation of a run: rows held out of training, answers measured at each evaluation, and an early stop."""
 
+import contextlib
 import logging
 
+import datasets
 from datasets import Dataset, IterableDataset
 from transformers import EarlyStoppingCallback, Trainer
 from trl.models.utils import unwrap_model_for_generation
@@ -10,6 +12,7 @@ from llava_mod_hf.data.held_out import hold_out
 from llava_mod_hf.evaluation.answers import generate_answers
 from llava_mod_hf.evaluation.measures import score
 from llava_mod_hf.evaluation.questions import ANSWER, KIND, QUESTION, question_texts
+from llava_mod_hf.training.examples import keep_examples
 
 logger = logging.getLogger(__name__)
 
@@ -70,13 +73,17 @@ class Validates(Trainer):
     ):
         output = super().evaluation_loop(dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix)
         if self.args.eval_answers:
-            for name, value in self._measure_answers(dataloader.dataset).items():
+            for name, value in self._measure_answers(dataloader.dataset, metric_key_prefix).items():
                 output.metrics[f"{metric_key_prefix}_{name}"] = value
         return output
 
-    def _measure_answers(self, rows):
-        """The figures of the student's answers; with sharded weights all processes generate together, the same ones."""
-        rows, has_kinds = asked(rows, self.args.eval_answers)
+    def _measure_answers(self, rows, prefix):
+        """
+        The figures of the student's answers, which are kept as examples too; with sharded weights all processes
+        generate together, the same ones.
+        """
+        with _without_bars():
+            rows, has_kinds = asked(rows, self.args.eval_answers)
         with (
             unwrap_model_for_generation(self.model_wrapped, self.accelerator) as model,
             self.accelerator.autocast(),
@@ -84,11 +91,24 @@ class Validates(Trainer):
             answers = generate_answers(
                 model, self.processing_class, rows, batch_size=self.args.per_device_eval_batch_size
             )
+        keep_examples(self, rows, answers, prefix)
         texts = {f"{name}s": list(rows[name]) for name in (QUESTION, KIND)}
         scores = score(predictions=answers, references=list(rows[ANSWER]), **texts)
         if not has_kinds:
             del scores["exact_match_by_kind"]
         return flat(scores)
+
+
+@contextlib.contextmanager
+def _without_bars():
+    """Without the bars of `datasets`, of which each evaluation would leave one below the training's."""
+    hidden = datasets.are_progress_bars_disabled()
+    datasets.disable_progress_bars()
+    try:
+        yield
+    finally:
+        if not hidden:
+            datasets.enable_progress_bars()
 
 
 def asked(rows, count):
