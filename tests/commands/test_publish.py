@@ -101,10 +101,14 @@ def test_pushing_the_folder_of_a_run_tells_nothing_of_this_machine(run, hub, mon
     (run / "training_args.bin").write_bytes(hub.token.encode())
     (run / "runs" / "Jan01_qzhost").mkdir(parents=True)
     (run / "runs" / "Jan01_qzhost" / "events.out.tfevents.1.qzhost.0").write_bytes(b"log")
+    kept_here = {"dropped_rows.jsonl", "examples.jsonl", "router.jsonl", "report.html", "report.png"}  # words of rows
+    for name in kept_here:
+        (run / name).write_text("{}\n")
     push_checkpoint(run, REPO)
     assert find_leaks(hub.received(), words) == []
     files = hub.repos[REPO].branches["main"].files
     assert {"README.md", "config.json", "model.safetensors", "recipe.yaml", "results.json"} <= files.keys()
+    assert not kept_here & files.keys()
 
 
 def test_names_of_this_machine_are_told_by_their_last_part_and_link_nowhere(run, tmp_path):
