@@ -6,10 +6,11 @@ import numpy as np
 import pytest
 from datasets import Dataset, Features, List, Value
 from datasets import Image as ImageFeature
-from PIL import Image
+from PIL import Image, ImageFile
 
 from helpers.load_cases import COLUMNS, load, row, write
 from llava_mod_hf.data.arguments import DataArguments
+from llava_mod_hf.data.fitting import fit_rows
 from llava_mod_hf.data.load import load_rows
 
 
@@ -41,6 +42,32 @@ def test_images_inside_a_parquet_file(tmp_path, folder):
     inside = row({"bytes": (folder / "a.png").read_bytes(), "path": None})
     Dataset.from_list([inside, row()], features=features).to_parquet(path)
     assert load(path)[0]["images"][0].getpixel((0, 0)) == (255, 0, 0)
+
+
+@pytest.mark.parametrize("bad_rows", ["error", "drop"])
+def test_a_streamed_picture_is_the_one_of_the_file_read_once(tmp_path, monkeypatch, processor, bad_rows):
+    noise = np.random.default_rng(0).integers(0, 256, (48, 64, 3), dtype=np.uint8)
+    Image.fromarray(noise).save(tmp_path / "noise.jpg", quality=95)
+    inside = {"bytes": (tmp_path / "noise.jpg").read_bytes(), "path": None}
+    features = {"image": ImageFeature(), "question": Value("string"), "answer": Value("string")}
+    rows = [{"image": inside, "question": "what?", "answer": "noise"}] * 2
+    Dataset.from_list(rows, features=Features(features)).to_parquet(tmp_path / "rows.parquet")
+    expected = np.array(Image.open(tmp_path / "noise.jpg"))
+
+    options = {"check_images": "header", "bad_rows": bad_rows}
+    stream = load(tmp_path / "rows.parquet", streaming=True, **options)
+    stream, _ = fit_rows(stream, processor, max_length=512, bad_rows=bad_rows)
+    written, read, load_image = [], [], ImageFile.ImageFile.load
+    monkeypatch.setattr(Image.Image, "save", lambda *args, **kwargs: written.append(args))
+    monkeypatch.setattr(
+        ImageFile.ImageFile, "load", lambda image: (read.append(image) if image.tile else None, load_image(image))[1]
+    )
+    found = list(stream)
+    assert not written
+    assert len(read) == 2 * 2  # `datasets` reads the first of a list twice, to see whether it has to be read
+    monkeypatch.undo()
+    for each in found:
+        assert np.array_equal(np.array(each["images"][0]), expected)
 
 
 def test_max_samples_takes_the_first(tmp_path, folder):

@@ -13,7 +13,7 @@ from trl.chat_template_utils import get_training_chat_template, has_generation_m
 from llava_mod_hf.data.conversations import as_answers, check_assistant_only, conversation_texts, expand_conversations
 from llava_mod_hf.data.dropped_rows import MALFORMED, DroppedRows
 from llava_mod_hf.data.formats import check_answer, check_pair
-from llava_mod_hf.data.images import map_undecoded, open_image
+from llava_mod_hf.data.images import filter_undecoded, map_undecoded, open_image
 from llava_mod_hf.data.marks import check_marks, marks_of
 from llava_mod_hf.data.mixture import SOURCE, Readings, row_name, source_names
 
@@ -170,7 +170,8 @@ def _fit_stream(rows, measure, report, readings):
         return {**batch, **measure(batch, indices)}
 
     rows = map_undecoded(rows, measure_all, features=Features({**rows.features, **MEASURED}), batch_size=16)
-    rows = rows.filter(keep, input_columns=[LENGTH, REASON, TOLD, *readings.columns], with_indices=True)
+    columns = [LENGTH, REASON, TOLD, *readings.columns]
+    rows = filter_undecoded(rows, keep, input_columns=columns, with_indices=True)
     return rows.remove_columns([REASON, TOLD])
 
 

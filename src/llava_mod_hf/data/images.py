@@ -7,7 +7,7 @@ import warnings
 import zlib
 from pathlib import Path
 
-from datasets import Image, IterableDataset, List
+from datasets import Features, Image, IterableDataset, List
 from PIL import Image as PILImage
 from PIL import UnidentifiedImageError
 
@@ -41,11 +41,9 @@ def map_undecoded(dataset, function, *, features, num_proc=None, desc=None, load
     """
     kwargs = {"batched": True, "batch_size": 100, "with_indices": True, "features": features, **kwargs}
     if isinstance(dataset, IterableDataset):
-        for name, feature in dataset.features.items():
-            if feature in (Image(), List(Image())):
-                undecoded = Image(decode=False)
-                dataset = dataset.cast_column(name, undecoded if feature == Image() else List(undecoded))
-        return dataset.map(function, **kwargs)
+        # before the library reads them, in threads of its own: what it has read it writes anew, as a PNG
+        mapped = dataset.decode(False).map(function, **{**kwargs, "features": _undecoded(features)})
+        return _decoded(mapped, features)
     # Arrow tables as they are; casting a column of lists would write the whole data set anew
     mapped = dataset.with_format("arrow").map(
         functools.partial(_on_table, function),
@@ -55,6 +53,25 @@ def map_undecoded(dataset, function, *, features, num_proc=None, desc=None, load
         **kwargs,
     )
     return mapped.with_format(None)
+
+
+def filter_undecoded(stream, keep, *, input_columns, **kwargs):
+    """`stream.filter` by columns that are no images, which `datasets` would decode first, all of a row."""
+    return _decoded(stream.decode(False).filter(keep, input_columns=input_columns, **kwargs), stream.features)
+
+
+def _undecoded(features):
+    unread = Image(decode=False)
+    kinds = ((Image(), unread), (List(Image()), List(unread)))
+    return Features({name: next((to for of, to in kinds if of == each), each) for name, each in features.items()})
+
+
+def _decoded(stream, features):
+    """A stream whose images are read when a row is, where `features` say so."""
+    for name, feature in features.items():
+        if feature in (Image(), List(Image())):
+            stream = stream.cast_column(name, feature)
+    return stream
 
 
 def _on_table(function, batch, indices):

@@ -6,6 +6,7 @@ import numpy as np
 from datasets import IterableDataset
 
 from llava_mod_hf.data.dropped_rows import MALFORMED, SHOWN
+from llava_mod_hf.data.images import filter_undecoded
 
 PROBLEM = "problem"  # column: why a row is to be left out
 
@@ -41,7 +42,7 @@ def without_problems(dataset, reading):
                 logger.warning("Left out a row. %s", problem)
             return problem is None
 
-        return dataset.filter(keep, input_columns=names, with_indices=True).remove_columns(PROBLEM)
+        return filter_undecoded(dataset, keep, input_columns=names, with_indices=True).remove_columns(PROBLEM)
     kept = []
     for start in range(0, len(dataset), BATCH):
         columns = dataset.select_columns(names)[start : start + BATCH]

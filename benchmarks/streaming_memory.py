@@ -1,0 +1,54 @@
+"""
+Peak memory of a process that streams generated rows through loader and collator, for several numbers of rows.
+
+    python benchmarks/streaming_memory.py [--rows 10000 100000 1000000]
+
+Rows of `embedded:scenes`, each drawn when it is read, by its number; no model. Each number has a fresh
+process, whose peak is the operating system's count of resident memory. A million rows take about an hour of one core.
+"""
+
+import argparse
+import multiprocessing
+import resource
+import time
+
+BATCH = 32
+
+
+def peak(count):
+    """MiB, and the seconds of the processor, of this process after `count` rows."""
+    from llava_mod_hf import load_model_and_processor
+    from llava_mod_hf.data.arguments import DataArguments
+    from llava_mod_hf.data.conversations import AnswersCollator
+    from llava_mod_hf.data.fitting import fit_rows
+    from llava_mod_hf.data.load import load_rows
+
+    _, processor = load_model_and_processor("embedded:scenes-teacher")
+    collate = AnswersCollator(processor=processor, max_length=None, completion_only_loss=True)
+    args = DataArguments("embedded:scenes", dataset_config="mixture", dataset_options={"rows": count}, streaming=True)
+    rows, _ = fit_rows(load_rows(args, columns=("prompt", "completion")), processor, max_length=512)
+    seen, batch = 0, []
+    for row in rows:
+        batch.append(row)
+        if len(batch) == BATCH:
+            seen += len(collate(batch)["input_ids"])
+            batch = []
+    assert seen == count // BATCH * BATCH, seen
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024, time.process_time()
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rows", type=int, nargs="+", default=[10_000, 100_000, 1_000_000])
+    options = parser.parse_args()
+    print("| rows | peak MiB | / the first | processor seconds |", "|---:|---:|---:|---:|", sep="\n", flush=True)
+    first = None
+    for count in options.rows:
+        with multiprocessing.get_context("spawn").Pool(1) as fresh:
+            found, seconds = fresh.apply(peak, (count,))
+        first = first or found
+        print(f"| {count:,} | {found:.0f} | {found / first:.3f} | {seconds:.0f} |", flush=True)
+
+
+if __name__ == "__main__":
+    main()
