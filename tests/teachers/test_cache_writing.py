@@ -66,6 +66,11 @@ def test_parts_written_by_several_processes_are_the_whole(models, caches, tmp_pa
     assert contents(folder) == contents(caches["teacher"])
 
 
+def test_without_a_terminal_no_bar_is_drawn(models, tmp_path, capsys):
+    write(models, tmp_path / "cache", options={"disable_tqdm": False})
+    assert "Rows from" not in capsys.readouterr().err
+
+
 @pytest.mark.slow
 def test_launched_processes_share_the_work(models, caches, tmp_path):
     folder = tmp_path / "cache"

@@ -83,6 +83,12 @@ def caches(models, tmp_path_factory):
     return {name: write(models, root / name, name) for name in ("teacher", "foreign")}
 
 
+def test_without_a_terminal_no_bar_is_drawn(models, tmp_path, capsys):
+    cache = tmp_path / "cache"
+    run_cache_reference(*groups(models, cache, tmp_path / "run", disable_tqdm=False), ReferenceCommand())
+    assert "Pairs from" not in capsys.readouterr().err
+
+
 def columns(folder):
     rows = load_dataset("parquet", data_files=sorted(map(str, folder.glob("*.parquet"))), split="train")
     return rows.sort("row").to_dict()

@@ -79,8 +79,10 @@ def test_on_a_terminal_there_is_one_bar_with_the_last_figures(run, monkeypatch, 
 
 
 def test_evaluations_are_lines_too_without_what_they_cost(run, capsys):
-    trainer = run("prefer", **EVALUATED)
-    (line,) = (line for line in capsys.readouterr().err.splitlines() if line.startswith("step 4: "))
+    trainer = run("prefer", eval_answers=1, **EVALUATED)
+    found = capsys.readouterr().err
+    assert "\r" not in found and "Generating answers" not in found
+    (line,) = (line for line in found.splitlines() if line.startswith("step 4: "))
     (logs,) = (logs for logs in trainer.state.log_history if "eval_loss" in logs and logs["step"] == 4)
     shown = dict(figure.rsplit(" ", 1) for figure in line.removeprefix("step 4: ").split(", "))
     assert shown["eval_loss"] == f"{logs['eval_loss']:.4g}"

@@ -138,12 +138,14 @@ def test_figures_of_a_router_that_uses_one_expert():
 
 
 def test_a_run_begins_its_files_anew_and_a_resumed_one_goes_on(trainer_of, tmp_path):
-    path = tmp_path / "router.jsonl"
-    add_lines(path, [{"step": 1, "layers": {}}, {"step": 9, "layers": {}}])
+    path, examples = tmp_path / "router.jsonl", tmp_path / "examples.jsonl"
+    for file in (path, examples):
+        add_lines(file, [{"step": 1, "layers": {}}, {"step": 9, "layers": {}}])
     options = {"logging_steps": 1, "save_strategy": "steps", "save_steps": 2}
     with pytest.raises(InterruptedError):
         trainer_of("mimic", callbacks=[StopsAt(4)], **options).train()
     first = read_lines(path)
+    assert not examples.exists()
     assert [line["step"] for line in first] == [1, 2, 3]
     with path.open("a") as file:
         file.write('{"step": 4, "la')  # killed while it was written
