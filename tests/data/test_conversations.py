@@ -8,12 +8,15 @@ from trl.trainer.sft_trainer import DataCollatorForVisionLanguageModeling
 
 from helpers.templates import (
     CONVERSATIONS,
+    LATER,
+    PARTS,
     REWRITING,
     TALK,
     TEMPLATES,
     as_row,
     assistant,
     expanded,
+    parts,
     picture,
     rows_of,
     templated,
@@ -36,12 +39,13 @@ def read_tokens(batch, row):
 
 @pytest.mark.parametrize("form", ["completion", "messages"])
 @pytest.mark.parametrize("template", [None, *TEMPLATES])
-def test_every_answer_has_the_tokens_and_the_context_of_its_own_row(tokenizer, template, form):
+@pytest.mark.parametrize("talks", [CONVERSATIONS, LATER], ids=["pictures first", "pictures later"])
+def test_every_answer_has_the_tokens_and_the_context_of_its_own_row(tokenizer, template, form, talks):
     processor = templated(tokenizer, template)
-    given = CONVERSATIONS if form == "messages" else [as_row(row) for row in CONVERSATIONS]
+    given = talks if form == "messages" else [as_row(row) for row in talks]
     batch = collated(AnswersCollator(processor, completion_only_loss=True), given)
     theirs = DataCollatorForVisionLanguageModeling(processor, completion_only_loss=True)
-    for number, row in enumerate(CONVERSATIONS):
+    for number, row in enumerate(talks):
         ids, labels = read_tokens(batch, number)
         learnt = torch.full((len(ids),), -100)
         for each in expanded(row):
@@ -51,8 +55,9 @@ def test_every_answer_has_the_tokens_and_the_context_of_its_own_row(tokenizer, t
             learnt[: len(own_ids)][supervised] = torch.tensor(own_ids)[supervised]
         assert learnt.tolist() == labels
         assert len(ids) == len(own_ids), "nothing comes after the last answer"
-    pictures = [picture for row in CONVERSATIONS for picture in row["images"]]
-    assert len(batch["pixel_values"]) == len(pictures)
+    pictures = [picture for row in talks for picture in row["images"]]
+    pixels = processor.image_processor(pictures, return_tensors="pt")["pixel_values"]
+    assert torch.equal(batch["pixel_values"], pixels), "pictures in the order of their turns"
     assert (batch["input_ids"] == processor.image_token_id).sum() == 16 * len(pictures)
     pad = batch["input_ids"][batch["attention_mask"] == 0]
     assert len(pad) and (batch["labels"][batch["attention_mask"] == 0] == -100).all()
@@ -79,12 +84,15 @@ def test_who_asks_for_trls_labels_gets_them(tokenizer, options):
 def test_whatever_lies_token_by_token_goes_on(tokenizer):
     """Some processors give a type for each token as well."""
     collator = AnswersCollator(templated(tokenizer), completion_only_loss=True)
-    batch = collated(collator, expanded(CONVERSATIONS[3]))
+    batch = collated(collator, [*expanded(CONVERSATIONS[3]), *expanded(CONVERSATIONS[2])])
     batch["mm_token_type_ids"] = (batch["input_ids"] == collator.processor.image_token_id).int()
-    found = collator._with_turns(batch, [[[7, 8], [9]]])
+    found = collator._joined(batch, [1, 2])
     assert set(found) == {"input_ids", "attention_mask", "labels", "mm_token_type_ids"}
-    for name, end in (("input_ids", [7, 8, 9]), ("labels", [-100, -100, 9]), ("mm_token_type_ids", [0, 0, 0])):
-        assert found[name].tolist() == [batch[name][0].tolist() + end]
+    lengths, pad = batch["attention_mask"].sum(1).tolist(), collator.processor.tokenizer.pad_token_id
+    for name, fill in (("input_ids", pad), ("labels", -100), ("mm_token_type_ids", 0), ("attention_mask", 0)):
+        rows = [row[:length] for row, length in zip(batch[name].tolist(), lengths, strict=True)]
+        rows = [rows[0], rows[1] + rows[2]]
+        assert found[name].tolist() == [row + [fill] * (max(map(len, rows)) - len(row)) for row in rows], name
 
 
 def test_a_limit_in_python_cuts_where_trl_would(tokenizer):
@@ -94,6 +102,16 @@ def test_a_limit_in_python_cuts_where_trl_would(tokenizer):
         cut = collated(AnswersCollator(processor, completion_only_loss=True, max_length=limit), CONVERSATIONS[:2])
         for name in ("input_ids", "labels", "attention_mask"):
             assert torch.equal(cut[name], whole[name][:, :limit]), (limit, name)
+
+
+@pytest.mark.parametrize("talks", [CONVERSATIONS, LATER], ids=["pictures first", "pictures later"])
+def test_with_questions_supervised_too_a_later_picture_is_read(tokenizer, talks):
+    """What TRL itself reads of `messages`, which knows no prompt."""
+    processor = templated(tokenizer, "marked")  # whose pieces are tokenised as the whole is
+    found = collated(AnswersCollator(processor, completion_only_loss=False), [as_row(row) for row in talks])
+    theirs = collated(DataCollatorForVisionLanguageModeling(processor), talks)
+    for name, values in theirs.items():
+        assert torch.equal(found[name], values), name
 
 
 def thinking(*answers):
@@ -140,6 +158,10 @@ def test_rows_that_one_pass_can_read_are_not_copied_and_all_are_on_demand(tokeni
     expected = [each for row in CONVERSATIONS for each in expanded(row)]
     assert [(row["prompt"], row["completion"]) for row in found] == [(r["prompt"], r["completion"]) for r in expected]
     assert not caplog.records
+    later = rows_of(LATER if form == "messages" else [as_row(row) for row in LATER], PARTS)
+    assert expand_conversations(later, processor) is later
+    found = [[len(row["images"]), row["completion"]] for row in expand_conversations(later, processor, every=True)]
+    assert found == [[len(each["images"]), each["completion"]] for row in LATER for each in expanded(row)]
     pairs = rows_of([{"images": [], "prompt": TALK[:1], "chosen": TALK[1:2], "rejected": TALK[1:2]}])
     assert expand_conversations(pairs, processor, every=True) is pairs
 
@@ -160,20 +182,22 @@ def test_the_length_of_a_conversation_is_all_of_it_and_too_long_ones_are_left_ou
             [each.size for each in CONVERSATIONS[number]["images"]] for number in expected
         ]
         assert report["too_long"] == len(lengths) - len(expected) and report["longest"] == max(lengths)
+    later = collated(AnswersCollator(processor, completion_only_loss=True), LATER)["attention_mask"].sum(1).tolist()
+    rows_later = rows_of(LATER if form == "messages" else [as_row(row) for row in LATER], PARTS)
+    fitted, _ = fit_rows(rows_later.to_iterable_dataset() if streaming else rows_later, processor, max_length=None)
+    assert [(row["length"], row["num_images"]) for row in fitted] == list(zip(later, (2, 3, 0), strict=True))
     fitted, report = fit_rows(rows, processor, max_length=None, multi_turn="expand")
     assert len(fitted) == report["rows"] == sum(len(expanded(row)) for row in CONVERSATIONS)
 
 
-def parts(*texts):
-    return [{"type": "image"} if text is None else {"type": "text", "text": text} for text in texts]
-
-
 def test_what_one_pass_cannot_read_is_named(tokenizer):
     processor = templated(tokenizer)
-    later = {"images": [picture()], "prompt": [user(parts("hello?"))]}
-    later["completion"] = [assistant(parts("hi")), user(parts(None, "what?")), assistant(parts("red"))]
-    with pytest.raises(ValueError, match="a picture comes after an answer: put all pictures into the first question"):
-        collated(AnswersCollator(processor, completion_only_loss=True), [later])
+    shown = {"images": [picture()], "prompt": [user(parts("hello?"))], "completion": [assistant(parts(None, "hi"))]}
+    with pytest.raises(ValueError, match="an answer holds a picture: put it into a question"):
+        fit_rows(rows_of([shown], PARTS), processor, max_length=None)
+    more = as_row(LATER[0]) | {"images": [picture()] * 3}
+    with pytest.raises(ValueError, match="Number of images provided .3. does not match"):
+        collated(AnswersCollator(processor, completion_only_loss=True), [more])
     for rows, told in (
         ([{"images": [], "messages": TALK[1:2]}], "Row 0.*has no question"),
         ([{"images": [], "messages": [*TALK[:3], assistant(" ")]}], "Row 0: an answer is empty"),

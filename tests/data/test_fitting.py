@@ -9,6 +9,9 @@ from PIL import Image
 from trl.trainer.dpo_trainer import DataCollatorForVisionPreference
 from trl.trainer.sft_trainer import DataCollatorForVisionLanguageModeling
 
+from helpers.templates import LATER, PARTS, as_row
+from helpers.templates import rows_of as templated_rows
+from llava_mod_hf.data.conversations import AnswersCollator
 from llava_mod_hf.data.dropped_rows import DroppedRows
 from llava_mod_hf.data.fitting import check_images_fit, fit_rows, image_token_counter
 from llava_mod_hf.data.mixture import mix_rows
@@ -190,6 +193,16 @@ def test_images_whose_tokens_depend_on_their_size_are_counted_by_their_headers(p
         assert count({"bytes": None, "path": str(path)}) == expected
         assert count({"bytes": path.read_bytes(), "path": None}) == expected
     assert image_token_counter(processor)({"bytes": None, "path": "nowhere.png"}) == 16
+
+
+def test_a_picture_of_a_later_question_may_not_be_cut_either(processor):
+    rows = [as_row(row) for row in LATER]
+    batch = AnswersCollator(processor, completion_only_loss=True)([dict(row) for row in rows])
+    end = int((batch["input_ids"] == processor.image_token_id).nonzero()[:, 1].max()) + 1
+    rows = templated_rows(rows, PARTS)
+    check_images_fit(rows, processor, max_length=end)
+    with pytest.raises(ValueError, match=f"`max_length` is {end - 1}, which cuts .* end at token {end}: give at least"):
+        check_images_fit(rows, processor, max_length=end - 1)
 
 
 @pytest.mark.parametrize("kind", ["completion", "messages", "pair"])

@@ -104,13 +104,20 @@ def test_text_only_a_system_turn_several_images_and_turns_that_nobody_asked_for(
     [
         (llava(human("<image> What?"), gpt("A cat.")), r"Row 7 has 0 images and 1 `<image>`"),
         (llava(human("<image><image> What?"), gpt("A cat."), image="a.jpg"), r"Row 7 has 1 images and 2 `<image>`"),
-        (llava(human("What?"), gpt("It."), human("<image> this?"), gpt("No."), image="a"), r"0 of them in the first"),
+        (
+            llava(human("What?"), gpt("It."), human("<image> this?"), gpt("No."), image=["a"] * 2),
+            "2 images and 1 `<image>` in its turns, 0",
+        ),
+        (llava(human("What?"), gpt("It: <image>"), image="a"), "1 `<image>` in its turns, 1 of them in answers"),
         (llava(human("What?"), gpt("")), "Row 7: an answer is empty"),
         (llava(human("What?"), gpt(None)), "Row 7: an answer is empty"),
         (llava(human("What?")), "Row 7: a conversation must take turns"),
         (llava(human("What?"), human("Now?"), gpt("Yes.")), "Row 7: a conversation must take turns"),
         (llava(), "Row 7: a conversation must take turns"),
-        (llava({"from": "bing", "value": "x"}), "Row 7: a turn is from `bing`: it may be from system, human, gpt"),
+        (
+            llava({"from": "bing", "value": "x"}),
+            "Row 7: a turn is from `bing`: it may be from system, human, user, gpt, assistant",
+        ),
         (llava({"value": "x"}), "Row 7: `conversations` must be a list"),
         ({"conversations": None}, "Row 7: `conversations` must be a list"),
         (llava(human("What?"), gpt("It."), image=3), "Row 7: an image is neither a path nor bytes"),
@@ -119,6 +126,71 @@ def test_text_only_a_system_turn_several_images_and_turns_that_nobody_asked_for(
 def test_malformed_conversations_are_named(row, message):
     with pytest.raises(ValueError, match=message):
         read_row(row, "LLaVA", "Row 7")
+
+
+def shown(text, *images):
+    return [*({"type": "image", "text": None} for _ in images), {"type": "text", "text": text}]
+
+
+def test_pictures_of_later_questions_stay_with_them():
+    said = [human("Hello?"), gpt("Hi."), human("<image>\nand <image> differ?"), gpt("Yes."), human("<image> this?")]
+    row = llava(*said, gpt("No."), image=["a.jpg", "b.jpg", "c.jpg"])
+    images = [image(f"{name}.jpg") for name in "abc"]
+    turns = [
+        user(shown("Hello?")),
+        assistant("Hi."),
+        user(shown("and  differ?", 1, 2)),
+        assistant("Yes."),
+        user(shown("this?", 3)),
+        assistant("No."),
+    ]
+    assert read_row(row, "LLaVA", "Row 0") == [{"images": images, "prompt": turns[:1], "completion": turns[1:]}]
+    assert read_row(row, "LLaVA", "Row 0", multi_turn="expand") == [
+        {"images": images[:count], "prompt": turns[:end], "completion": turns[end : end + 1]}
+        for end, count in ((1, 0), (3, 2), (5, 3))
+    ]
+
+
+def test_turns_by_other_names_are_the_same_ones():
+    expected = read_row(
+        llava(human("What?"), gpt("It."), human("<image>This?"), gpt("No."), image="a"), "LLaVA", "Row 0"
+    )
+    for keys in (("from", "value"), ("role", "content")):
+        for roles in (("human", "gpt"), ("user", "assistant"), ("human", "assistant")):
+            said = [
+                dict(zip(keys, (roles[i % 2], text), strict=True))
+                for i, text in enumerate(("What?", "It.", "<image>This?", "No."))
+            ]
+            assert read_row(llava(*said, image="a"), "LLaVA", "Row 0") == expected
+    # as `datasets` reads a file of both
+    both = [{"from": None, "value": None, **user("What?")}, {**gpt("It."), "role": None, "content": None}]
+    assert read_row(llava(*both), "LLaVA", "Row 0")[0]["completion"] == [assistant("It.")]
+
+
+PAIR = {"prompt": [user("What?")], "chosen": [assistant("A cat.")], "rejected": [assistant("A dog.")]}
+
+
+@pytest.mark.parametrize(
+    ("layout", "row"),
+    [
+        ("preference", {"prompt": "<image>What?", "chosen": [gpt("A cat.")], "rejected": [gpt("A dog.")]}),
+        ("preference", {"prompt": [human("<image>\nWhat?")], "chosen": gpt("A cat."), "rejected": gpt("A dog.")}),
+        ("preference", {"prompt": [user("What?")], "chosen": "A cat.", "rejected": assistant("A dog.")}),
+        ("RLAIF-V", {"question": "What?", "chosen": [gpt("A cat.")], "rejected": [assistant("A dog.")]}),
+        ("LLaVA pairs", {"conversations": [human("<image>What?")], "chosen": gpt("A cat."), "rejected": gpt("A dog.")}),
+    ],
+)
+def test_pairs_whose_answers_are_turns(layout, row):
+    assert recognise(["image", *row], "rows.json") == layout
+    assert read_row({"image": "a.jpg", **row}, layout, "Row 0") == [{"images": [image("a.jpg")], **PAIR}]
+
+
+def test_a_pair_in_texts_alone_stays_so_and_a_question_is_no_answer():
+    texts = {"prompt": "<image>What?", "chosen": "A cat.", "rejected": "A dog."}
+    assert read_row({"image": "a.jpg", **texts}, "preference", "Row 0") == [{"images": [image("a.jpg")], **texts}]
+    row = {"image": "a.jpg", **PAIR, "chosen": [human("What?"), gpt("A cat.")]}
+    with pytest.raises(ValueError, match="Row 0: `chosen` begins with a question: questions belong into the prompt"):
+        read_row(row, "preference", "Row 0")
 
 
 def test_a_pair_with_its_image_inside_or_by_path():

@@ -206,3 +206,47 @@ def test_several_processes_read_the_same_rows(tmp_path, folder):
     path = write(tmp_path / "rows.jsonl", [row("a.png", answer=str(i)) for i in range(4)])
     args = DataArguments(str(path), image_folder=str(folder))
     assert answers(load_rows(args, columns=COLUMNS, num_proc=2)) == ["0", "1", "2", "3"]
+
+
+def talk(*turns, images=()):
+    said = [{"from": ("human", "gpt")[i % 2], "value": text} for i, text in enumerate(turns)]
+    return {"image": list(images), "conversations": said}
+
+
+LATER_TALK = talk("<image>\nwhat?", "red", "and <image>this?", "blue", images=["a.png", "b.jpg"])
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("suffix", ["json", "parquet"])
+def test_a_picture_of_a_later_question_makes_messages_of_parts(tmp_path, folder, streaming, suffix):
+    rows = [talk("<image>\nwhat?", "red", images=["a.png"]), talk("hello?", "hi"), LATER_TALK]
+    path = write(tmp_path / "rows.json", rows)
+    if suffix == "parquet":
+        path = tmp_path / "rows.parquet"
+        Dataset.from_list(rows).to_parquet(path)
+    one, text, later = load(path, image_folder=str(folder), streaming=streaming)
+    shown, said = {"type": "image", "text": None}, lambda text: {"type": "text", "text": text}
+    assert one["prompt"] == [{"role": "user", "content": [shown, said("what?")]}]
+    assert text["prompt"] == [{"role": "user", "content": [said("hello?")]}]
+    assert later["completion"] == [
+        {"role": "assistant", "content": [said("red")]},
+        {"role": "user", "content": [shown, said("and this?")]},
+        {"role": "assistant", "content": [said("blue")]},
+    ]
+    assert [image.size for image in later["images"]] == [(8, 8), (16, 8)]
+    path = write(tmp_path / "rows.json", rows[:2])  # and without such a row texts, as ever
+    assert load(path, image_folder=str(folder))[0]["prompt"] == [{"role": "user", "content": "what?"}]
+
+
+@pytest.mark.parametrize("bad_rows", ["error", "drop"])
+def test_a_later_picture_that_a_stream_did_not_begin_with_is_told(tmp_path, folder, bad_rows):
+    rows = [talk("hello?", str(number)) for number in range(150)]
+    path = write(tmp_path / "rows.json", [*rows, LATER_TALK])
+    given = {"image_folder": str(folder), "bad_rows": bad_rows}
+    rows = load(path, streaming=True, **given)
+    if bad_rows == "error":
+        with pytest.raises(ValueError, match="Row 150 has a picture elsewhere .* leave out `streaming`"):
+            list(rows)
+    else:
+        assert len(list(rows)) == 150
+    assert len(load(path, **given)) == 151

@@ -15,7 +15,7 @@ from trl.scripts.utils import DatasetConfig
 
 from helpers.load_cases import COLUMNS, row, write
 from llava_mod_hf.data.arguments import STOPPING, DataArguments, DatasetEntry
-from llava_mod_hf.data.formats import FORMATS
+from llava_mod_hf.data.formats import FORMATS, text_of
 from llava_mod_hf.data.load import load_rows
 from llava_mod_hf.data.mixture import count_sources, mix_rows, row_names, source_names
 from llava_mod_hf.recipes import parse
@@ -65,11 +65,7 @@ def weighted(paths, *weights, **keys):
 
 
 def answers(rows):
-    return (
-        [messages[0]["content"] for messages in rows["completion"]]
-        if isinstance(rows, Dataset)
-        else [row["completion"][0]["content"] for row in rows]
-    )
+    return [text_of(row["completion"][0]["content"]) for row in rows]
 
 
 def test_without_weights_each_row_comes_once_with_its_picture_and_its_place(sets):
@@ -79,7 +75,7 @@ def test_without_weights_each_row_comes_once_with_its_picture_and_its_place(sets
     assert rows["source_row"][:] == [*range(300), *range(130)]
     colors = [rows[number]["images"][0].getpixel((0, 0)) for number in (0, 299, 300, 429)]
     assert colors == [(255, 0, 0)] * 2 + [(0, 0, 255)] * 2
-    assert rows[400]["prompt"] == [{"role": "user", "content": "question"}]
+    assert rows[400]["prompt"] == [{"role": "user", "content": parts("question", "x.png")}]
     assert row_names(rows)[301] == f"Row 1 of `{sets[1]}`"
     assert set(rows.column_names) == {"images", "prompt", "completion", "source_row", "source_dataset"}
 
@@ -151,7 +147,7 @@ def test_a_stream_has_pictures_rows_and_names(sets):
     assert source_names(rows) == sets
     for each in rows.take(20):
         assert each["images"][0].getpixel((0, 0)) == ((255, 0, 0), (0, 0, 255))[each["source_dataset"]]
-        assert each["completion"][0]["content"] == f"{'ab'[each['source_dataset']]}{each['source_row']}"
+        assert text_of(each["completion"][0]["content"]) == f"{'ab'[each['source_dataset']]}{each['source_row']}"
 
 
 def test_pairs_of_different_formats(tmp_path, sets):
@@ -223,7 +219,7 @@ def test_a_bad_row_of_trls_keeps_the_numbers_of_the_others(tmp_path, sets, strea
     assert f"Row 1 of `{path}`: image" in caplog.text
 
 
-def test_pictures_between_words_cannot_become_texts(tmp_path, sets):
+def test_pictures_between_words_stay_there(tmp_path, sets):
     content = [{"type": "text", "text": "this"}, {"type": "image", "text": None}]
     each = {
         "images": ["x.png"],
@@ -232,10 +228,9 @@ def test_pictures_between_words_cannot_become_texts(tmp_path, sets):
     }
     path = write(tmp_path / "b" / "between.jsonl", [each])
     assert load([str(path)])[0]["prompt"][0]["content"][0]["text"] == "this"  # alone it stays as it is
-    with pytest.raises(ValueError, match=rf"Row 0 of `{path}` has 1 images and 1 places for them, which are not all"):
-        load([sets[0], str(path)])
-    rows = load([sets[0], str(path)], bad_rows="drop", max_bad_rows=1.0)
-    assert count_sources(rows) == {sets[0]: 300, str(path): 0}
+    rows = load([sets[0], str(path)])
+    assert rows[300]["prompt"][0]["content"] == content
+    assert rows[0]["prompt"][0]["content"] == parts("question 0", "x.png")  # a text has its pictures before it
 
 
 def test_texts_and_messages_do_not_mix(tmp_path, sets):

@@ -252,9 +252,9 @@ def test_pairs_and_a_mixture_of_their_layouts(tmp_path, folder, streaming):
     assert sorted(row["source_dataset"] for row in rows) == [0, 1, 2]
     for row in rows:
         assert [row[name] for name in PAIR] == [
-            [{"role": "user", "content": "What?"}],
-            [{"role": "assistant", "content": "Red."}],
-            [{"role": "assistant", "content": "Blue."}],
+            [{"role": "user", "content": [{"type": "image", "text": None}, {"type": "text", "text": "What?"}]}],
+            [{"role": "assistant", "content": [{"type": "text", "text": "Red."}]}],
+            [{"role": "assistant", "content": [{"type": "text", "text": "Blue."}]}],
         ]
         assert row["images"][0].getpixel((0, 0)) == RED
 

@@ -10,6 +10,8 @@ from helpers.tiny import make_processor
 
 MESSAGES = [{"role": Value("string"), "content": Value("string")}]
 
+PARTS = [{"role": Value("string"), "content": [{"type": Value("string"), "text": Value("string")}]}]
+
 TEXT = (
     "{% macro text(m) %}{% if m['content'] is string %}{{ m['content'] }}{% else %}{% for part in m['content'] %}"
     "{% if part['type'] == 'image' %}<image>{% else %}{{ part['text'] }}{% endif %}{% endfor %}{% endif %}"
@@ -113,6 +115,42 @@ CONVERSATIONS = [
 ]
 
 
+def parts(*texts):
+    """A content of parts, `None` for a picture."""
+    return [{"type": "text", "text": text} if text else {"type": "image", "text": None} for text in texts]
+
+
+# pictures in later turns: with and without one in the first, two at once, between words
+LATER = [
+    {
+        "images": [picture("red"), picture("blue")],
+        "messages": [
+            user(parts(None, "what?")),
+            assistant(parts("a red square")),
+            user(parts("and", None, "this?")),
+            assistant(parts("a blue one")),
+            user(parts("sure?")),
+            assistant(parts("yes")),
+        ],
+    },
+    {
+        "images": [picture("green"), picture("black"), picture("white")],
+        "messages": [
+            user(parts("hello?")),
+            assistant(parts("hi there")),
+            user(parts(None, None, "which?")),
+            assistant(parts("left")),
+            user(parts(None, "where?")),
+            assistant(parts("right")),
+        ],
+    },
+    {
+        "images": [],
+        "messages": [user(parts("who?")), assistant(parts("me")), user(parts("why?")), assistant(parts("so"))],
+    },
+]
+
+
 def as_row(row):
     """A row of `messages` as it comes from a file with `multi_turn: whole`."""
     messages = row["messages"]
@@ -124,13 +162,20 @@ def expanded(row):
     """A row of `messages` as it comes with `multi_turn: expand`."""
     messages = row["messages"]
     return [
-        {"images": row["images"], "prompt": messages[:i], "completion": [message]}
+        {"images": shown(messages[:i], row["images"]), "prompt": messages[:i], "completion": [message]}
         for i, message in enumerate(messages)
         if message["role"] == "assistant"
     ]
 
 
-def rows_of(rows):
+def shown(messages, images):
+    """The pictures of the first turns: all of them where these are texts."""
+    if isinstance(messages[0]["content"], str):
+        return images
+    return images[: sum(part["type"] == "image" for message in messages for part in message["content"])]
+
+
+def rows_of(rows, messages=MESSAGES):
     """A `datasets.Dataset` of rows with `images` and columns of messages."""
-    features = {name: MESSAGES for name in rows[0] if name != "images"}
+    features = {name: messages for name in rows[0] if name != "images"}
     return Dataset.from_list(rows, features=Features({"images": List(ImageFeature()), **features}))

@@ -8,6 +8,9 @@ import torch
 from helpers.ddp_gradients import RUN, mimic_trainer, raw_gradients, sharpened, smaller_images
 from helpers.templates import (
     CONVERSATIONS,
+    LATER,
+    MESSAGES,
+    PARTS,
     REWRITING,
     TEMPLATES,
     as_row,
@@ -15,19 +18,24 @@ from helpers.templates import (
     expanded,
     picture,
     rows_of,
+    shown,
     templated,
     user,
 )
 from helpers.tiny import make_student as new_student
 from llava_mod_hf.data.conversations import AnswersCollator
 from llava_mod_hf.data.fitting import fit_rows
-from llava_mod_hf.evaluation.answers import kl_to_teacher
+from llava_mod_hf.evaluation.answers import generate_answers, kl_to_teacher
 from llava_mod_hf.training import on_policy
 from llava_mod_hf.training.adapt_config import AdaptConfig
 from llava_mod_hf.training.adapt_trainer import AdaptTrainer
 
 WHOLE = rows_of([as_row(row) for row in CONVERSATIONS])
 EACH = rows_of([each for row in CONVERSATIONS for each in expanded(row)])
+
+
+def feature_of(rows):
+    return MESSAGES if rows is CONVERSATIONS else PARTS
 
 
 @pytest.fixture
@@ -50,15 +58,19 @@ def assert_same_gradients(found, expected):
         torch.testing.assert_close(found[name], gradient, rtol=1e-5, atol=1e-6 * largest.item(), msg=name)
 
 
-@pytest.mark.parametrize("case", ["same teacher", "messages", "another template", "batches"])
+@pytest.mark.parametrize("case", ["same teacher", "messages", "another template", "batches", "later pictures"])
 def test_gradients_are_those_of_a_row_for_each_answer(tokenizer, models, tmp_path, case):
     processor = templated(tokenizer, "llama-3")
-    rows = rows_of(CONVERSATIONS) if case == "messages" else WHOLE
+    rows, singles = rows_of(CONVERSATIONS) if case == "messages" else WHOLE, EACH
+    if case == "later pictures":
+        rows = rows_of([as_row(row) for row in LATER], PARTS)
+        singles = rows_of([each for row in LATER for each in expanded(row)], PARTS)
     options = {"batch": 2, "accumulation": 2} if case == "batches" else {"batch": len(rows)}
     found, logs = [], []
-    for each, sizes in ((rows, options), (EACH, {"batch": len(EACH)})):
+    for each, sizes in ((rows, options), (singles, {"batch": len(singles)})):
         (student, teacher), own = models(processor), None
-        if case == "another template":  # a space before each answer, another end of turn, fewer tokens of a picture
+        if case in ("another template", "later pictures"):
+            # a space before each answer, another end of turn, fewer tokens of a picture
             teacher, own = smaller_images(teacher, templated(tokenizer, "mistral"))
             teacher = teacher.double()
         trainer = mimic_trainer(
@@ -119,8 +131,9 @@ def test_a_teacher_whose_template_rewrites_history_or_answers_is_refused(tokeniz
         )
 
 
+@pytest.mark.parametrize("talks", [CONVERSATIONS, LATER], ids=["pictures first", "pictures later"])
 @pytest.mark.parametrize("form", ["completion", "messages"])
-def test_the_student_answers_one_question_of_a_conversation(tokenizer, models, tmp_path, form):
+def test_the_student_answers_one_question_of_a_conversation(tokenizer, models, tmp_path, form, talks):
     processor = templated(tokenizer)
     student, teacher = models(processor, ())
     trainer = mimic_trainer(
@@ -128,18 +141,19 @@ def test_the_student_answers_one_question_of_a_conversation(tokenizer, models, t
         teacher.float(),
         processor,
         tmp_path,
-        dataset=rows_of(CONVERSATIONS) if form == "messages" else WHOLE,
+        dataset=rows_of(talks if form == "messages" else [as_row(row) for row in talks], feature_of(talks)),
         on_policy_share=1.0,
         on_policy_max_new_tokens=2,
     )
-    rows = [trainer.train_dataset[number] for number in range(4)]
-    prompts = [[each["prompt"] for each in expanded(row)] for row in CONVERSATIONS]
+    rows = [trainer.train_dataset[number] for number in range(len(talks))]
+    prompts = [[each["prompt"] for each in expanded(row)] for row in talks]
     drawn = [set() for _ in rows]
     for seed in range(8):
         torch.manual_seed(seed)
         for place, answered in enumerate(on_policy.answered_by_student(trainer, rows)):
             drawn[place].add(prompts[place].index(answered["prompt"]))
             assert len(answered["completion"]) == 1 and "messages" not in answered
+            assert len(answered["images"]) == len(shown(answered["prompt"], rows[place]["images"]))
     assert [len(places) for places in drawn] == [len(each) for each in prompts], "every question comes in turn"
     trainer.train()
     assert trainer.state.log_history[0]["on_policy"] == 1.0
@@ -148,8 +162,19 @@ def test_the_student_answers_one_question_of_a_conversation(tokenizer, models, t
 def test_the_divergence_that_is_measured_counts_every_answer(tokenizer, models):
     processor = templated(tokenizer)
     student, teacher = models(processor, ())
-    whole, each = (kl_to_teacher(student, teacher, processor, rows, batch_size=3) for rows in (WHOLE, EACH))
-    assert whole == pytest.approx(each, rel=1e-9) and whole > 0.01
+    later = rows_of([as_row(row) for row in LATER], PARTS)
+    later_each = rows_of([each for row in LATER for each in expanded(row)], PARTS)
+    for rows, singles in ((WHOLE, EACH), (later, later_each)):
+        whole, each = (kl_to_teacher(student, teacher, processor, kind, batch_size=3) for kind in (rows, singles))
+        assert whole == pytest.approx(each, rel=1e-9) and whole > 0.01
+
+
+def test_the_first_question_of_a_conversation_is_asked_with_its_own_pictures(tokenizer, models):
+    processor = templated(tokenizer)
+    student, _ = models(processor, ())
+    rows = [rows_of(kind, PARTS) for kind in ([as_row(row) for row in LATER], [expanded(row)[0] for row in LATER])]
+    asked = [generate_answers(student.float(), processor, each, batch_size=3, max_new_tokens=3) for each in rows]
+    assert asked[0] == asked[1]
 
 
 def test_a_collator_of_ones_own_stays(tokenizer, models, tmp_path):

@@ -10,7 +10,7 @@ from jinja2 import TemplateError
 from trl import apply_chat_template, prepare_multimodal_messages
 from trl.trainer.sft_trainer import DataCollatorForVisionLanguageModeling
 
-from llava_mod_hf.data.formats import answer_places, each_answer, one_row
+from llava_mod_hf.data.formats import answer_places, each_answer, one_row, pictures_of
 from llava_mod_hf.data.images import map_undecoded
 
 ROWS = "rows"  # column: how many rows a row becomes
@@ -78,7 +78,7 @@ def conversation_texts(row, images, processor):
 
     Args:
         row (`dict`): `prompt` and `completion`, messages; an answer in the prompt is not supervised.
-        images (`list`): of the row; all in turns before the first answer.
+        images (`list`): of the row, in the order of their turns.
         processor (`ProcessorMixin`): with the chat template.
 
     Returns:
@@ -86,15 +86,15 @@ def conversation_texts(row, images, processor):
 
     Raises:
         RewrittenHistory: if what came before an answer is not how the text of the whole begins.
-        ValueError: if there is no answer, or a picture comes after one.
+        ValueError: if there is no answer, or one holds a picture.
     """
     first = len(row["prompt"])
     messages = prepare_multimodal_messages([*row["prompt"], *row["completion"]], images=images)
     places = answer_places(messages, first)
     if not places:
         raise ValueError("a row has no answer: give it one, or leave it out.")
-    if any(part["type"] == "image" for message in messages[places[0] :] for part in message.get("content") or ()):
-        raise ValueError("a picture comes after an answer: put all pictures into the first question.")
+    if any(part["type"] == "image" for place in places for part in messages[place].get("content") or ()):
+        raise ValueError("an answer holds a picture: put it into a question.")
     options = {name: row[name] for name in ("chat_template_kwargs",) if row.get(name) is not None}
     texts, written = [], ""
     for place in places:
@@ -176,12 +176,17 @@ def _rows_of(row, processor, every):
         if not every and len(answer_places(messages, first)) > 1:
             pictures = [part for m in messages for part in _parts(m) if part["type"] == "image"]
             conversation_texts(whole, [None] * len(pictures), processor)
-        turns, reason = (each_answer(messages, first) if every else []) or [whole], None
+        turns, reason = each_answer(messages, first) if every else [], None
     except RewrittenHistory as error:
         turns, reason = each_answer(messages, first), str(error)
     except (ValueError, KeyError, TypeError, TemplateError):  # who reads the row says so
         return [row], None
-    return [{**whole, **turn} for turn in turns], reason
+    return [one_turn(whole, turn) for turn in turns] or [whole], reason
+
+
+def one_turn(row, turn):
+    """A conversation as a row of one of its turns ([`~llava_mod_hf.data.formats.each_answer`]), with its pictures."""
+    return {**row, **turn, **({"images": pictures_of(turn["prompt"], row["images"])} if row.get("images") else {})}
 
 
 def _parts(message):
@@ -216,9 +221,10 @@ class AnswersCollator(DataCollatorForVisionLanguageModeling):
     """
     TRL's collator, of whose rows every answer is supervised: `messages`, or a `completion` of several turns.
 
-    A row of one answer is TRL's own. Of a longer one the parent makes prompt and first answer, and the turns after it
-    are written behind, each piece tokenised by itself, as the parent does with the one answer: the supervised tokens
-    are those of a row for each answer. With `completion_only_loss=False` all is the parent's.
+    A row of one answer is TRL's own. A longer one is, for the parent, a row for each answer: what comes before it since
+    the last one, with the pictures that are there, and the answer, each tokenised by itself. Put behind each other they
+    are one row again, whose supervised tokens are those of a row for each answer. With `completion_only_loss=False` all
+    is the parent's, except where a later turn has a picture.
     """
 
     def torch_call(self, examples):
@@ -227,41 +233,54 @@ class AnswersCollator(DataCollatorForVisionLanguageModeling):
         return super().torch_call(examples)
 
     def _collate_prompt_completion(self, examples):
-        if not self.completion_only_loss or not any(map(is_whole, examples)):
+        if not any(map(is_whole if self.completion_only_loss else _has_later_picture, examples)):
             return super()._collate_prompt_completion(examples)
-        firsts, later = [], []
+        turns, counts = [], []
         for example in examples:
-            images = example["images"] if "images" in example else [example["image"]]
             try:
-                before, answer, *turns = conversation_texts(example, images, self.processor)
+                found = self._turns(example)
             except RewrittenHistory as error:
                 raise RewrittenHistory(
                     f"A conversation cannot be read in one pass, since {error}: take `multi_turn: expand`, which makes "
                     "a row of each answer, or another chat template."
                 ) from error
-            firsts.append({**example, "prompt": before, "completion": answer})
-            later.append([self.processor.tokenizer(text, add_special_tokens=False)["input_ids"] for text in turns])
-        batch = super()._collate_prompt_completion(firsts)
-        for name, values in self._with_turns(batch, later).items():
-            batch[name] = values if self.max_length is None else values[:, : self.max_length]
+            turns += found
+            counts.append(len(found))
+        batch = super()._collate_prompt_completion(turns)
+        for name, values in self._joined(batch, counts).items():
+            batch[name] = values[:, : self.max_length]
         return batch
 
-    def _with_turns(self, batch, later):
-        """What the batch has for each token, with the turns that come `later`, of which every other is supervised."""
-        ids, lengths = batch["input_ids"], batch["attention_mask"].sum(1).tolist()
-        width = max(length + sum(map(len, turns)) for length, turns in zip(lengths, later, strict=True))
-        fill = {"input_ids": self.processor.tokenizer.pad_token_id, "labels": -100}
-        found = {}
+    def _turns(self, example):
+        """A row as one of texts for each answer: what comes before it, the answer, and the pictures of the former."""
+        images = example["images"] if "images" in example else [example["image"]]
+        texts, turns, start = conversation_texts(example, images, self.processor), [], 0
+        for before, answer in zip(texts[::2], texts[1::2], strict=True):
+            end = start + before.count(self.processor.image_token)
+            turns.append({"prompt": before, "completion": answer, "images": images[start:end]})
+            start = end
+        if start != len(images):
+            raise ValueError(
+                f"a conversation has {len(images)} pictures, and its questions {start} places for them: mend the row."
+            )
+        return turns
+
+    def _joined(self, batch, counts):
+        """What the batch has for each token, the rows of each conversation (`counts` of them) behind each other."""
+        mask = batch["attention_mask"].bool()
+        groups = mask.sum(1).split(counts)
+        width, fill = max(int(group.sum()) for group in groups), {"input_ids": self.processor.tokenizer.pad_token_id}
+        found, fill = {}, fill | {"labels": -100}
         for name, values in batch.items():
-            if torch.is_tensor(values) and values.shape == ids.shape:
-                found[name] = values.new_full((len(ids), max(width, ids.shape[1])), fill.get(name, 0))
-                found[name][:, : ids.shape[1]] = values
-        for row, (start, turns) in enumerate(zip(lengths, later, strict=True)):
-            for number, turn in enumerate(turns):
-                places = slice(start, start + len(turn))
-                found["input_ids"][row, places] = torch.tensor(turn, dtype=ids.dtype)
-                found["attention_mask"][row, places] = 1
-                if number % 2:
-                    found["labels"][row, places] = found["input_ids"][row, places]
-                start += len(turn)
+            if torch.is_tensor(values) and values.shape == mask.shape:
+                found[name] = values.new_full((len(counts), width), fill.get(name, 0))
+                for row, own in enumerate(zip(values.split(counts), mask.split(counts), strict=True)):
+                    tokens = own[0][own[1]]  # in order, row by row
+                    found[name][row, : len(tokens)] = tokens
         return found
+
+
+def _has_later_picture(row):
+    return is_whole(row) and any(
+        part.get("type") == "image" for message in row["completion"] for part in _parts(message)
+    )

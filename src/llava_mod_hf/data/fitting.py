@@ -42,7 +42,7 @@ MAX_SEEN = 4096
 
 NOTED = 10_000  # rows whose reasons are in memory at a time
 
-TEXTS = ("prompt", "messages", "text")  # where a row's images are
+TEXTS = ("prompt", "messages", "text", "completion")  # where a row's images are, the last for those of later turns
 
 CHECKED_ROWS = 8  # of a stream, whose rows are read when they are trained on
 
@@ -223,9 +223,10 @@ def _image_ends(batch, indices, *, images, processor, image_tokens):
     ends = []
     for place, found in enumerate(batch[images]):
         found = found if isinstance(found, list) else [found] if found else []
-        text = next((batch[name][place] for name in TEXTS if name in batch), "")
+        text = next((batch[name][place] for name in TEXTS[:-1] if name in batch), "")
         try:
             if found and not isinstance(text, str):
+                text = [*text, *_later_turns(batch, place)]
                 messages = prepare_multimodal_messages(text, images=[None] * len(found))
                 text = processor.apply_chat_template(messages, tokenize=False)
         except (ValueError, KeyError, TypeError, TemplateError):  # the collator says so of a row that is read
@@ -237,6 +238,13 @@ def _image_ends(batch, indices, *, images, processor, image_tokens):
         tokens = processor.tokenizer(before + mark, add_special_tokens=False)["input_ids"]
         ends.append(len(tokens) + sum(image_tokens(image) - 1 for image in found))
     return {LENGTH: ends}
+
+
+def _later_turns(batch, place):
+    """A conversation's turns from its first answer on, if one of them has a picture."""
+    turns = batch["completion"][place] if "completion" in batch else None
+    parts = [m.get("content") for m in turns if isinstance(m.get("content"), list)] if isinstance(turns, list) else []
+    return turns if any(part.get("type") == "image" for each in parts for part in each) else []
 
 
 def image_token_counter(processor):
@@ -350,8 +358,9 @@ def _render(row, num_images, processor, where, by_marks):
                 row = {f"turn {i}" if i else "prompt": text for i, text in enumerate(texts)}
         except (ValueError, KeyError, TypeError, TemplateError) as error:
             raise ValueError(f"{where} does not fit the chat template: {error}") from error
-    places = {name: text.count(processor.image_token) for name, text in row.items()}
-    if places.pop("prompt") != num_images or any(places.values()):
+    places = [text.count(processor.image_token) for text in row.values()]
+    asked = places[:1] if "chosen" in row else places[::2]  # by turns, what comes before an answer and the answer
+    if sum(asked) != num_images or sum(places) != num_images:
         raise ValueError(
             f"{where} has {num_images} images, and its texts do not name `{processor.image_token}` as often in the "
             "prompt and never in an answer: name it once for each image, or give messages, where the template does."

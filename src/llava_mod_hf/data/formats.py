@@ -5,14 +5,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
-IMAGE_PLACEHOLDER = "<image>"
+from llava_mod_hf.data.turns import IMAGE_PLACEHOLDER, is_turn, llava_messages, llava_prompt, turn_message
 
 CHUNK = 1 << 20  # characters of a JSON file that are read at a time
 
 # of an image folder's metadata → where `image_references` looks
 IMAGE_FOLDER_COLUMNS = {"file_name": "image", "file_names": "images"}
-
-LLAVA_ROLES = {"system": "system", "human": "user", "gpt": "assistant"}
 
 
 class Format(NamedTuple):
@@ -166,6 +164,22 @@ def text_of(content):
     return content or ""
 
 
+def pictures_of(prompt, images):
+    """
+    The pictures of a conversation that its first turns have.
+
+    Args:
+        prompt (`list[dict]`): those turns, messages; texts alone have all pictures before the first question.
+        images (`list`): of the whole conversation, in order.
+
+    Returns:
+        `list`.
+    """
+    if not isinstance(prompt, list) or any(m["role"] == "user" and isinstance(m["content"], str) for m in prompt):
+        return images
+    return images[: sum(part.get("type") == "image" for part in _parts(prompt))]
+
+
 def check_answer(answer, where):
     """
     Args:
@@ -183,6 +197,20 @@ def check_answer(answer, where):
     for message in messages:
         if message["role"] == "assistant" and not text_of(message["content"]).strip():
             raise ValueError(f"{where}: an answer is empty: give it a text, or leave out the row.")
+
+
+def has_turns(row):
+    """
+    Whether the answers of a row or of a data set's features, in columns of TRL's, are turns by LLaVA's keys.
+
+    Args:
+        row (`dict` or `datasets.Features`).
+    """
+    answer = row.get("chosen")
+    if isinstance(answer, list) and answer:
+        answer = answer[0]
+    answer = getattr(answer, "feature", answer)
+    return isinstance(answer, dict) and "from" in answer
 
 
 def check_pair(row, where):
@@ -203,6 +231,8 @@ def check_pair(row, where):
         )
     for name in ("chosen", "rejected"):
         check_answer(row[name], f"{where}, `{name}`")
+        if not isinstance(row[name], str) and row[name][0]["role"] == "user":
+            raise ValueError(f"{where}: `{name}` begins with a question: questions belong into the prompt, once.")
 
 
 def _parts(messages):
@@ -220,52 +250,13 @@ def _is_message(message):
 
 
 def _as_messages(answer):
-    return [{"role": "assistant", "content": answer}] if isinstance(answer, str) else answer
-
-
-def llava_messages(turns, num_images, where):
-    """
-    The turns of a LLaVA conversation as messages.
-
-    As in LLaVA's own preparation, a first turn that is not of the human is left out, and the images come before the
-    text of the first question, wherever in it the placeholder stands. A last question without an answer goes too.
-
-    Args:
-        turns (`list[dict]`): `from` (`human`, `gpt` or `system`) and `value`.
-        num_images (`int`): images of the row.
-        where (`str`): the row, for messages.
-
-    Returns:
-        `list[dict]`: `role` and `content`, without placeholders.
-    """
-    if not isinstance(turns, list) or not all(
-        isinstance(turn, dict) and {"from", "value"} <= set(turn) for turn in turns
-    ):
-        raise ValueError(f"{where}: `conversations` must be a list of `{{from, value}}`.")
-    odd = [turn["value"] for turn in turns if not isinstance(turn["value"], str | None)]
-    if odd:
-        raise ValueError(f"{where}: the `value` of a turn is {odd[0]!r:.80}: give a text.")
-    unknown = [turn["from"] for turn in turns if turn["from"] not in LLAVA_ROLES]
-    if unknown:
-        raise ValueError(f"{where}: a turn is from `{unknown[0]}`: it may be from {', '.join(LLAVA_ROLES)}.")
-    messages = [{"role": LLAVA_ROLES[turn["from"]], "content": turn["value"] or ""} for turn in turns]
-    system = [message for message in messages[:1] if message["role"] == "system"]
-    messages = messages[len(system) :]
-    if messages and messages[0]["role"] == "assistant":
-        messages = messages[1:]
-    if messages and messages[-1]["role"] == "user":
-        messages = messages[:-1]
-    if not messages or any(message["role"] != ("user", "assistant")[i % 2] for i, message in enumerate(messages)):
-        raise ValueError(f"{where}: a conversation must take turns of `human` and `gpt`, at least one of each.")
-    places = [message["content"].count(IMAGE_PLACEHOLDER) for message in messages]
-    if sum(places) not in (0, num_images) or sum(places) != places[0]:
-        raise ValueError(
-            f"{where} has {num_images} images and {sum(places)} `{IMAGE_PLACEHOLDER}` in its turns, {places[0]} of "
-            "them in the first question: there must be one for each image, all in the first question."
-        )
-    if places[0]:
-        messages[0]["content"] = messages[0]["content"].replace(IMAGE_PLACEHOLDER, "").strip()
-    return system + messages
+    """An answer as messages: a text, one turn or a list of turns; what is neither stays as it is, and is refused."""
+    if isinstance(answer, str):
+        return [{"role": "assistant", "content": answer}]
+    turns = [answer] if isinstance(answer, dict) else answer
+    if isinstance(turns, list) and turns and all(map(is_turn, turns)):
+        return [turn_message(turn) for turn in turns]
+    return turns
 
 
 def answer_places(messages, first=1):
@@ -323,14 +314,23 @@ def read_row(row, layout, where, *, multi_turn="whole"):
     messages = read["messages"]
     check_answer(messages, where)
     whole = one_row(messages, where)
-    return [{"images": images, **each} for each in ([whole] if multi_turn == "whole" else each_answer(messages))]
+    if multi_turn == "whole":
+        return [{"images": images, **whole}]
+    return [{"images": pictures_of(each["prompt"], images), **each} for each in each_answer(messages)]
 
 
-def _pair(row, prompt, where):
+def _pair(row, prompt, images, where):
     if not prompt:
         raise ValueError(f"{where} has no question: give it one, or leave out the row.")
-    check_pair(row, where)
-    return {"prompt": prompt, **{name: _as_messages(row[name]) for name in ("chosen", "rejected")}}
+    answers = {name: row[name] for name in ("chosen", "rejected")}
+    if not (isinstance(prompt, str) and all(isinstance(answer, str) for answer in answers.values())):
+        answers = {name: answer and _as_messages(answer) for name, answer in answers.items()}
+        if isinstance(prompt, str):
+            prompt = [{"from": "human", "value": prompt}]
+        if isinstance(prompt, list) and not all(map(_is_message, prompt)):
+            prompt = llava_prompt(prompt, len(images), where)
+    check_pair(answers, where)
+    return {"prompt": prompt, **answers}
 
 
 def _read_rlaif_v(row, images, where):
@@ -338,7 +338,11 @@ def _read_rlaif_v(row, images, where):
     if not isinstance(question, str | None):
         raise ValueError(f"{where}: the question is {question!r:.80}: give a text.")
     text = (question or "").replace(IMAGE_PLACEHOLDER, "").strip()
-    return _pair(row, text and [{"role": "user", "content": text}], where)
+    return _pair(row, text and [{"role": "user", "content": text}], images, where)
+
+
+def _read_llava_pair(row, images, where):
+    return _pair(row, llava_prompt(row["conversations"], len(images), where), images, where)
 
 
 def _read_llava(row, images, where):
@@ -372,8 +376,9 @@ def _read_caption(row, images, where):
 PAIR, ANSWER = ("prompt", "chosen", "rejected"), ("prompt", "completion")
 
 FORMATS |= {
-    "preference": Format(PAIR, lambda row, images, where: _pair(row, row["prompt"], where), PAIR, is_trl=True),
+    "preference": Format(PAIR, lambda row, images, where: _pair(row, row["prompt"], images, where), PAIR, is_trl=True),
     "prompt-completion": Format(ANSWER, lambda row, *_: {name: row[name] for name in ANSWER}, ANSWER, is_trl=True),
+    "LLaVA pairs": Format(("conversations", "chosen", "rejected"), _read_llava_pair, PAIR),
     "LLaVA": Format(("conversations",), _read_llava, ("messages",)),
     "RLAIF-V": Format(("question", "chosen", "rejected"), _read_rlaif_v, PAIR),
     "messages": Format(("messages",), lambda row, *_: {"messages": row["messages"]}, ("messages",), is_trl=True),

@@ -1,5 +1,6 @@
 """Data sets → rows in TRL's formats, checked before training starts."""
 
+import collections
 import itertools
 from pathlib import Path
 
@@ -10,9 +11,18 @@ from llava_mod_hf import loading
 from llava_mod_hf.data import easy_vqa, scene_rows
 from llava_mod_hf.data.arguments import DataArguments
 from llava_mod_hf.data.dropped_rows import DroppedRows
-from llava_mod_hf.data.formats import FORMATS, image_references, read_row, recognise
+from llava_mod_hf.data.formats import FORMATS, has_turns, image_references, read_row, recognise
 from llava_mod_hf.data.images import map_undecoded, resolve_image
-from llava_mod_hf.data.mixture import MESSAGES, first_rows, in_one_form, mix_rows, plain_row
+from llava_mod_hf.data.mixture import (
+    MESSAGES,
+    PARTS,
+    NeedsParts,
+    first_rows,
+    in_one_form,
+    mix_rows,
+    parts_row,
+    plain_row,
+)
 from llava_mod_hf.data.problems import PROBLEM, without_problems
 from llava_mod_hf.data.row_files import (
     METADATA,
@@ -25,6 +35,12 @@ from llava_mod_hf.data.row_files import (
     unwrap_sample,
 )
 from llava_mod_hf.hub_reading import told_when_the_hub_fails
+
+TEXTS, IN_PARTS = "texts", "parts"  # forms of messages
+
+FORMS = {TEXTS: MESSAGES, IN_PARTS: PARTS}
+
+LOOKED_AT = 100  # rows of a stream that tell its form
 
 
 def load_rows(args: DataArguments, *, columns, split=None, seed=0, num_proc=None, dropped=None):
@@ -58,7 +74,7 @@ def load_rows(args: DataArguments, *, columns, split=None, seed=0, num_proc=None
     if args.datasets is None:
         return loaded[0]
     labels = [source.label for source in sources]
-    loaded = in_one_form(loaded, labels, columns, bad_rows=args.bad_rows, num_proc=num_proc, dropped=dropped)
+    loaded = in_one_form(loaded, labels, columns, num_proc=num_proc)
     mixed = mix_rows(loaded, labels, args.weights, stopping_strategy=args.stopping_strategy, seed=seed)
     return first_rows(mixed, args.max_samples)
 
@@ -159,7 +175,7 @@ def _local(args, files, num_proc):
     if kind == "json":
         first = _select(first_row(files, args.dataset_name), args)
         layout = recognise(first, args.dataset_name)
-        own = files[0].suffix in (".csv", ".tar") or files[0].name in METADATA
+        own = files[0].suffix in (".csv", ".tar") or files[0].name in METADATA or has_turns(first)
         if own or not FORMATS[layout].is_trl:
             return _read_files(args, files, layout, first)
         if (number := first_odd_row(files)) is not None:  # `datasets` dies of it
@@ -199,19 +215,44 @@ def _converted(dataset, args, num_proc):
     )
 
 
-def _standard_rows(row, index, layout, args, *, plain=False):
+def _in_form(make, streaming):
+    """
+    Rows whose messages are texts, or of parts where a row has pictures that texts cannot place.
+
+    Args:
+        make (`Callable[[str, bool], Dataset | IterableDataset]`):
+            A key of `FORMS`, and whether a row of another form is an error whatever `bad_rows` says → rows.
+        streaming (`bool`): then the first rows tell; the others are read when it is too late.
+    """
+    try:
+        rows = make(TEXTS, True)
+        if streaming:
+            collections.deque(rows.select_columns(["source_row"]).take(LOOKED_AT), maxlen=0)
+            return make(TEXTS, False)
+        return rows
+    except NeedsParts:
+        return make(IN_PARTS, False)
+    except DatasetGenerationError as error:
+        if not isinstance(error.__cause__, NeedsParts):
+            raise
+        return make(IN_PARTS, False)
+
+
+# parameters: the last two say how it is read, and are bound once
+def _standard_rows(row, index, layout, args, form=None, strict=False):
     """Rows of TRL with their `source_row` and, where the row cannot be read and may be left out, their `problem`."""
     try:
         rows, problem = read_row(row, layout, args.where(index), multi_turn=args.multi_turn), None
-        rows = [plain_row(row, args.where(index)) for row in rows] if plain else rows
+        if form is not None:
+            rows = [parts_row(row) if form == IN_PARTS else plain_row(row, args.where(index)) for row in rows]
     except ValueError as error:
-        if args.bad_rows == "error":
+        if args.bad_rows == "error" or (strict and isinstance(error, NeedsParts)):
             raise
         rows, problem = [{}], str(error)
     return [{**each, "source_row": index, PROBLEM: problem} for each in rows]
 
 
-def _standard_features(layout, messages=MESSAGES):
+def _standard_features(layout, messages):
     names = FORMATS[layout].gives
     if names == ("messages",):
         names = ("prompt", "completion")
@@ -225,25 +266,30 @@ def _standard_features(layout, messages=MESSAGES):
 
 def _read_files(args, files, layout, first):
     """Files that are read here: `datasets` refuses columns of mixed type, as LLaVA's `id` is."""
-    features = _standard_features(layout)
-    texts = [name for name in features if FORMATS[layout].is_trl and isinstance(first.get(name), str)]
-    features = Features({**features, **dict.fromkeys(texts, Value("string"))})
-    plain = FORMATS[layout].is_trl and not texts
+    names = _standard_features(layout, MESSAGES)
+    texts = [name for name in names if FORMATS[layout].is_trl and isinstance(first.get(name), str)]
+    texts = [] if has_turns(first) else texts
 
-    def generate(files, layout, args, changed, read):
+    def generate(files, layout, args, changed, read, names, form, strict):
         rows = (
-            _standard_rows(_select_known(row, args), index, layout, args, plain=plain)
+            _standard_rows(_select_known(row, args), index, layout, args, form, strict)
             for index, row in enumerate(rows_of(files))
         )
         for row in itertools.islice(itertools.chain.from_iterable(rows), args.max_samples):
-            yield dict.fromkeys(features) | row
+            yield dict.fromkeys(names) | row
 
     # by the files' time and size, and the format's reader, the cache tells a changed file from the one that it has read
     changed = tuple((file.stat().st_mtime_ns, file.stat().st_size) for file in files)
     # in a tuple: of a list `datasets` would make shards, whose rows it counts from 0 each
     options = {"files": tuple(files), "layout": layout, "args": args, "changed": changed, "read": FORMATS[layout].read}
     kind = IterableDataset if args.streaming else Dataset
-    return kind.from_generator(generate, features=features, gen_kwargs=options)
+
+    def make(form, strict):
+        features = Features({**_standard_features(layout, FORMS[form]), **dict.fromkeys(texts, Value("string"))})
+        own = {**options, "names": tuple(features), "form": None if texts else form, "strict": strict}
+        return kind.from_generator(generate, features=features, gen_kwargs=own)
+
+    return make(TEXTS, False) if texts else _in_form(make, args.streaming)
 
 
 def _select_known(row, args):
@@ -260,37 +306,46 @@ def _to_trl(dataset, args, num_proc):
     single_image = "image" in names and "images" not in names
     entry = FORMATS[layout]
     conversations = entry.gives == ("messages",)
-    if entry.is_trl and not single_image and not conversations and not inside:
+    foreign = inside or has_turns(dataset.features)
+    if entry.is_trl and not single_image and not conversations and not foreign:
         return dataset
 
-    features = _standard_features(layout, dataset.features.get("messages", MESSAGES))
-    if entry.is_trl and not conversations and not inside:  # only the image is in the wrong place
-        features = {name: feature for name, feature in features.items() if feature is not MESSAGES}
-    consumed = {"image", "images", "image_path", *(entry.columns if not entry.is_trl or conversations else ())}
+    consumed = {
+        "image",
+        "images",
+        "image_path",
+        *(entry.columns if not entry.is_trl or conversations or foreign else ()),
+    }
     consumed = {*names, "image"} if inside else consumed
     extras = {name: feature for name, feature in dataset.features.items() if name not in consumed}
-    features = Features({**features, **extras})
 
-    def convert(batch, indices):
-        rows = [dict(zip(batch, values, strict=True)) for values in zip(*batch.values(), strict=True)]
-        read = [
-            dict.fromkeys(features) | {name: row[name] for name in extras} | each
-            for row, index in zip(rows, indices, strict=True)
-            for each in _standard_rows(
-                unwrap_sample(row) if inside else row, index, layout, args, plain=bool(inside) and entry.is_trl
-            )
-        ]
-        return {name: [row[name] for row in read] for name in features}
+    def make(messages, form=None, strict=False):
+        features = _standard_features(layout, messages)
+        if entry.is_trl and not conversations and not foreign:  # only the image is in the wrong place
+            features = {name: feature for name, feature in features.items() if feature is not messages}
+        features = Features({**features, **extras})
 
-    removed = [name for name in names if name not in features]
-    return map_undecoded(
-        dataset,
-        convert,
-        features=features,
-        num_proc=num_proc,
-        desc=f"Reading {layout} rows",
-        remove_columns=removed,
-    )
+        def convert(batch, indices):
+            rows = [dict(zip(batch, values, strict=True)) for values in zip(*batch.values(), strict=True)]
+            read = [
+                dict.fromkeys(features) | {name: row[name] for name in extras} | each
+                for row, index in zip(rows, indices, strict=True)
+                for each in _standard_rows(unwrap_sample(row) if inside else row, index, layout, args, form, strict)
+            ]
+            return {name: [row[name] for row in read] for name in features}
+
+        return map_undecoded(
+            dataset,
+            convert,
+            features=features,
+            num_proc=num_proc,
+            desc=f"Reading {layout} rows",
+            remove_columns=[name for name in names if name not in features],
+        )
+
+    if entry.is_trl and not foreign:  # messages are as they are there
+        return make(dataset.features.get("messages", MESSAGES))
+    return _in_form(lambda form, strict: make(FORMS[form], form, strict), args.streaming)
 
 
 def _with_checked_images(dataset, root, args, num_proc):

@@ -16,9 +16,11 @@ from datasets import (
 
 from llava_mod_hf.data.formats import text_of
 from llava_mod_hf.data.images import map_undecoded
-from llava_mod_hf.data.problems import PROBLEM, without_problems
+from llava_mod_hf.data.problems import PROBLEM
 
 MESSAGES = [{"role": Value("string"), "content": Value("string")}]
+
+PARTS = [{"role": Value("string"), "content": [{"type": Value("string"), "text": Value("string")}]}]
 
 SOURCE = "source_dataset"  # column: the number of a row's data set, whose feature has their names
 
@@ -164,20 +166,46 @@ def first_rows(rows, count):
     return rows.take(count) if isinstance(rows, IterableDataset) else rows.select(range(min(count, len(rows))))
 
 
+class NeedsParts(ValueError):
+    """A row has pictures elsewhere than before its first question, which texts alone cannot say."""
+
+
 def plain_row(row, where):
     """
     A row whose messages are texts, which says the same as one of parts: the images come before the first question.
 
     Raises:
-        ValueError: if images stand elsewhere.
+        NeedsParts: if images stand elsewhere.
     """
-    plain = {name: value for name, value in row.items() if name not in _messages_of(row)}
-    for name, messages in _messages_of(row).items():
-        parts = [part for m in messages if isinstance(m.get("content"), list) for part in m["content"]]
-        if parts and name == "prompt":
-            _check_places(messages, len(row["images"] or []), where)
-        plain[name] = [{"role": m["role"], "content": text_of(m["content"])} for m in messages]
-    return plain
+    messages = [message for turns in _messages_of(row).values() for message in turns]
+    parts = [part for m in messages if isinstance(m["content"], list) for part in m["content"]]
+    if parts and not _lead(messages, parts, row["images"] or []):
+        raise NeedsParts(
+            f"{where} has a picture elsewhere than at the start of its first question, and the first rows of the "
+            "stream have none there: leave out `streaming`, or put such a row among the first hundred."
+        )
+    return {**row, **{name: _with_contents(turns, text_of) for name, turns in _messages_of(row).items()}}
+
+
+def parts_row(row):
+    """A row whose messages are of parts, which says the same as one of texts."""
+    found, images = {}, len(row["images"] or [])
+    for name, turns in _messages_of(row).items():
+        found[name] = _with_contents(turns, _as_parts)
+        first = next((place for place, m in enumerate(turns) if m["role"] == "user"), None)
+        if name == "prompt" and first is not None and isinstance(turns[first]["content"], str):
+            found[name][first]["content"] = [{"type": "image", "text": None}] * images + found[name][first]["content"]
+    return {**row, **found}
+
+
+def _with_contents(messages, read):
+    return [{"role": m["role"], "content": read(m["content"])} for m in messages]
+
+
+def _as_parts(content):
+    if isinstance(content, list):
+        return [{"type": part.get("type"), "text": part.get("text")} for part in content]
+    return [{"type": "text", "text": content or ""}]
 
 
 def _messages_of(row):
@@ -190,20 +218,15 @@ def _messages_of(row):
     }
 
 
-def _check_places(messages, num_images, where):
+def _lead(messages, parts, images):
+    """Whether the images stand at the start of the first question, all of them, and nowhere else."""
     first = next((m for m in messages if m["role"] == "user"), {"content": []})["content"]
     kinds = [part.get("type") for part in first] if isinstance(first, list) else []
-    count = sum(
-        part.get("type") == "image" for m in messages if isinstance(m["content"], list) for part in m["content"]
-    )
-    if count != num_images or kinds[:num_images] != ["image"] * num_images:
-        raise ValueError(
-            f"{where} has {num_images} images and {count} places for them, which are not all at the start of the first "
-            "question: a mixture with rows of plain texts has them nowhere else. Leave the data set out of it."
-        )
+    count = sum(part.get("type") == "image" for part in parts)
+    return count == 0 or (count == len(images) and kinds[: len(images)] == ["image"] * len(images))
 
 
-def in_one_form(datasets, names, columns, *, dropped, bad_rows="error", num_proc=None):
+def in_one_form(datasets, names, columns, *, num_proc=None):
     """
     Data sets of equal columns: what the stage needs, and what all of them have besides.
 
@@ -211,12 +234,10 @@ def in_one_form(datasets, names, columns, *, dropped, bad_rows="error", num_proc
         datasets (`list`): as they were read, with `images` and `columns`.
         names (`list[str]`): for messages.
         columns (`tuple[str]`): what the stage needs.
-        dropped ([`~llava_mod_hf.data.dropped_rows.DroppedRows`]): where left-out rows are written down.
-        bad_rows (`str`, *optional*, defaults to `"error"`): as in `DataArguments`.
         num_proc (`int`, *optional*): processes that convert rows.
 
     Returns:
-        `list`: messages are texts in all of them, if they are not equal already.
+        `list`: messages are of parts in all of them, if they are not equal already.
 
     Raises:
         ValueError: if one has texts where another has messages.
@@ -233,7 +254,7 @@ def in_one_form(datasets, names, columns, *, dropped, bad_rows="error", num_proc
                 "messages, which a chat template turns into text: write both as messages."
             )
         if column != "images":
-            target[column] = Value("string") if all(texts) else Features({column: MESSAGES})[column]
+            target[column] = Value("string") if all(texts) else Features({column: PARTS})[column]
     kept = ["images", "source_row", *needed]
     kept += [
         name
@@ -241,13 +262,10 @@ def in_one_form(datasets, names, columns, *, dropped, bad_rows="error", num_proc
         if name not in kept and all(rows.features[name] == datasets[0].features[name] for rows in datasets)
     ]
     target = {name: target[name] for name in converted}
-    return [
-        _in_form(rows, kept, target, dropped.reading(name), bad_rows, num_proc)
-        for rows, name in zip(datasets, names, strict=True)
-    ]
+    return [_in_form(rows, kept, target, name, num_proc) for rows, name in zip(datasets, names, strict=True)]
 
 
-def _in_form(rows, kept, target, reading, bad_rows, num_proc):
+def _in_form(rows, kept, target, name, num_proc):
     """The columns `kept`, with row numbers; those in `target` with its features."""
     rows = rows.select_columns([column for column in kept if column in rows.column_names])
     numbered = "source_row" in rows.column_names
@@ -255,23 +273,14 @@ def _in_form(rows, kept, target, reading, bad_rows, num_proc):
         rows = rows.add_column("source_row", list(range(len(rows))))
     if numbered and all(rows.features[column] == feature for column, feature in target.items()):
         return rows
-    features = Features({**rows.features, "source_row": Value("int64"), **target, PROBLEM: Value("string")})
-    name = reading.dataset  # which `datasets` hashes, and not what was read of it
+    features = Features({**rows.features, "source_row": Value("int64"), **target})
 
     def convert(batch, indices):
-        batch = {"source_row": indices, **batch, PROBLEM: [None] * len(indices)}
-        for place, number in enumerate(batch["source_row"]):
-            row = {column: batch[column][place] for column in {"images", *target}}
-            try:
-                row = plain_row(row, f"Row {number} of `{name}`")
-            except ValueError as error:
-                if bad_rows == "error":
-                    raise
-                batch[PROBLEM][place] = str(error)
-                row = {"images": [], **dict.fromkeys(target)}
+        batch = {"source_row": indices, **batch}
+        for place in range(len(indices)):
+            row = parts_row({column: batch[column][place] for column in {"images", *target}})
             for column in target:
                 batch[column][place] = row[column]
         return batch
 
-    converted = map_undecoded(rows, convert, features=features, num_proc=num_proc, desc=f"Reading `{name}`")
-    return without_problems(converted, reading)
+    return map_undecoded(rows, convert, features=features, num_proc=num_proc, desc=f"Reading `{name}`")

@@ -10,6 +10,7 @@ from trl import prepare_multimodal_messages
 
 from llava_mod_hf.data.conversations import AnswersCollator
 from llava_mod_hf.data.easy_vqa import most_frequent_answers
+from llava_mod_hf.data.formats import pictures_of
 from llava_mod_hf.data.marks import leave_out_marked
 from llava_mod_hf.evaluation.measures import score
 from llava_mod_hf.losses.divergences import divergence_rows
@@ -111,7 +112,10 @@ def sample_answers(
 
     def collate(rows):
         return processor.apply_chat_template(
-            [prepare_multimodal_messages(row["prompt"], images=row["images"]) for row in rows],
+            [
+                prepare_multimodal_messages(row["prompt"], images=pictures_of(row["prompt"], row["images"]))
+                for row in rows
+            ],
             add_generation_prompt=True,
             tokenize=True,
             return_dict=True,

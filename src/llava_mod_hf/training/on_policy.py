@@ -6,7 +6,7 @@ import torch
 from trl.data_utils import apply_chat_template, is_conversational, prepare_multimodal_messages
 from trl.models.utils import unwrap_model_for_generation
 
-from llava_mod_hf.data.conversations import as_answers, is_whole
+from llava_mod_hf.data.conversations import as_answers, is_whole, one_turn
 from llava_mod_hf.data.formats import each_answer
 from llava_mod_hf.data.marks import marks_of, without_marks
 from llava_mod_hf.teachers.live_teacher import LiveTeacher
@@ -109,7 +109,7 @@ def _one_turn(example):
     if not is_whole(example):
         return example
     turns = each_answer([*example["prompt"], *example["completion"]], len(example["prompt"]))
-    return {**example, **turns[torch.randint(len(turns), ()).item()]}
+    return one_turn(example, turns[torch.randint(len(turns), ()).item()])
 
 
 def prompt_inputs(examples, processor):
