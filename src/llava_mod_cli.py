@@ -69,7 +69,8 @@ def main(argv=None):
     Entry point of `llava-mod`.
 
     Returns:
-        `int`: 0; 2 after bad input, with one sentence on standard error.
+        `int`: 0; 2 after bad input, with one sentence on standard error; 75 of a run that a signal has ended, and that
+        goes on from its checkpoint when it is started again.
     """
     argv = sys.argv[1:] if argv is None else list(argv)
     known = commands()
@@ -94,6 +95,11 @@ def main(argv=None):
             return importlib.import_module(command.module).run(rest)
         options = recipes.parse(command.groups(), rest, prog=f"llava-mod {name}", description=command.summary)
         importlib.import_module(command.module).run(*options)
+    except SystemExit as end:
+        if not hasattr(end, "message"):  # of a run that goes on when it is started again
+            raise
+        sys.stderr.write(f"llava-mod {name}: {end.message}\n")
+        return end.code
     except (ValueError, OSError) as error:
         sys.stderr.write(f"llava-mod {name}: {error}\n")
         return 2

@@ -16,6 +16,7 @@ from llava_mod_hf.teachers.sharded import of_its_own_class
 from llava_mod_hf.training.checkpoints import STATE_FILE, chosen_checkpoint
 from llava_mod_hf.training.finite_steps import FiniteSteps
 from llava_mod_hf.training.hub_pushes import UNFINISHED, push_model
+from llava_mod_hf.training.interruption import Interruption
 from llava_mod_hf.training.rows_read import CountsRows
 from llava_mod_hf.training.run_recipe import Recipe, check_same_recipe, resolved_options, write_processes, write_recipe
 
@@ -41,6 +42,7 @@ class SafeRun(CountsRows):
     - a run stops at the step whose loss or weights are not finite, and writes nothing of it;
     - `train` takes up whole checkpoints alone, of the same recipe, and takes no step more than there are; a stream that
       ends before begins anew, so that it goes on with the right row there too;
+    - SIGTERM and SIGUSR1 end it with a checkpoint ([`~llava_mod_hf.training.interruption.Interruption`]);
     - of a mixture, the rows that were read of each data set are counted
       ([`~llava_mod_hf.training.rows_read.CountsRows`]);
     - no file that it writes contains the Hub token, and what it pushes is the model alone, without a path of this
@@ -67,6 +69,8 @@ class SafeRun(CountsRows):
         self._finite_steps = FiniteSteps(self)
         self.add_callback(self._finite_steps)
         self.add_callback(EndAtLastStep)
+        self._interruption = Interruption(self)
+        self.add_callback(self._interruption)
 
     def train(self, resume_from_checkpoint=None, *args, **kwargs):
         """
@@ -77,6 +81,7 @@ class SafeRun(CountsRows):
                 [`~llava_mod_hf.training.checkpoints.chosen_checkpoint`], by default what `args` say, or from the start.
 
         Raises:
+            RunInterrupted: if a signal ended it.
             ValueError: if the checkpoint is missing, damaged or of another recipe, the run stops being finite, or no
                 evaluation gives the `metric_for_best_model`.
         """
@@ -86,7 +91,10 @@ class SafeRun(CountsRows):
         if checkpoint is not None:
             check_same_recipe(checkpoint, self.recipe)
         try:
-            return super().train(checkpoint or False, *args, **kwargs)
+            with self._interruption.listening():
+                output = super().train(checkpoint or False, *args, **kwargs)
+            self._interruption.end()
+            return output
         except AllStepsTaken:
             if self.args.load_best_model_at_end and self.state.best_model_checkpoint is not None:
                 self._load_best_model()

@@ -35,7 +35,7 @@ READ_BY_PARENT = {
     "trackio_space_id trackio_bucket_id trackio_static_space_id skip_memory_metrics debug",
     "evaluation": "eval_strategy eval_steps eval_delay prediction_loss_only eval_on_start eval_do_concat_batches "
     "eval_use_gather_object eval_accumulation_steps include_for_metrics batch_eval_metrics do_eval",
-    "saving": "save_only_model save_strategy save_steps save_on_each_node save_total_limit enable_jit_checkpoint "
+    "saving": "save_only_model save_strategy save_steps save_on_each_node save_total_limit "
     "load_best_model_at_end metric_for_best_model greater_is_better",
     "Hub": "push_to_hub hub_token hub_private_repo hub_model_id hub_strategy hub_always_push hub_revision",
     "reproducibility": "full_determinism",
@@ -90,6 +90,7 @@ REFUSED = (
      "the loss is computed around the model's forward pass, so nothing would be compiled"),
     (ALL, "use_liger_kernel liger_kernel_config", "Liger has no kernels for these models"),
     (ALL, "use_cache", "no step uses a cache, and what is saved has the language model's `use_cache`"),
+    (ALL, "enable_jit_checkpoint", "every run saves a checkpoint at SIGTERM and SIGUSR1, after the step"),
     (ALL, "label_names", "the trainer knows the names of its labels"),
     (ALL, "length_column_name", "lengths are in the column that `fit_rows` writes"),
     (ALL, "do_train do_predict", "the trainer's methods are called by name, and a stage always trains"),
