@@ -81,6 +81,14 @@ wheel-check:
 	cd $(WHEEL) && clean/bin/llava-mod --help && \
 	  clean/bin/llava-mod quickstart --output-dir $(WHEEL)/quickstart --max-minutes $(MINUTES)
 
+# A recipe of a published student from `check` to `publish`, at its real sizes but few layers, on rows made here.
+RECIPE ?= qwen2-0.5b
+
+.PHONY: rehearsal
+rehearsal: OUT = runs/rehearsal
+rehearsal: setup
+	PYTHONPATH=tests $(BIN)/python -m helpers.rehearsal --recipe $(RECIPE) --out $(OUT)
+
 # What the tests check on a CPU, on one GPU; `GPU_CHECK='--device cpu'` tries it without.
 .PHONY: gpu-check
 gpu-check: OUT = runs/gpu-check

@@ -2,6 +2,7 @@
 
 import json
 import runpy
+import time
 from pathlib import Path
 
 import pytest
@@ -46,8 +47,15 @@ def test_what_fails_does_not_stop_the_rest(script, tmp_path, capsys):
     assert "3 failed" in capsys.readouterr().out
 
 
-def test_no_case_is_begun_without_time(script, tmp_path):
-    argv = ["--device", "cpu", "--only", "preference_losses", "--minutes", "0", "--out", str(tmp_path)]
+def test_it_ends_when_its_time_is_over_in_the_middle_of_a_case_too(script, tmp_path):
+    script["CHECKS"]["attention"] = lambda device: {
+        "in time": lambda: {"error": (0.0, 0.1)},
+        "too long": lambda: time.sleep(30),
+        "not begun": lambda: time.sleep(30),
+    }.items()
+    argv = ["--device", "cpu", "--only", "attention", "--minutes", "0.02", "--out", str(tmp_path)]
+    began = time.perf_counter()
     assert script["main"](argv) == 0
+    assert time.perf_counter() - began < 10
     rows = json.loads((tmp_path / "gpu_check.json").read_text())["rows"]
-    assert rows and all(row["passed"] is None and row["measured"] == "no time left" for row in rows)
+    assert [(row["passed"], row["measured"]) for row in rows] == [(True, 0.0), *[(None, "no time left")] * 2]

@@ -5,9 +5,11 @@ from collections import Counter
 import pytest
 import torch
 from datasets import Dataset, Features, Image, List
-from transformers import LlavaConfig, LlavaForConditionalGeneration
+from transformers import AutoModelForImageTextToText, LlavaConfig, LlavaForConditionalGeneration
 
 from helpers.models import extend, prompt_inputs, sharpen
+from helpers.published_models import ONEVISION, QWEN3_VL, published_config
+from helpers.real_shapes import shallow
 from llava_mod_hf.data import easy_vqa
 from llava_mod_hf.evaluation import answers as answers_module
 from llava_mod_hf.evaluation.answers import (
@@ -305,3 +307,13 @@ def test_a_measure_of_somebody_else(monkeypatch):
     assert (scores["brevity"], scores["exact_match"], scores["hallucination_rate"]) == (0.5, 1.0, None)
     with pytest.raises(ValueError, match="There is a measure `other`, or one of brevity, already"):
         register_measure("other", Measure(Brevity, ("predictions",), ("brevity",)))
+
+
+@pytest.mark.parametrize("name", [ONEVISION, QWEN3_VL])
+def test_the_parameters_of_a_published_teacher_are_counted(name):
+    with torch.device("meta"):
+        teacher = AutoModelForImageTextToText.from_config(shallow(published_config(name), 1))
+    total = sum(parameter.numel() for parameter in teacher.parameters())
+    assert count_parameters(teacher) == (total, total)
+    vision = teacher.base_model.visual if name == QWEN3_VL else teacher.base_model.vision_tower
+    assert student_parameters(teacher).total == total - sum(parameter.numel() for parameter in vision.parameters())

@@ -15,6 +15,7 @@ from llava_mod_hf.evaluation.expert_load import expert_load
 from llava_mod_hf.evaluation.questions import KIND, with_questions
 from llava_mod_hf.loading import load_model_and_processor
 from llava_mod_hf.publishing.provenance import RESULTS_FILE
+from llava_mod_hf.teachers.divergence import kl_to_live_teacher
 from llava_mod_hf.training.run_folder import write_json
 
 OPTIONS = ("data.arguments:DataArguments", "commands.evaluate:EvaluateCommand")
@@ -92,13 +93,14 @@ def run(data_args: DataArguments, args: EvaluateCommand):
     training = with_questions(load_rows(all_rows, **options).remove_columns("images"))
     model, processor = args.load(args.model, args.dtype)
     rows = unmarked(rows, processor, data_args, dropped, NEEDED)
-    teacher = teacher_results = None
+    teacher_results = divergence = None
     if args.teacher:
         teacher, teacher_processor = args.load(args.teacher, args.teacher_dtype)
         rows = unmarked(rows, teacher_processor, data_args, dropped, NEEDED)
         teacher_results = evaluate_model(teacher, teacher_processor, rows, batch_size=args.batch_size)
+        divergence = kl_to_live_teacher(model, processor, teacher, teacher_processor, rows, batch_size=args.batch_size)
     results = {
-        "student": evaluate_model(model, processor, rows, teacher=teacher, batch_size=args.batch_size),
+        "student": {**evaluate_model(model, processor, rows, batch_size=args.batch_size), "kl_to_teacher": divergence},
         "teacher": teacher_results,
         "blind": evaluate_blind(training, rows),
         "dataset": data_args.dataset_name,

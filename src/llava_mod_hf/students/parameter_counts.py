@@ -37,7 +37,7 @@ def parameter_parts(model):
     Parameters of a student or a stock LLaVA by part, tied weights once; a model on the meta device will do.
 
     Args:
-        model (`PreTrainedModel`): a LLaVA of this package or of transformers.
+        model (`PreTrainedModel`): a LLaVA of this package or of transformers, or another vision-language model.
 
     Returns:
         `dict[str, Count]`: `vision`, `adaptor`, `embeddings`, `attention`, `ffn` (dense FFNs, also those kept beside
@@ -47,8 +47,8 @@ def parameter_parts(model):
     llava = model.base_model
     language_model = llava.language_model
     groups = [
-        ("vision", llava.vision_tower.parameters()),
-        ("adaptor", llava.multi_modal_projector.parameters()),
+        ("vision", _parameters(llava, "vision_tower", "visual")),  # a teacher may be Qwen-VL, whose adaptor is inside
+        ("adaptor", _parameters(llava, "multi_modal_projector")),
         ("embeddings", language_model.get_input_embeddings().parameters()),
         *(group for layer in getattr(language_model, "layers", []) for group in _parts_of_layer(layer)),
         ("norms", language_model.parameters()),
@@ -65,6 +65,12 @@ def parameter_parts(model):
                     unused = text_config.num_experts - text_config.num_experts_per_tok
                     idle[part] += parameter.numel() // text_config.num_experts * unused
     return {part: Count(totals[part], totals[part] - idle[part]) for part in PARTS}
+
+
+def _parameters(model, *names):
+    """Parameters of the first part that a model has, none without any."""
+    part = next((getattr(model, name) for name in names if hasattr(model, name)), None)
+    return [] if part is None else part.parameters()
 
 
 def _sum(counts):
