@@ -33,7 +33,7 @@ from llava_mod_hf.losses.rows import TopKRows, shift_for_next_token
 from llava_mod_hf.model.moe_llava_mod import router_losses
 from llava_mod_hf.students.build import build_student
 from llava_mod_hf.students.upcycling import upcycle
-from llava_mod_hf.teachers.answer_cache import top_k_log_probs
+from llava_mod_hf.teachers.kept_answers import top_k_log_probs
 from llava_mod_hf.training.trainable import set_trainable
 
 TEACHER = "embedded:tiny-teacher"

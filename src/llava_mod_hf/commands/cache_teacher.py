@@ -24,7 +24,8 @@ from llava_mod_hf.losses.rows import shift_for_next_token
 from llava_mod_hf.publishing.public_names import PublicNames, last_part
 from llava_mod_hf.publishing.push import push_dataset
 from llava_mod_hf.recipes import packaged
-from llava_mod_hf.teachers.answer_cache import cache_features, cached_rows, mimic_settings, top_k_log_probs
+from llava_mod_hf.teachers.answer_cache import mimic_settings
+from llava_mod_hf.teachers.kept_answers import MOST_SAMPLES, Sample, TopK
 from llava_mod_hf.teachers.live_teacher import LiveTeacher
 from llava_mod_hf.training.mimic_config import MimicConfig
 
@@ -77,19 +78,36 @@ class CacheCommand(ShardArguments):
     [`ShardArguments`], and what is kept of the answers.
 
     Args:
-        top_k (`int`, *optional*, defaults to 32): tokens kept of each distribution; the rest is one number.
-        log_probs_dtype (`str`, *optional*, defaults to `"float16"`): of the log-probabilities, or `"float32"`.
+        top_k (`int`, *optional*): tokens kept of each distribution, the most likely; 32 without `num_samples`.
+        log_probs_dtype (`str`, *optional*): of their log-probabilities, `"float16"` (without it) or `"float32"`.
+        num_samples (`int`, *optional*):
+            Tokens drawn of each distribution, in place of `top_k`: the gradient is right in the mean. The source of the
+            method has 50 (arXiv 2503.16870).
     """
 
-    top_k: int = 32
-    log_probs_dtype: str = "float16"
+    top_k: int | None = None
+    log_probs_dtype: str | None = None
+    num_samples: int | None = None
 
     def __post_init__(self):
         super().__post_init__()
-        if self.top_k < 1:
+        if self.top_k is not None and self.top_k < 1:
             raise ValueError(f"`top_k` is {self.top_k}: give at least 1.")
-        if self.log_probs_dtype not in ("float16", "float32"):
+        if self.log_probs_dtype not in (None, "float16", "float32"):
             raise ValueError(f"`log_probs_dtype` is {self.log_probs_dtype!r}: give float16 or float32.")
+        if self.num_samples is None:
+            return
+        if not 1 <= self.num_samples <= MOST_SAMPLES:
+            raise ValueError(f"`num_samples` is {self.num_samples}: give 1 to {MOST_SAMPLES}.")
+        for name in ("top_k", "log_probs_dtype"):
+            if getattr(self, name) is not None:
+                raise ValueError(f"`{name}` is of the most likely tokens, and `num_samples` draws them: leave one out.")
+
+    def kept(self, vocabulary, seed):
+        """[`~llava_mod_hf.teachers.kept_answers.TopK`], or `Sample`, of distributions over so many tokens."""
+        if self.num_samples is not None:
+            return Sample(self.num_samples, vocabulary, seed)
+        return TopK(self.top_k or 32, vocabulary, self.log_probs_dtype or "float16")
 
 
 def response_collator(processor, args, columns):
@@ -114,12 +132,11 @@ class TeacherWriter:
         teacher ([`~llava_mod_hf.teachers.live_teacher.LiveTeacher`]), collator: as the trainer has them.
         rows (`datasets.Dataset`): of the recipe.
         args ([`MimicConfig`]): temperature, batch size, precision.
-        features (`datasets.Features`): of the cache.
+        kept ([`~llava_mod_hf.teachers.kept_answers.TopK`] or `Sample`): what is kept of each distribution.
     """
 
-    def __init__(self, teacher, collator, rows, args, features):
-        self.teacher, self.collator, self.rows, self.args, self.features = teacher, collator, rows, args, features
-        self.top_k = features["token_ids"].feature.length
+    def __init__(self, teacher, collator, rows, args, kept):
+        self.teacher, self.collator, self.rows, self.args, self.kept = teacher, collator, rows, args, kept
 
     def _collate(self, numbers):
         examples = [self.rows[number] for number in numbers]
@@ -143,13 +160,12 @@ class TeacherWriter:
         ):
             batch, own = ({k: v.to(device) for k, v in part.items()} for part in (batch, own))
             labels = batch.pop("labels")
-            with torch.autocast(device.type, precision, enabled=args.bf16 or args.fp16):
-                answer = self.teacher.rows(batch, own, labels)
-                index, log_probs = top_k_log_probs(answer, self.top_k, args.temperature)
             keep, _ = shift_for_next_token(labels)
             flags = own["aligned"] if own else keep
             aligned = [flags[row][keep[row]].cpu() for row in range(len(keep))]
-            found.append(cached_rows(keys, places, aligned, index.cpu(), log_probs.cpu(), self.features))
+            with torch.autocast(device.type, precision, enabled=args.bf16 or args.fp16):
+                answer = self.teacher.rows(batch, own, labels)
+                found.append(self.kept.rows(keys, places, aligned, answer, args.temperature))
         return concatenate_datasets(found)
 
 
@@ -176,17 +192,13 @@ def run(
     examples = [rows[number] for number in range(min(16, len(rows)))]
     unaligned = teacher.check_alignment(examples, collator([dict(example) for example in examples]))
 
-    vocabulary = len(teacher.head.weight)
-    top_k = min(cache_args.top_k, vocabulary)
+    kept = cache_args.kept(len(teacher.head.weight), args.seed)
     settings = {
         **mimic_settings(args, processor, rows.column_names),
         **settings_of_teacher(distill_args, args.trust_remote_code),
-        "vocabulary": vocabulary,
-        "top_k": top_k,
-        "log_probs": cache_args.log_probs_dtype,
+        **kept.settings(),
     }
-    features = cache_features(top_k, vocabulary, cache_args.log_probs_dtype)
-    make = TeacherWriter(teacher, collator, rows, args, features)
+    make = TeacherWriter(teacher, collator, rows, args, kept)
     logger.warning("Nothing is said of %.1f %% of sampled tokens.", 100 * unaligned)
     return write_cache(data_args, distill_args, cache_args, len(rows), settings, make)
 

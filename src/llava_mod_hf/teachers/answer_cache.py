@@ -1,13 +1,8 @@
-"""A teacher's answers on disk: what determines them, and how they are written."""
+"""A teacher's answers on disk: what determines them."""
 
 from pathlib import Path
 
-import numpy as np
-import pyarrow as pa
-import torch
-from datasets import Dataset, Features, List, Value
 from huggingface_hub import snapshot_download
-from torch.nn import functional as F
 from transformers import AutoConfig, AutoProcessor
 
 from llava_mod_hf.data.conversations import supervises_answers
@@ -18,8 +13,6 @@ from llava_mod_hf.teachers.response_alignment import ALIGNMENT_VERSION
 
 # of a model's config, what has no influence on its logits or is an option of its own
 VOLATILE = {"_name_or_path", "architectures", "auto_map", "dtype", "torch_dtype", "transformers_version", "use_cache"}
-
-ROWS_AT_ONCE = 512  # of logits
 
 
 def _local(name):
@@ -133,63 +126,3 @@ def compare_settings(folder, found, expected):
                 f"The cache `{folder}` was made with another `{name}`: {found.get(name)!r} there, {value!r} here. Take "
                 "what it was made with, or make another cache."
             )
-
-
-def top_k_log_probs(rows, k, temperature):
-    """
-    The k most likely tokens of each row and their log-probabilities, of softmax(logits / T).
-
-    Args:
-        rows ([`~llava_mod_hf.losses.rows.ProjectedRows`]): what a live teacher says.
-        k (`int`): at most the vocabulary.
-        temperature (`float`): T.
-
-    Returns:
-        `tuple[torch.LongTensor, torch.FloatTensor]`: `(rows, k)` each, the most likely first.
-    """
-    head, found = rows.head, []
-    for hidden in rows.hidden.split(ROWS_AT_ONCE):
-        logits = head.finish(F.linear(hidden, head.weight, head.bias))
-        found.append(F.log_softmax(logits / temperature, dim=-1).topk(min(k, logits.shape[-1])))
-    if not found:
-        return rows.hidden.new_zeros((0, k), dtype=torch.long), rows.hidden.new_zeros((0, k))
-    return torch.cat([part.indices for part in found]), torch.cat([part.values for part in found])
-
-
-def cache_features(k, vocab_size, dtype):
-    """Columns of a cache: `k` numbers per aligned response token, ids as small as the vocabulary allows."""
-    token = Value("uint16" if vocab_size <= 2**16 else "uint32")
-    return Features(
-        {
-            "key": Value("string"),
-            "row": Value("int64"),
-            "aligned": List(Value("bool")),
-            "token_ids": List(List(token, length=k)),
-            "log_probs": List(List(Value(dtype), length=k)),
-        }
-    )
-
-
-def cached_rows(keys, numbers, aligned, index, log_probs, features):
-    """
-    Rows of a cache.
-
-    Args:
-        keys (`list[str]`), numbers (`list[int]`): of the rows.
-        aligned (`list[torch.BoolTensor]`): per row, for each response token whether the teacher speaks about it.
-        index, log_probs (`torch.Tensor` of shape `(aligned tokens, k)`): of all the rows, in order.
-        features (`datasets.Features`): as [`cache_features`] makes them.
-
-    Returns:
-        `datasets.Dataset`.
-    """
-    schema = features.arrow_schema
-    offsets = pa.array(np.cumsum([0, *(int(row.sum()) for row in aligned)]), pa.int32())
-    columns = [pa.array(keys), pa.array(numbers, pa.int64()), pa.array([row.tolist() for row in aligned])]
-    for name, values in (("token_ids", index), ("log_probs", log_probs)):
-        kind = schema.field(name).type
-        flat = pa.array(values.reshape(-1).numpy().astype(kind.value_type.value_type.to_pandas_dtype()))
-        inner = pa.FixedSizeListArray.from_arrays(flat, values.shape[-1])
-        columns.append(pa.ListArray.from_arrays(offsets, inner))
-    table = pa.table(dict(zip(schema.names, columns, strict=True))).cast(schema)
-    return Dataset(table)

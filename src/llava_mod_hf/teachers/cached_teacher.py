@@ -1,11 +1,11 @@
 """A teacher whose answers were written before."""
 
-import numpy as np
 import torch
 
 from llava_mod_hf.losses.rows import TopKRows, shift_for_next_token
 from llava_mod_hf.teachers.answer_cache import mimic_settings
 from llava_mod_hf.teachers.cached_rows import CachedRows
+from llava_mod_hf.teachers.kept_answers import kept_by
 
 
 class CachedTeacher:
@@ -29,6 +29,7 @@ class CachedTeacher:
         self._cache = CachedRows(folder, command="llava-mod cache-teacher", expected=expected)
         self.settings = self._cache.settings
         self.shared_vocab_size = self.settings.get("vocabulary")
+        self._kept = kept_by(self.settings)
 
     def check_run(self, args, processor, rows):
         """As [`~llava_mod_hf.teachers.protocol.Teacher.check_run`]: the same settings, and all of the rows."""
@@ -58,11 +59,8 @@ class CachedTeacher:
                     f"reads {keep[row].sum()}: take the `max_length` that the cache was made with."
                 )
             aligned[row, keep[row]] = torch.tensor(flags, dtype=torch.bool)
-        values = {}
-        for name, dtype in (("token_ids", np.int32), ("log_probs", None)):
-            flat = table[name].combine_chunks().flatten().flatten().to_numpy(zero_copy_only=False)
-            values[name] = torch.from_numpy(flat.astype(dtype or flat.dtype).reshape(-1, self.settings["top_k"]))
-        return {"index": values["token_ids"], "log_probs": values["log_probs"], "aligned": aligned}
+        index, log_probs = self._kept.read(table)
+        return {"index": index, "log_probs": log_probs, "aligned": aligned}
 
     def check_alignment(self, examples, batch):
         """Share of the response tokens of a sample that the cache says nothing about; refuses what [`collate`] does."""
