@@ -75,7 +75,7 @@ def test_data_is_written_where_the_recipe_reads_it(recipe, tmp_path, monkeypatch
         args = DataArguments(**{name: values[name] for name in names if name in values})
         columns = ("prompt", "chosen", "rejected") if stage == "4_prefer" else ("prompt", "completion")
         rows = load_rows(args, columns=columns)
-        assert len(rows) == 6 * len(values.get("datasets") or [None])
+        assert len(rows) == (3 if stage == "4_prefer" else 6 * len(values.get("datasets") or [None]))
         pictures = {len(images) for images in rows["images"]}
         assert pictures == (
             {1} if stage in ("1_adapt", "4_prefer") else {0, 1, 2} if args.datasets and "2_" in stage else {0, 1}

@@ -73,7 +73,7 @@ def write_data(recipe, folder, *, rows=6):
             if path.endswith((".json", ".jsonl")):
                 write_conversations(folder / path, folder / images, rows)
             else:
-                write_pairs(folder / path, rows)
+                write_pairs(folder / path, rows // 2)  # a reference reads each twice
     for name in ("test.json", "seen.json"):  # what is measured on, and where its blind baseline learns
         write_conversations(folder / "data" / name, folder / "data" / "test", 2)
 

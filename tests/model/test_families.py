@@ -227,6 +227,17 @@ def test_a_head_that_is_not_known_is_refused(model_type, message):
         family_head(CONFIG_MAPPING[model_type](hidden_size=32))
 
 
+def test_a_head_is_read_without_a_warning_of_tokens(monkeypatch):
+    """Those of a large vocabulary, which the few of the family's model that is asked do not have."""
+    warned = []
+    monkeypatch.setattr("transformers.configuration_utils.logger.warning", lambda text, *args: warned.append(text))
+    monkeypatch.setattr("transformers.configuration_utils.logger.warning_once", lambda text, *args: warned.append(text))
+    tokens = {"bos_token_id": 151643, "eos_token_id": 151645, "pad_token_id": 151643}
+    head = family_head(CONFIG_MAPPING["qwen2"](hidden_size=32, num_attention_heads=2, vocab_size=151936, **tokens))
+    assert head.weight.shape == (151936, 32)
+    assert [text for text in warned if "token_id" in text] == []
+
+
 def test_an_ffn_that_does_more_than_its_parts_is_refused():
     dense = make_dense("llama")
     mlp = dense.model.language_model.layers[0].mlp

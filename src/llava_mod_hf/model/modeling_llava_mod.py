@@ -151,7 +151,8 @@ def family_head(text_config):
         )
     causal_class = MODEL_FOR_CAUSAL_LM_MAPPING[type(text_config)]
     # a new config: implementations of attention and experts were chosen for the whole student
-    small = {"num_hidden_layers": 0, "layer_types": [], "vocab_size": 8, "pad_token_id": None}
+    no_tokens = dict.fromkeys(("pad_token_id", "bos_token_id", "eos_token_id"))  # which are not among so few
+    small = {"num_hidden_layers": 0, "layer_types": [], "vocab_size": 8, **no_tokens}
     try:
         config = type(text_config).from_dict({**text_config.to_dict(), **small})
         with torch.random.fork_rng(devices=[]), torch.device("cpu"):
