@@ -186,6 +186,11 @@ def test_images_whose_tokens_depend_on_their_size_are_counted_by_their_headers(p
         def __call__(self, images, text, **kwargs):
             return {"input_ids": [[0] * (images[0].width // 10 + images[0].height // 10)]}
 
+    class ByWidth(BySize):
+        def __call__(self, images, text, **kwargs):
+            width, height = images[0].size
+            return {"input_ids": [[0] * (width // 10 if (width, height) != (64, 192) else 99)]}
+
     count = image_token_counter(BySize())
     for size, expected in (((50, 20), 7), ((30, 90), 12)):
         path = tmp_path / f"{expected}.png"

@@ -8,8 +8,10 @@ import zlib
 from pathlib import Path
 
 from datasets import Features, Image, IterableDataset, List
+from PIL import ExifTags, UnidentifiedImageError
 from PIL import Image as PILImage
-from PIL import UnidentifiedImageError
+
+TURNED = (5, 6, 7, 8)  # EXIF orientations whose width is the file's height
 
 DEEP_MODES = ("I", "F")
 
@@ -131,6 +133,13 @@ def _png_lacks_rows(file):
 def open_image(image):
     """An undecoded image `{"bytes", "path"}` as a PIL image, not yet read."""
     return PILImage.open(image["path"] if image["bytes"] is None else io.BytesIO(image["bytes"]))
+
+
+def shown_size(image):
+    """`(width, height)` of an undecoded image as it is shown, and decoded: turned as its EXIF orientation says."""
+    with open_image(image) as opened:
+        turned = opened.getexif().get(ExifTags.Base.Orientation) in TURNED
+        return opened.size[::-1] if turned else opened.size
 
 
 def check_image(file, where, *, whole=True):
