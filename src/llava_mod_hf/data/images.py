@@ -102,10 +102,16 @@ def resolve_image(image, root, where, *, whole=True):
     try:
         path = (root / image["path"]).resolve()
     except (RuntimeError, OSError) as error:
-        raise ValueError(f"{where}: image `{image['path']}` is a link to itself ({error}): mend it.") from error
+        raise ValueError(f"{where}: image `{image['path']:.200}` is a link to itself ({error}): mend it.") from error
+    except ValueError as error:  # a null character
+        raise ValueError(f"{where}: image {image['path']!r:.200} is no name of a file ({error}): mend it.") from error
     if not path.is_relative_to(root):
         raise ValueError(f"{where}: image `{path}` lies outside the image folder `{root}`.")
-    if not path.is_file():
+    try:
+        is_file = path.is_file()
+    except OSError as error:
+        raise ValueError(f"{where}: image `{image['path']:.200}` cannot be looked at ({error.strerror}).") from error
+    if not is_file:
         raise ValueError(f"{where}: image `{path}` does not exist.")
     check_image(path, f"{where}: `{path}`", whole=whole)
     return {"bytes": None, "path": str(path)}
