@@ -4,11 +4,14 @@ import json
 
 import pytest
 import torch
+from datasets import Dataset
+from PIL import Image
 
 from helpers.own_data import write_own_data
 from llava_mod_cli import main
 from llava_mod_hf.commands import evaluate as evaluate_module
 from llava_mod_hf.data.scene_rows import DATASET, load
+from llava_mod_hf.evaluation import answers
 from llava_mod_hf.evaluation.answers import evaluate_blind
 
 ROWS = 30
@@ -83,3 +86,42 @@ def test_where_and_in_what_precision_is_chosen(folders, tmp_path, own, monkeypat
     assert loaded[2] == (folders["student"], torch.bfloat16)
     assert main([*argv, "--device", "xpu:7"]) == 2
     assert "cannot be put on the device `xpu:7`" in capsys.readouterr().err
+
+
+def conversations(tmp_path, count=6):
+    """Rows of LLaVA's JSON, of two answers each."""
+    Image.new("RGB", (16, 16), "red").save(tmp_path / "a.png")
+    turns = [("human", "<image>\nwhat is it?"), ("gpt", "red"), ("human", "sure?"), ("gpt", "yes")]
+    said = [{"from": who, "value": text} for who, text in turns]
+    return [{"id": number, "image": "a.png", "conversations": said} for number in range(count)]
+
+
+@pytest.mark.parametrize("kind", ["file", "folder"])
+@pytest.mark.parametrize("multi_turn", ["whole", "expand"])
+def test_llavas_json_is_measured_by_its_questions(folders, tmp_path, monkeypatch, kind, multi_turn):
+    monkeypatch.setattr(answers, "generate_answers", lambda model, processor, rows, **_: ["Red."] * len(rows))
+    rows, path = conversations(tmp_path), tmp_path / "rows.json"
+    path.write_text(json.dumps(rows))
+    if kind == "folder":
+        path = tmp_path / "folder"
+        path.mkdir()
+        for split in ("train", "test"):
+            Dataset.from_list(rows).to_parquet(path / f"{split}-00000.parquet")
+    (tmp_path / "train.json").write_text(json.dumps(rows))
+    train = [] if kind == "folder" else ["--train_dataset_name", str(tmp_path / "train.json")]
+    argv = ["evaluate", "--model", folders["student"], "--teacher", folders["teacher"], "--dataset_name", str(path)]
+    argv += ["--image_folder", str(tmp_path), "--multi_turn", multi_turn, "--output_file", str(tmp_path / "out.json")]
+    assert main([*argv, *train]) == 0
+    results = json.loads((tmp_path / "out.json").read_text())
+    assert results["num_questions"] == (6 if multi_turn == "whole" else 12)
+    assert results["student"]["exact_match"] == (1.0 if multi_turn == "whole" else 0.5)
+    assert results["blind"]["exact_match"] == 1.0 and results["student"]["kl_to_teacher"] > 0
+
+
+def test_prompts_that_are_texts_are_refused(folders, tmp_path, capsys):
+    row = {"images": [], "prompt": "what?", "completion": "red"}
+    for name in ("rows.jsonl", "train.jsonl"):
+        (tmp_path / name).write_text(json.dumps(row) + "\n")
+    argv = ["--dataset_name", str(tmp_path / "rows.jsonl"), "--train_dataset_name", str(tmp_path / "train.jsonl")]
+    assert main(["evaluate", "--model", folders["student"], *argv, "--output_file", str(tmp_path / "out.json")]) == 2
+    assert "The prompts are texts, and a model is asked by its chat template" in capsys.readouterr().err

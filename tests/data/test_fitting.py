@@ -5,7 +5,7 @@ import logging
 import pytest
 from datasets import Dataset, Features, List, Value
 from datasets import Image as ImageFeature
-from PIL import Image
+from PIL import ExifTags, Image, ImageOps
 from trl.trainer.dpo_trainer import DataCollatorForVisionPreference
 from trl.trainer.sft_trainer import DataCollatorForVisionLanguageModeling
 
@@ -186,6 +186,11 @@ def test_images_whose_tokens_depend_on_their_size_are_counted_by_their_headers(p
         def __call__(self, images, text, **kwargs):
             return {"input_ids": [[0] * (images[0].width // 10 + images[0].height // 10)]}
 
+    class ByWidth(BySize):
+        def __call__(self, images, text, **kwargs):
+            width, height = images[0].size
+            return {"input_ids": [[0] * (width // 10 if (width, height) != (64, 192) else 99)]}
+
     count = image_token_counter(BySize())
     for size, expected in (((50, 20), 7), ((30, 90), 12)):
         path = tmp_path / f"{expected}.png"
@@ -193,6 +198,21 @@ def test_images_whose_tokens_depend_on_their_size_are_counted_by_their_headers(p
         assert count({"bytes": None, "path": str(path)}) == expected
         assert count({"bytes": path.read_bytes(), "path": None}) == expected
     assert image_token_counter(processor)({"bytes": None, "path": "nowhere.png"}) == 16
+
+
+def test_a_picture_that_exif_turns_has_the_tokens_of_the_one_that_is_shown(tmp_path):
+    class ByWidth:
+        image_token = "<image>"
+
+        def __call__(self, images, text, **kwargs):
+            return {"input_ids": [[0] * (images[0].width + 2 * images[0].height)]}
+
+    count, exif = image_token_counter(ByWidth()), Image.Exif()
+    for orientation in range(1, 9):
+        exif[ExifTags.Base.Orientation] = orientation
+        Image.new("RGB", (50, 20)).save(tmp_path / "turned.jpg", exif=exif)
+        shown = ImageOps.exif_transpose(Image.open(tmp_path / "turned.jpg"))
+        assert count({"bytes": None, "path": str(tmp_path / "turned.jpg")}) == shown.width + 2 * shown.height
 
 
 def test_a_picture_of_a_later_question_may_not_be_cut_either(processor):

@@ -13,7 +13,7 @@ from trl.chat_template_utils import get_training_chat_template, has_generation_m
 from llava_mod_hf.data.conversations import as_answers, check_assistant_only, conversation_texts, expand_conversations
 from llava_mod_hf.data.dropped_rows import MALFORMED, DroppedRows
 from llava_mod_hf.data.formats import check_answer, check_pair
-from llava_mod_hf.data.images import filter_undecoded, map_undecoded, open_image
+from llava_mod_hf.data.images import filter_undecoded, map_undecoded, shown_size
 from llava_mod_hf.data.marks import check_marks, marks_of
 from llava_mod_hf.data.mixture import SOURCE, Readings, row_name, source_names
 
@@ -265,8 +265,7 @@ def image_token_counter(processor):
         return functools.partial(_constant, count((64, 64)))
 
     def of_image(image):
-        with open_image(image) as opened:
-            return count(opened.size)
+        return count(shown_size(image))
 
     return of_image
 

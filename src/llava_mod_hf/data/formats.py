@@ -5,9 +5,18 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
-from llava_mod_hf.data.turns import IMAGE_PLACEHOLDER, is_turn, llava_messages, llava_prompt, turn_message
+from llava_mod_hf.data.turns import (
+    IMAGE_PLACEHOLDER,
+    check_unicode,
+    is_turn,
+    llava_messages,
+    llava_prompt,
+    turn_message,
+)
 
 CHUNK = 1 << 20  # characters of a JSON file that are read at a time
+
+IMAGES = ("images", "image", "image_path")  # columns, the first that a row has
 
 # of an image folder's metadata → where `image_references` looks
 IMAGE_FOLDER_COLUMNS = {"file_name": "image", "file_names": "images"}
@@ -146,12 +155,13 @@ def image_references(row, where):
     Returns:
         `list[dict]`: `{"bytes": bytes or None, "path": str or None}` each.
     """
-    found = next((row[name] for name in ("images", "image", "image_path") if row.get(name) is not None), [])
+    found = next((row[name] for name in IMAGES if row.get(name) is not None), [])
     references = []
     for image in found if isinstance(found, list) else [found]:
         image = {"path": image} if isinstance(image, str) else {"bytes": image} if isinstance(image, bytes) else image
         image = {"bytes": image.get("bytes"), "path": image.get("path")} if isinstance(image, dict) else {}
-        if not any(image.values()):
+        right = isinstance(image.get("bytes"), bytes | None) and isinstance(image.get("path"), str | None)
+        if not right or not any(image.values()):
             raise ValueError(f"{where}: an image is neither a path nor bytes nor a pair of them: mend the row.")
         references.append(image)
     return references
@@ -307,6 +317,7 @@ def read_row(row, layout, where, *, multi_turn="whole"):
     lacking = [name for name in entry.columns if name not in row]
     if lacking:
         raise ValueError(f"{where} has no {', '.join(f'`{name}`' for name in lacking)}: give it, or leave out the row.")
+    check_unicode([row.get(name) for name in (*entry.columns, *IMAGES)], where)
     images = image_references(row, where)
     read = {"images": images, **entry.read(row, images, where)}
     if "messages" not in read:

@@ -8,8 +8,10 @@ import zlib
 from pathlib import Path
 
 from datasets import Features, Image, IterableDataset, List
+from PIL import ExifTags, UnidentifiedImageError
 from PIL import Image as PILImage
-from PIL import UnidentifiedImageError
+
+TURNED = (5, 6, 7, 8)  # EXIF orientations whose width is the file's height
 
 DEEP_MODES = ("I", "F")
 
@@ -100,10 +102,16 @@ def resolve_image(image, root, where, *, whole=True):
     try:
         path = (root / image["path"]).resolve()
     except (RuntimeError, OSError) as error:
-        raise ValueError(f"{where}: image `{image['path']}` is a link to itself ({error}): mend it.") from error
+        raise ValueError(f"{where}: image `{image['path']:.200}` is a link to itself ({error}): mend it.") from error
+    except ValueError as error:  # a null character
+        raise ValueError(f"{where}: image {image['path']!r:.200} is no name of a file ({error}): mend it.") from error
     if not path.is_relative_to(root):
         raise ValueError(f"{where}: image `{path}` lies outside the image folder `{root}`.")
-    if not path.is_file():
+    try:
+        is_file = path.is_file()
+    except OSError as error:
+        raise ValueError(f"{where}: image `{image['path']:.200}` cannot be looked at ({error.strerror}).") from error
+    if not is_file:
         raise ValueError(f"{where}: image `{path}` does not exist.")
     check_image(path, f"{where}: `{path}`", whole=whole)
     return {"bytes": None, "path": str(path)}
@@ -131,6 +139,13 @@ def _png_lacks_rows(file):
 def open_image(image):
     """An undecoded image `{"bytes", "path"}` as a PIL image, not yet read."""
     return PILImage.open(image["path"] if image["bytes"] is None else io.BytesIO(image["bytes"]))
+
+
+def shown_size(image):
+    """`(width, height)` of an undecoded image as it is shown, and decoded: turned as its EXIF orientation says."""
+    with open_image(image) as opened:
+        turned = opened.getexif().get(ExifTags.Base.Orientation) in TURNED
+        return opened.size[::-1] if turned else opened.size
 
 
 def check_image(file, where, *, whole=True):

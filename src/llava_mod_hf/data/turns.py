@@ -1,5 +1,7 @@
 """The turns of a conversation as LLaVA's data has them, and others by other names: as messages."""
 
+import json
+
 IMAGE_PLACEHOLDER = "<image>"
 
 ROLES = {"system": "system", "human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant"}
@@ -47,7 +49,8 @@ def llava_messages(turns, num_images, where):
         raise ValueError(f"{where}: the `value` of a turn is {odd[0]!r:.80}: give a text.")
     unknown = [role for role, _ in map(_role_and_text, turns) if not isinstance(role, str) or role not in ROLES]
     if unknown:
-        raise ValueError(f"{where}: a turn is from `{unknown[0]!s:.80}`: it may be from {', '.join(ROLES)}.")
+        role = " ".join(str(unknown[0]).split())
+        raise ValueError(f"{where}: a turn is from `{role:.80}`: it may be from {', '.join(ROLES)}.")
     messages = [turn_message(turn) for turn in turns]
     system = [message for message in messages[:1] if message["role"] == "system"]
     messages = messages[len(system) :]
@@ -76,3 +79,15 @@ def llava_prompt(turns, num_images, where):
     """The turns before an answer as messages, as [`llava_messages`] has them; the last one is a question."""
     answer = {"from": "gpt", "value": ""}
     return llava_messages([*turns, answer] if isinstance(turns, list) else turns, num_images, where)[:-1]
+
+
+def check_unicode(values, where):
+    """
+    Raises:
+        ValueError: if a text holds half of a character, which JSON can write, and neither a file nor a tokenizer takes.
+    """
+    try:
+        json.dumps(values, ensure_ascii=False, default=lambda _: None).encode()
+    except UnicodeEncodeError as error:
+        half = ascii(error.object[error.start : error.end])
+        raise ValueError(f"{where} holds {half}, half of a character: write it whole, or leave it out.") from error

@@ -30,7 +30,15 @@ def with_questions(rows):
 
     Args:
         rows (`datasets.Dataset`): `prompt` and `completion`, of messages.
+
+    Raises:
+        ValueError: if they are texts, which a chat template has written already or never will.
     """
+    if isinstance(rows[0]["prompt"], str):
+        raise ValueError(
+            "The prompts are texts, and a model is asked by its chat template: write them as messages, `role` and "
+            "`content`."
+        )
     given = {name: list(rows[name]) for name in rows.column_names if name not in ("images", "image")}
     for name, texts in question_texts(given).items():
         if name not in given:
