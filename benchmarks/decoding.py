@@ -1,5 +1,5 @@
 """
-Time of a greedily decoded token: of a sparse student, of a dense one of as many active parameters, and of a big teacher.
+Time of a greedily decoded token: of a sparse student, a dense one of as many active parameters, and a big teacher.
 
     python benchmarks/decoding.py [--layers 4] [--tokens 16] [--repeats 5] [--cache static]
 
@@ -7,8 +7,8 @@ Random weights, float32, one row: 704 tokens before it, 576 of them an image's. 
 experts in every second layer, top-2; `dense, as many active` has a FFN of two experts' width in those layers, `dense`
 the plain FFN; the teacher has Qwen2-7B's widths and heads. All have the same few layers, so that the head, which a
 student of 24 layers has once, weighs more here. The floor reads each active weight once: matrix products of the shapes
-that a token passes. Taken in turns in one process, medians; `--clock cpu` counts the seconds of all threads, which other
-work on the machine changes less. `picture` is the pass over the 704 tokens, encoder of CLIP-L/14-336 included.
+that a token passes. Taken in turns in one process, medians; `--clock cpu` counts the seconds of all threads, which
+other work on the machine changes less. `picture` is the pass over the 704 tokens, encoder of CLIP-L/14-336 included.
 """
 
 import argparse
