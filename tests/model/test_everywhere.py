@@ -6,7 +6,7 @@ import logging
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForImageTextToText, StaticCache, Trainer, TrainingArguments
+from transformers import AutoModelForImageTextToText, Trainer, TrainingArguments
 
 from helpers.models import IMAGE_TOKEN, assert_same_logits, image_inputs, make_dense, moe_blocks
 from llava_mod_hf import LlavaModConfig, LlavaModForConditionalGeneration, upcycle
@@ -107,32 +107,6 @@ def test_several_images_and_none_in_one_batch(student, padding_side):
     assert_same_logits(found[1][attention_mask[1].bool()], student(none).logits[0])
     swapped = student(two_ids, pixel_values=two["pixel_values"].flip(0)).logits[0]
     assert (swapped - found[0]).abs().max() > 1e-2  # which image stands where does matter
-
-
-@torch.no_grad()
-@pytest.mark.slow
-def test_a_compiled_forward_gives_the_same(student, inputs, logits):
-    compiled = torch.compile(student)
-    assert_same_logits(compiled(**inputs).logits, logits)
-
-
-@torch.no_grad()
-@pytest.mark.slow
-@pytest.mark.parametrize("implementation", ["eager", "batched_mm", "grouped_mm"])
-def test_a_decoded_token_is_one_graph(student, inputs, implementation):
-    before = student.config.get_text_config()._experts_implementation
-    student.set_experts_implementation(implementation)
-    try:
-        found = []
-        for compiled in (False, True):
-            cache = StaticCache(config=student.config.get_text_config(), max_cache_len=64)
-            token = student(**inputs, past_key_values=cache, use_cache=True).logits[:, -1:].argmax(-1)
-            torch.compiler.reset()
-            step = torch.compile(student.forward, backend="eager", fullgraph=True) if compiled else student.forward
-            found.append(step(input_ids=token, past_key_values=cache, use_cache=True).logits)
-        assert_same_logits(*found)
-    finally:
-        student.set_experts_implementation(before)
 
 
 # Training
