@@ -15,6 +15,7 @@ from llava_mod_hf.data import easy_vqa
 from llava_mod_hf.data.arguments import DataArguments
 from llava_mod_hf.data.formats import FORMATS
 from llava_mod_hf.data.load import load_rows
+from llava_mod_hf.evaluation import benchmarks
 from llava_mod_hf.losses import register_preference_loss
 from llava_mod_hf.losses.preference_losses import PREFERENCE_LOSSES
 
@@ -126,3 +127,11 @@ def test_a_command(tmp_path, monkeypatch, capsys):
     argv = ["count-rows", "--dataset_name", "embedded:easy-vqa", "--dataset_config", "mixture", "--max_samples", "7"]
     assert llava_mod_cli.main(argv) == 0
     assert capsys.readouterr().out == "7\n"
+
+
+def test_a_measure_of_ones_own(monkeypatch):
+    monkeypatch.setattr(benchmarks, "BENCHMARKS", dict(benchmarks.BENCHMARKS))
+    exec(code_of("A measure"), {})
+    rows = [{"question": "what?", "answer": answer, "kind": ""} for answer in ("a red circle", "a square")]
+    found = benchmarks.measure(["word_recall"], rows, ["A red square", "a"])["word_recall"]["word_recall"]
+    assert found["value"] == 3 / 5 and found["low"] < 3 / 5 < found["high"]

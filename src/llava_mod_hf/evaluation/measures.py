@@ -1,4 +1,4 @@
-"""The measures, as metrics of `evaluate` that need no network."""
+"""What is measured of answers wherever its rows are found: metrics of `evaluate` that need no network."""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -8,15 +8,9 @@ import evaluate
 
 from llava_mod_hf.data.easy_vqa import presence
 from llava_mod_hf.data.scenes import named_kinds
-
-DESCRIBE = "describe"  # kind of the rows that CHAIR is of
-
-PRESENCE = "presence ("  # what the kinds of POPE's rows start with
-
-
-def normalize_answer(text):
-    """An answer without surrounding space, capitals and a trailing period."""
-    return text.strip().lower().removesuffix(".").rstrip()
+from llava_mod_hf.evaluation.metrics.chair import DESCRIBE, CaptionHallucination
+from llava_mod_hf.evaluation.metrics.pope import PRESENCE, Pope
+from llava_mod_hf.evaluation.metrics.ratios import normalize_answer
 
 
 def _share(hits):
@@ -108,85 +102,9 @@ def asks_for_presence(questions, references, **columns):
     return {_presence(*pair) for pair in zip(questions, references, strict=True)} >= {True, False}
 
 
-class CaptionHallucination(evaluate.Metric):
-    """
-    What descriptions name that is not there, after CHAIR (Rohrbach et al., 2018, arXiv 1809.02156), and what they find.
-
-    Things are the kinds of the scenes world, each counted once; a reference description names everything that is there.
-
-        chair_s = descriptions with an absent thing / descriptions        chair_i = absent things / things named
-        object_recall = present things named / things present
-
-    A description that names nothing has no absent thing, which is why recall stands beside it.
-
-    `compute(predictions=…, references=…, kinds=…)` takes lists of strings; rows of another kind than `describe` are
-    left out. With `keep_in_memory=True` nothing is cached on disk.
-
-    Raises:
-        ValueError: if no row of that kind has a reference that names a thing.
-    """
-
-    def _info(self):
-        return _metric_info("Absent things in descriptions, and recall.", ["predictions", "references", "kinds"])
-
-    def _compute(self, predictions, references, kinds):
-        rows = [
-            (set(named_kinds(prediction)), set(named_kinds(reference)))
-            for prediction, reference, kind in zip(predictions, references, kinds, strict=True)
-            if kind == DESCRIBE
-        ]
-        present = sum(len(there) for _, there in rows)
-        if not present:
-            raise ValueError(f"No reference of kind `{DESCRIBE}` names a thing: nothing to compare descriptions with.")
-        named = sum(len(found) for found, _ in rows)
-        absent = sum(len(found - there) for found, there in rows)
-        return {
-            "chair_s": _share(bool(found - there) for found, there in rows),
-            "chair_i": absent / named if named else 0.0,
-            "object_recall": sum(len(found & there) for found, there in rows) / present,
-        }
-
-
 def _describes(references, kinds, **columns):
     pairs = zip(references, kinds, strict=True)
     return any(kind == DESCRIBE and named_kinds(reference) for reference, kind in pairs)
-
-
-class Pope(evaluate.Metric):
-    """
-    Answers to questions of presence, after POPE (Li et al., 2023, arXiv 2305.10355), with "yes" as the positive class.
-
-    Rows are those of a kind `presence (…)`: of absent things drawn at random, of popular ones and of those that usually
-    come with what is there. An answer that is neither yes nor no counts as wrong, and as no claim.
-
-    `compute(predictions=…, references=…, kinds=…)` takes lists of strings and returns `pope`, a `dict` by kind of
-    `accuracy`, `precision`, `recall`, `f1` and `yes` (share of yes). Without a "yes" `precision` and `f1` are `None`,
-    and `recall` where nothing that is asked for is there.
-    """
-
-    def _info(self):
-        return _metric_info("Accuracy, precision, recall, F1, share of yes.", ["predictions", "references", "kinds"])
-
-    def _compute(self, predictions, references, kinds):
-        by_kind = {}
-        for prediction, reference, kind in zip(predictions, references, kinds, strict=True):
-            if kind.startswith(PRESENCE):
-                by_kind.setdefault(kind, []).append((normalize_answer(prediction), normalize_answer(reference)))
-        return {"pope": {kind: _pope(pairs) for kind, pairs in sorted(by_kind.items())}}
-
-
-def _pope(pairs):
-    right = sum(answer == truth for answer, truth in pairs)
-    hits = sum(answer == truth == "yes" for answer, truth in pairs)
-    claims, present = (sum(pair[side] == "yes" for pair in pairs) for side in (0, 1))
-    precision, recall = hits / claims if claims else None, hits / present if present else None
-    return {
-        "accuracy": right / len(pairs),
-        "precision": precision,
-        "recall": recall,
-        "f1": 2 * hits / (claims + present) if claims else None,
-        "yes": claims / len(pairs),
-    }
 
 
 def _has_pope_rows(kinds, **columns):
