@@ -5,6 +5,7 @@ import json
 
 import torch
 from safetensors import safe_open
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 
 def content_hash(value):
@@ -58,12 +59,42 @@ def weights_hash(folder):
     for path in sorted(folder.glob("*.safetensors")):
         with safe_open(path, framework="pt") as file:
             for key in file.keys():  # noqa: SIM118 (no mapping)
-                tensor = file.get_tensor(key).contiguous()
-                content = hashlib.blake2b(tensor.reshape(-1).view(torch.uint8).numpy(), digest_size=16).hexdigest()
-                tensors[key] = [str(tensor.dtype), list(tensor.shape), content]
+                tensors[key] = _tensor_parts(file.get_tensor(key))
     if not tensors:
         raise ValueError(f"`{folder}` has no safetensors to tell its weights by: save it with `save_pretrained`.")
     return content_hash(tensors)
+
+
+def _tensor_parts(tensor):
+    if is_traceable_wrapper_subclass(tensor):  # such as torchao's quantised weights
+        return [_tensor_parts(getattr(tensor, name)) for name in tensor.__tensor_flatten__()[0]]
+    content = tensor.contiguous().reshape(-1).view(torch.uint8).numpy()
+    return [str(tensor.dtype), list(tensor.shape), hashlib.blake2b(content, digest_size=16).hexdigest()]
+
+
+# of a model's config, what has no influence on its logits or is an option of its own
+VOLATILE = {"_name_or_path", "architectures", "auto_map", "dtype", "torch_dtype", "transformers_version", "use_cache"}
+
+
+def config_hash(config):
+    """A hash of what in a model's config has an influence on its logits."""
+    return content_hash(_without_volatile(config.to_dict()))
+
+
+def _without_volatile(value):
+    if isinstance(value, dict):
+        return {key: _without_volatile(part) for key, part in value.items() if key not in VOLATILE}
+    return value
+
+
+def model_hash(model):
+    """A hash of a model in memory, whatever it was loaded from: its config, and its tensors in their precision."""
+    tensors = {
+        name: _tensor_parts(tensor.detach().cpu())
+        for name, tensor in model.state_dict().items()
+        if isinstance(tensor, torch.Tensor)
+    }
+    return content_hash([config_hash(model.config), tensors])
 
 
 # --- rows ---

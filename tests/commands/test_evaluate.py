@@ -59,7 +59,7 @@ def test_conversations_are_measured_by_their_first_question(folders, tmp_path, o
     said = json.loads((tmp_path / "own" / "test.json").read_text())
     first = [next(turn["value"] for turn in row["conversations"] if turn["from"] == "gpt") for row in said]
     monkeypatch.setattr(
-        "llava_mod_hf.evaluation.answers.generate_answers", lambda *args, **kwargs: [*first[:3], *["neither"] * 3]
+        "llava_mod_hf.evaluation.answer_file.generate_answers", lambda *args, **kwargs: [*first[:3], *["neither"] * 3]
     )
     argv = ["--model", folders["student"], "--teacher", folders["teacher"], "--output_file", str(tmp_path / "out.json")]
     assert main(["evaluate", *argv, *own]) == 0

@@ -5,8 +5,9 @@ import json
 import pytest
 from datasets import Dataset
 
-from llava_mod_hf.data import formats
-from llava_mod_hf.data.formats import FORMATS, json_rows, read_row, recognise, register_format
+from llava_mod_hf.data import json_rows as json_file
+from llava_mod_hf.data.formats import FORMATS, read_row, recognise, register_format
+from llava_mod_hf.data.json_rows import json_rows
 from llava_mod_hf.data.load import DataArguments, load_rows
 
 
@@ -43,6 +44,8 @@ def llava(*turns, **columns):
         (["images", "prompt", "completion", "question", "answer"], "prompt-completion"),
         (["messages", "images"], "messages"),
         (["images", "prompt"], "prompt"),
+        (["image", "question", "answers", "answer"], "question-answer"),
+        (["image", "question", "answers", "question_id"], "question-answers"),
     ],
 )
 def test_the_format_is_told_by_the_columns(columns, layout):
@@ -62,6 +65,25 @@ def test_a_caption_with_the_placeholder_before_or_behind():
         assert read_row(row, "LLaVA", "Row 0") == [
             {"images": [image("00/004.jpg")], "prompt": [user("Write a caption.")], "completion": [assistant("A cat.")]}
         ]
+
+
+@pytest.mark.parametrize(
+    "answers", [["red", "blue", "blue", "red"], [{"answer": "red", "answer_id": 1}, {"answer": "blue", "answer_id": 2}]]
+)
+def test_of_several_annotators_the_first_of_the_most_frequent_answers_is_taken(answers):
+    row = {"question": "which?", "answers": answers, "image": "a.jpg"}
+    assert read_row(row, "question-answers", "Row 0") == [
+        {"images": [image("a.jpg")], "prompt": [user("which?")], "completion": [assistant("red")]}
+    ]
+    assert read_row({**row, "answers": answers[1:]}, "question-answers", "Row 0")[0]["completion"] == [
+        assistant("blue")
+    ]
+
+
+@pytest.mark.parametrize("answers", [None, [], "red", [1], [{"text": "red"}]])
+def test_answers_that_are_none_are_refused(answers):
+    with pytest.raises(ValueError, match="Row 3: `answers` must be a list of texts"):
+        read_row({"question": "which?", "answers": answers}, "question-answers", "Row 3")
 
 
 def test_several_turns_are_one_row_or_one_for_each_answer():
@@ -237,7 +259,7 @@ ROWS = [{"id": 1, "a": "x, [y]"}, {"id": "two", "a": {"b": [1, 2]}}, {"id": None
 @pytest.mark.parametrize("chunk", [1, 7, 1 << 20])
 @pytest.mark.parametrize("form", ["array", "indented", "lines"])
 def test_json_is_read_bit_by_bit(tmp_path, monkeypatch, chunk, form):
-    monkeypatch.setattr(formats, "CHUNK", chunk)
+    monkeypatch.setattr(json_file, "CHUNK", chunk)
     path = tmp_path / "rows.json"
     lines = "".join(json.dumps(row) + "\n" for row in ROWS)
     path.write_text({"array": json.dumps(ROWS), "indented": json.dumps(ROWS, indent=2), "lines": lines}[form])

@@ -13,6 +13,7 @@ from llava_mod_hf.evaluation import benchmarks
 from llava_mod_hf.evaluation.benchmarks import BENCHMARKS, Benchmark, check_names, measure, register_benchmark, units
 from llava_mod_hf.evaluation.metrics.exact_match import ExactMatch
 from llava_mod_hf.evaluation.metrics.synonyms import Synonyms
+from llava_mod_hf.evaluation.questions import row_texts
 from llava_mod_hf.evaluation.rotations import rotate, with_suffix
 
 
@@ -174,6 +175,11 @@ def choices(*rows):
     )  # fmt: skip
 
 
+def rotated(*rows):
+    rows = choices(*rows)
+    return rotate(rows, row_texts(rows))
+
+
 @pytest.mark.parametrize(
     "row",
     [
@@ -183,23 +189,23 @@ def choices(*rows):
     ],
 )
 def test_each_rotation_is_asked(row):
-    asked = rotate(choices(row))
+    asked, texts = rotated(row)
     assert [each[0]["content"] for each in asked["prompt"]] == [
         "which?\nA. cat\nB. dog\nC. cow",
         "which?\nA. dog\nB. cow\nC. cat",
         "which?\nA. cow\nB. cat\nC. dog",
     ]
     assert list(asked["answer"]) == [each[0]["content"] for each in asked["completion"]] == ["B", "A", "C"]
-    assert list(asked["group"]) == [0, 0, 0]
+    assert [each["group"] for each in texts] == [0, 0, 0]
     given = ["dog", "dog", "dog"]
-    assert value("multiple_choice", asked.to_list(), given)["circular_accuracy"] == 1
-    assert value("multiple_choice", asked.to_list(), ["B"] * 3) == {
+    assert value("multiple_choice", texts, given)["circular_accuracy"] == 1
+    assert value("multiple_choice", texts, ["B"] * 3) == {
         "circular_accuracy": 0, "plain_accuracy": 1, "unread_choices": 0,
     }  # fmt: skip
 
 
 def test_a_bootstrap_draws_questions_not_rotations():
-    rows = rotate(choices(*[{"answer": "A", "options": ["x", "y"]}] * 50)).to_list()
+    _, rows = rotated(*[{"answer": "A", "options": ["x", "y"]}] * 50)
     given = [row["answer"] if row["group"] % 2 else "neither" for row in rows]
     found = measure(["multiple_choice"], rows, given)["multiple_choice"]["unread_choices"]
     # of 50 questions, as if each were one row
@@ -208,10 +214,9 @@ def test_a_bootstrap_draws_questions_not_rotations():
 
 def test_a_hint_stands_first_and_pictures_stay():
     part = [{"type": "image", "text": None}, {"type": "text", "text": "which?"}]
-    rows = choices(
-        {"answer": "A", "options": ["x", "y"], "hint": "Look.", "prompt": [{"role": "user", "content": part}]}
-    )
-    rows = with_suffix(rotate(rows), "Answer with a letter.")
+    asked = {"prompt": [{"role": "user", "content": part}], "hint": "Look."}
+    rows, _ = rotated({"answer": "A", "options": ["x", "y"], **asked})
+    rows = with_suffix(rows, "Answer with a letter.")
     content = rows[1]["prompt"][0]["content"]
     assert [each["type"] for each in content] == ["image", "text"]
     assert content[1]["text"] == "Look.\nwhich?\nA. y\nB. x\nAnswer with a letter."
@@ -229,7 +234,7 @@ def test_a_hint_stands_first_and_pictures_stay():
 )
 def test_rows_without_options_are_refused(row, message):
     with pytest.raises(ValueError, match=message):
-        rotate(choices(row))
+        rotated(row)
 
 
 def test_a_suffix_ends_the_question_alone():
@@ -245,7 +250,8 @@ def test_a_suffix_ends_the_question_alone():
 
 def test_the_page_runs_and_names_every_measure():
     page = (Path(__file__).parents[2] / "docs" / "judging.md").read_text()
-    assert re.findall(r"^\| `(\w+)` \|", page, flags=re.M)[: len(BENCHMARKS)] == list(BENCHMARKS)
+    table = page.split("## The measures")[1].split("\n## ")[0]
+    assert re.findall(r"^\| `(\w+)` \|", table, flags=re.MULTILINE) == list(BENCHMARKS)
     (example,) = re.findall(r"```python\n(.*?)```", page, flags=re.DOTALL)
     names = {}
     exec(example, names)

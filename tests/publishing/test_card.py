@@ -9,7 +9,7 @@ from huggingface_hub import parse_eval_result_entries
 
 from helpers.publishing import FACTS, RESULTS
 from llava_mod_hf import recipes
-from llava_mod_hf.publishing.card import render_card, write_eval_results
+from llava_mod_hf.publishing.card import render_card, scores, write_eval_results
 
 
 @pytest.fixture(scope="module")
@@ -131,3 +131,8 @@ def test_eval_results_are_read_by_the_client(tmp_path):
         "miss_rate": 0.056,
         "balanced_accuracy": 0.92,
     }
+
+
+def test_benchmarks_measures_leave_the_card_as_it_is():
+    measured = {**RESULTS, "measures": {"anls": {"anls": {"value": 0.5, "low": 0.4, "high": 0.6}}}}
+    assert scores(measured) == scores(RESULTS)

@@ -1,8 +1,6 @@
 """The published layouts of image-and-text data → TRL's rows, one row at a time."""
 
-import json
 from collections.abc import Callable
-from pathlib import Path
 from typing import NamedTuple
 
 from llava_mod_hf.data.turns import (
@@ -13,8 +11,6 @@ from llava_mod_hf.data.turns import (
     llava_prompt,
     turn_message,
 )
-
-CHUNK = 1 << 20  # characters of a JSON file that are read at a time
 
 IMAGES = ("images", "image", "image_path")  # columns, the first that a row has
 
@@ -34,12 +30,14 @@ class Format(NamedTuple):
             `prompt` alone. It raises a `ValueError` that begins with where, if the row is malformed.
         gives (`tuple[str, ...]`): the names that `read` returns.
         is_trl (`bool`): whether rows are in TRL's format already, so that a data set need not be read row by row.
+        keeps (`tuple[str, ...]`): of `columns`, those that stay beside what is read of them.
     """
 
     columns: tuple
     read: Callable
     gives: tuple
     is_trl: bool = False
+    keeps: tuple = ()
 
 
 FORMATS: dict[str, Format] = {}  # the first whose columns are all there is taken
@@ -91,56 +89,6 @@ def recognise(columns, name):
             return layout
     known = "; ".join(f"{layout} ({', '.join(entry.columns)})" for layout, entry in FORMATS.items())
     raise ValueError(f"`{name}` has the columns {columns}, which is no known format: rename them to one of {known}.")
-
-
-def json_rows(path):
-    """
-    The rows of a JSON array or of JSON lines, read bit by bit: the published files have a gigabyte.
-
-    Not `datasets`' own reader: it refuses columns of mixed type, such as `id` in `llava_v1_5_mix665k.json`.
-
-    Args:
-        path (`str` or `Path`).
-
-    Yields:
-        A row: a `dict`, if the file is right.
-
-    Raises:
-        ValueError: if the file is not JSON in UTF-8 (with or without a byte-order mark), or is cut off.
-    """
-    decoder, number, depth = json.JSONDecoder(), 0, 0
-    with Path(path).open(encoding="utf-8-sig") as file:
-        text, start, more = "", 0, True
-        while True:
-            # Between rows come white space, a comma, or the brackets of the whole.
-            while start < len(text) and text[start] in " \t\r\n,[]":
-                depth += {"[": 1, "]": -1}.get(text[start], 0)
-                start += 1
-            try:
-                if start == len(text):
-                    raise json.JSONDecodeError("no row yet", text, start)
-                row, start = decoder.raw_decode(text, start)
-            except json.JSONDecodeError as error:
-                if more:
-                    chunk = _read(file, max(CHUNK, len(text) - start), path)  # doubled: a long row stays linear
-                    more, text, start = bool(chunk), text[start:] + chunk, 0
-                    continue
-                if start == len(text) and depth == 0:
-                    return
-                if start == len(text):
-                    raise ValueError(f"`{path}` ends inside its list, after {number} rows: it was cut off.") from error
-                raise ValueError(f"Row {number} of `{path}` is not valid JSON ({error}): mend the file.") from error
-            yield row
-            number += 1
-
-
-def _read(file, size, path):
-    try:
-        return file.read(size)
-    except UnicodeDecodeError as error:
-        raise ValueError(
-            f"`{path}` is not text in UTF-8 ({error.reason}): unpack it if it is compressed, and save it as UTF-8."
-        ) from error
 
 
 def image_references(row, where):
@@ -376,6 +324,15 @@ def _read_question(row, images, where):
     return {"messages": llava_messages(turns, len(images), where)}
 
 
+def _read_answers(row, images, where):
+    """A question with the answers of several annotators, as benchmarks have it: the first of the most frequent ones."""
+    answers = row["answers"] if isinstance(row["answers"], list) else []
+    answers = [answer.get("answer") if isinstance(answer, dict) else answer for answer in answers]
+    if not answers or not all(isinstance(answer, str) for answer in answers):
+        raise ValueError(f"{where}: `answers` must be a list of texts, or of `{{answer}}`, at least one.")
+    return _read_question({**row, "answer": max(answers, key=answers.count)}, images, where)
+
+
 def _read_caption(row, images, where):
     """A picture and its text, as LLaVA's first stage has it: what is asked is the picture alone."""
     if not images:
@@ -396,5 +353,6 @@ FORMATS |= {
     "prompt": Format(("prompt",), lambda row, *_: {"prompt": row["prompt"]}, ("prompt",), is_trl=True),
     "the_cauldron": Format(("texts",), _read_texts, ("messages",)),
     "question-answer": Format(("question", "answer"), _read_question, ("messages",)),
+    "question-answers": Format(("question", "answers"), _read_answers, ("messages",), keeps=("answers",)),
     "image-text": Format(("image", "text"), _read_caption, ("messages",)),
 }

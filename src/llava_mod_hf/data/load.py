@@ -315,7 +315,7 @@ def _to_trl(dataset, args, num_proc):
         "images",
         "image_path",
         *(entry.columns if not entry.is_trl or conversations or foreign else ()),
-    }
+    } - {*entry.keeps}
     consumed = {*names, "image"} if inside else consumed
     extras = {name: feature for name, feature in dataset.features.items() if name not in consumed}
 

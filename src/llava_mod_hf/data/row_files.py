@@ -5,7 +5,8 @@ import json
 import re
 import tarfile
 
-from llava_mod_hf.data.formats import IMAGE_FOLDER_COLUMNS, json_rows
+from llava_mod_hf.data.formats import IMAGE_FOLDER_COLUMNS
+from llava_mod_hf.data.json_rows import json_rows
 from llava_mod_hf.data.parquet_shards import check_shards
 
 SUFFIXES = (".json", ".jsonl", ".parquet", ".csv", ".tar")

@@ -65,7 +65,7 @@ def response_batches(processor, dataset, *, batch_size, description):
     return _batches(dataset, ["images", "prompt", "completion"], collate, batch_size, description)
 
 
-def generate_answers(model, processor, dataset, *, batch_size=128, max_new_tokens=64):
+def generate_answers(model, processor, dataset, *, batch_size=128, max_new_tokens=64, keep=None):
     """
     Greedy answers to the prompts of a dataset.
 
@@ -75,6 +75,7 @@ def generate_answers(model, processor, dataset, *, batch_size=128, max_new_token
         dataset (`datasets.Dataset`): columns `images` (lists of images, empty for text) and `prompt` (messages).
         batch_size (`int`, *optional*, defaults to 128): changes the speed, not the answers.
         max_new_tokens (`int`, *optional*, defaults to 64): where an answer without an end is cut.
+        keep (`Callable[[list[str]], None]`, *optional*): called with the answers of each batch when they are there.
 
     Returns:
         `list[str]`: one answer per row, in their order, without special tokens.
@@ -82,13 +83,30 @@ def generate_answers(model, processor, dataset, *, batch_size=128, max_new_token
     Raises:
         ValueError: as [`sample_answers`].
     """
-    answers = sample_answers(model, processor, dataset, batch_size=batch_size, max_new_tokens=max_new_tokens)
+    answers = sample_answers(
+        model,
+        processor,
+        dataset,
+        batch_size=batch_size,
+        max_new_tokens=max_new_tokens,
+        keep=keep and (lambda rows: keep([text for ((text, _),) in rows])),
+    )
     return [text for ((text, _),) in answers]
 
 
 # parameters: those of sampling, by the names that transformers' `generate` gives them
 def sample_answers(
-    model, processor, dataset, *, batch_size, max_new_tokens, num_answers=1, temperature=0.0, top_p=1.0, seed=0
+    model,
+    processor,
+    dataset,
+    *,
+    batch_size,
+    max_new_tokens,
+    num_answers=1,
+    temperature=0.0,
+    top_p=1.0,
+    seed=0,
+    keep=None,
 ):
     """
     Answers to the prompts of a dataset, greedy or sampled.
@@ -99,6 +117,7 @@ def sample_answers(
         temperature (`float`, *optional*, defaults to 0.0): of the sampling; 0 takes the most likely token.
         top_p (`float`, *optional*, defaults to 1.0): sample among the most likely tokens of this total probability.
         seed (`int`, *optional*, defaults to 0): of the sampling; the same rows, batches and seed give the same answers.
+        keep (`Callable[[list], None]`, *optional*): called with what is returned for the rows of each batch.
 
     Returns:
         `list[list[tuple[str, bool]]]`: per row `num_answers` texts without special tokens, and whether each has an end.
@@ -146,7 +165,10 @@ def sample_answers(
             new_tokens = generated[:, batch["input_ids"].shape[1] :]  # (batch · num_answers, new tokens)
             ended = torch.isin(new_tokens, torch.as_tensor(ends, device=new_tokens.device)).any(1).tolist()
             found = list(zip(processor.batch_decode(new_tokens, skip_special_tokens=True), ended, strict=True))
-            answers += [found[start : start + num_answers] for start in range(0, len(found), num_answers)]
+            batch_answers = [found[start : start + num_answers] for start in range(0, len(found), num_answers)]
+            answers += batch_answers
+            if keep is not None:
+                keep(batch_answers)
     return answers
 
 

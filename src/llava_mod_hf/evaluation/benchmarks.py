@@ -22,7 +22,7 @@ class Benchmark(NamedTuple):
         metric (`type`): a [`~llava_mod_hf.evaluation.metrics.ratios.RatioMetric`].
         read (`Callable[[dict], tuple]`): a row, with `question`, `answer`, `kind` and all other columns of the data
             set → the metric's inputs but the predictions. It raises a `KeyError` of the column that is missing.
-        prepare (`Callable`, *optional*): rows (`datasets.Dataset`) → those that are asked in their place.
+        prepare (`Callable`, *optional*): rows (`datasets.Dataset`) and their texts → those that are asked instead.
         options (`tuple[str, ...]`, *optional*): what the metric takes besides: `synonyms`.
     """
 
@@ -95,12 +95,21 @@ def check_names(names):
         )
 
 
-def prepared(rows, names):
-    """The rows that are asked for some measures: of one that asks in a way of its own, others than the data set's."""
+def prepared(rows, texts, names):
+    """
+    What is asked for some measures: of one that asks in a way of its own, other rows than the data set's.
+
+    Args:
+        rows (`datasets.Dataset`), texts (`list[dict]`): as [`~llava_mod_hf.evaluation.questions.row_texts`] has them.
+        names (`list[str]`): of [`BENCHMARKS`].
+
+    Returns:
+        `tuple`: rows and texts.
+    """
     for name in names:
         if BENCHMARKS[name].prepare:
-            rows = BENCHMARKS[name].prepare(rows)
-    return rows
+            rows, texts = BENCHMARKS[name].prepare(rows, texts)
+    return rows, texts
 
 
 def units(name, rows, given, **options):

@@ -1,6 +1,11 @@
 """What measures are of, from rows that say it in their turns alone, as a user's own conversations do."""
 
+from datasets.features.features import require_decoding
+
 from llava_mod_hf.data.formats import text_of
+from llava_mod_hf.data.row_files import rows_of
+
+PICTURES = ("images", "image", "image_path")
 
 QUESTION, ANSWER, KIND = "question", "answer", "kind"
 
@@ -44,3 +49,28 @@ def with_questions(rows):
         if name not in given:
             rows = rows.add_column(name, texts)
     return rows
+
+
+def row_texts(rows, files=()):
+    """
+    All that is known of rows but their pictures.
+
+    Args:
+        rows (`datasets.Dataset`): as [`with_questions`] returns them.
+        files (`list[Path]`, *optional*): those that the rows were converted from; columns that the rows have not are
+            taken from there, by `source_row`.
+
+    Returns:
+        `list[dict]`: a row each.
+    """
+    pictures = [name for name, feature in rows.features.items() if name in PICTURES or require_decoding(feature)]
+    texts = rows.remove_columns(pictures).to_list()
+    if not files or "source_row" not in rows.column_names:
+        return texts
+    needed = {row["source_row"] for row in texts}
+    known = {
+        number: {name: value for name, value in row.items() if name not in PICTURES}
+        for number, row in enumerate(rows_of(files))
+        if number in needed
+    }
+    return [{**known[row["source_row"]], **row} for row in texts]

@@ -79,28 +79,29 @@ def with_suffix(rows, suffix):
 
 
 def _with_column(rows, name, values):
-    feature = rows.features.get(name)
-    rows = rows.remove_columns([name]) if name in rows.column_names else rows
-    return rows.add_column(name, values, feature=feature)
+    feature = rows.features[name]
+    return rows.remove_columns([name]).add_column(name, values, feature=feature)
 
 
-def rotate(rows):
+def rotate(rows, texts):
     """
     Each question as many times as it has options, which move on by one place each time.
 
     Args:
-        rows (`datasets.Dataset`): `prompt`, `completion`, `question`, `answer`, and what [`options_of`] reads; a `hint`
-            stands before the question.
+        rows (`datasets.Dataset`): `prompt`, `completion`, `question` and `answer`.
+        texts (`list[dict]`): the same with all other columns, of which [`options_of`] reads some; a `hint` stands
+            before the question.
 
     Returns:
-        `datasets.Dataset`: the options stand below the question, a line `A. …` each; `answer` and `completion` are the
-        right letter. It has the columns `options`, as they stand, and `group`, the row's number.
+        `tuple`: the rows, whose questions have the options below them, a line `A. …` each, and whose `answer` and
+        `completion` are the right letter; and their texts, with the `options` as they stand and the `group`, a number
+        that the rotations of one question share.
 
     Raises:
         ValueError: if a row has no options, or no right one.
     """
-    made = {name: [] for name in ("prompt", "completion", ANSWER, OPTIONS, GROUP)}
-    for number, row in enumerate(rows.remove_columns("images")):
+    moved_texts = []
+    for number, row in enumerate(texts):
         where = f"Row {number}"
         options = options_of(row, where)
         right = right_place(row[ANSWER], options, where)
@@ -111,15 +112,11 @@ def rotate(rows):
             lines = [f"{letter}. {text}" for letter, text in zip(LETTERS, moved, strict=False)]
             letter = LETTERS[(right - step) % len(options)]
             first, *_ = row["completion"]
-            made["prompt"].append(_with_text(row["prompt"], "\n".join([asked, *lines])))
             content = letter if isinstance(first["content"], str) else [{**first["content"][0], "text": letter}]
-            made["completion"].append([{**first, "content": content}])
-            made[ANSWER].append(letter)
-            made[OPTIONS].append(moved)
-            made[GROUP].append(number)
-    rows = rows.select(made[GROUP])
-    for name, values in made.items():
-        if name == OPTIONS and name in rows.column_names:
-            rows = rows.remove_columns(name)
-        rows = _with_column(rows, name, values)
-    return rows
+            asks = {"prompt": _with_text(row["prompt"], "\n".join([asked, *lines]))}
+            answers = {"completion": [{**first, "content": content}], ANSWER: letter}
+            moved_texts.append({**row, **asks, **answers, OPTIONS: moved, GROUP: number})
+    rows = rows.select([row[GROUP] for row in moved_texts])
+    for name in ("prompt", "completion", ANSWER):
+        rows = _with_column(rows, name, [row[name] for row in moved_texts])
+    return rows, moved_texts

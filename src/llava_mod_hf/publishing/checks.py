@@ -21,7 +21,8 @@ NOT_OURS = {".git", ".cache"}  # kept by git and by huggingface_hub's downloads;
 
 # what a run keeps for itself: they hold paths and words of rows, the names of event logs that of the host
 LEFT_BEHIND = re.compile(
-    r"checkpoint-\d+(/.*)?|training_args\.bin|run\.json|([^/]*\.)?(dropped_rows|examples|router)\.jsonl|"
+    r"checkpoint-\d+(/.*)?|training_args\.bin|run\.json|"
+    r"([^/]*\.)?(dropped_rows|examples|router|(teacher_)?answers)\.jsonl|"
     r"report\.(html|png)|(.*/)?events\.out\.tfevents\.[^/]*"
 )
 

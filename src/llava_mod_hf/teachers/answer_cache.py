@@ -7,12 +7,9 @@ from transformers import AutoConfig, AutoProcessor
 
 from llava_mod_hf.data.conversations import supervises_answers
 from llava_mod_hf.data.parquet_shards import SHARDS_FILE, read_settings
-from llava_mod_hf.fingerprints import ROW_KEY_VERSION, content_hash, processor_parts, weights_hash
+from llava_mod_hf.fingerprints import ROW_KEY_VERSION, config_hash, processor_parts, weights_hash
 from llava_mod_hf.loading import resolve
 from llava_mod_hf.teachers.response_alignment import ALIGNMENT_VERSION
-
-# of a model's config, what has no influence on its logits or is an option of its own
-VOLATILE = {"_name_or_path", "architectures", "auto_map", "dtype", "torch_dtype", "transformers_version", "use_cache"}
 
 
 def _local(name):
@@ -78,15 +75,9 @@ def teacher_settings(teacher, *, dtype, quantization=None, trust_remote_code=Fal
         config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
         teacher_parts = processor_parts(AutoProcessor.from_pretrained(folder, trust_remote_code=trust_remote_code))
         settings["teacher weights"] = weights_hash(folder)
-        settings["teacher config"] = content_hash(_without_volatile(config.to_dict()))
+        settings["teacher config"] = config_hash(config)
         settings |= {f"teacher {name.replace('_', ' ')}": value for name, value in teacher_parts.items()}
     return settings
-
-
-def _without_volatile(value):
-    if isinstance(value, dict):
-        return {key: _without_volatile(part) for key, part in value.items() if key not in VOLATILE}
-    return value
 
 
 def check_settings(folder, expected, *, command="llava-mod cache-teacher"):
