@@ -4,7 +4,8 @@ Peak memory of a process that streams generated rows through loader and collator
     python benchmarks/streaming_memory.py [--rows 10000 100000 1000000]
 
 Rows of `embedded:scenes`, each drawn when it is read, by its number; no model. Each number has a fresh
-process, whose peak is the operating system's count of resident memory. A million rows take a quarter of an hour of one core.
+process, whose peak is the operating system's count of resident memory. A million rows take minutes, a quarter of an
+hour of one core.
 """
 
 import argparse

@@ -11,7 +11,6 @@ from helpers.own_data import write_own_data
 from llava_mod_cli import main
 from llava_mod_hf.commands import evaluate as evaluate_module
 from llava_mod_hf.data.scene_rows import DATASET, load
-from llava_mod_hf.evaluation import answers
 from llava_mod_hf.evaluation.answers import evaluate_blind
 
 ROWS = 30
@@ -99,7 +98,8 @@ def conversations(tmp_path, count=6):
 @pytest.mark.parametrize("kind", ["file", "folder"])
 @pytest.mark.parametrize("multi_turn", ["whole", "expand"])
 def test_llavas_json_is_measured_by_its_questions(folders, tmp_path, monkeypatch, kind, multi_turn):
-    monkeypatch.setattr(answers, "generate_answers", lambda model, processor, rows, **_: ["Red."] * len(rows))
+    fake = "llava_mod_hf.evaluation.answer_file.generate_answers"
+    monkeypatch.setattr(fake, lambda model, processor, rows, **_: ["Red."] * len(rows))
     rows, path = conversations(tmp_path), tmp_path / "rows.json"
     path.write_text(json.dumps(rows))
     if kind == "folder":
