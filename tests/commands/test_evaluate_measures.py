@@ -217,8 +217,9 @@ def test_columns_of_a_benchmark_are_read_from_any_file(tmp_path, monkeypatch, ki
         answers = ["Two.", "blue", "A", "no"]  # right, not read, right, not read
         monkeypatch.setattr(answer_file, "generate_answers", lambda *args, **options: answers)
     else:
-        features = Features({"question": Value("string"), "answers": List(Value("string")), "image": Image()})
-        rows = {name: [row[name] for row in BENCHMARK] for name in ("question", "answers")}
+        texts = dict.fromkeys(("question", "place"), Value("string"))  # another `place` than the rows' own
+        features = Features({**texts, "answers": List(Value("string")), "image": Image()})
+        rows = {name: [row[name] for row in BENCHMARK] for name in ("question", "answers")} | {"place": ["here"] * 2}
         Dataset.from_dict({**rows, "image": [str(picture)] * 2}, features=features).to_parquet(path)
     argv = ["--dataset_name", str(path), "--blind", "false"]
     results = evaluate(STUDENT, tmp_path / "results.json", "--measures", *measures, options=argv)
