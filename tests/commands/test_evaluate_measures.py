@@ -1,8 +1,10 @@
 """`llava-mod evaluate --measures`: answers kept and taken up again, batches, differences, and rows of benchmarks."""
 
 import json
+import shutil
 
 import pytest
+import yaml
 from datasets import Dataset, Features, Image, List, Value
 from PIL import Image as Pictures
 
@@ -81,7 +83,7 @@ def test_the_results_say_how_they_were_made(first, processor):
     assert setup["commit"] is None or len(setup["commit"].removesuffix("-dirty")) == 40
 
 
-@pytest.mark.parametrize("torn", ["", '{"key": "12', '{"key": "k", "given": "x"}', "null\n"])
+@pytest.mark.parametrize("torn", ["", '{"key": "12' + "x" * 9000, '{"key": "k", "given": "x"}', "null\n"], ids=len)
 def test_a_killed_run_asks_only_what_is_missing(tmp_path, first, asked, torn):
     path, results = first
     kept = path.with_name("results.answers.jsonl").read_text().splitlines(keepends=True)
@@ -95,19 +97,21 @@ def test_a_killed_run_asks_only_what_is_missing(tmp_path, first, asked, torn):
 
 
 def test_an_answer_is_on_disk_before_the_next_batch(tmp_path, monkeypatch):
-    generate = answer_file.generate_answers
+    generate, written = answer_file.generate_answers, []
 
     def killed(*args, keep, **options):
         def counted(answers):
             keep(answers)
-            raise KeyboardInterrupt
+            written.append(len(lines(tmp_path / "results.answers.jsonl")) - 1)
+            if len(written) == 2:
+                raise KeyboardInterrupt
 
         return generate(*args, keep=counted, **options)
 
     monkeypatch.setattr(answer_file, "generate_answers", killed)
     with pytest.raises(KeyboardInterrupt):
         evaluate(STUDENT, tmp_path / "results.json", "--batch_size", "3", "--max_new_tokens", "4")
-    assert len(lines(tmp_path / "results.answers.jsonl")) == 1 + 3
+    assert written == [3, 6]
 
 
 @pytest.mark.parametrize("changed", ["model", "max_new_tokens", "prompt_suffix"])
@@ -145,6 +149,15 @@ def test_another_models_answers_are_compared(tmp_path, first, name):
         assert each["difference"] == pytest.approx(own - theirs[figure]["value"])
         assert each["low"] <= each["difference"] <= each["high"] and 0 < each["p"] <= 1
     assert ("teacher" in name) == (figures["object_recall"]["difference"] == 0)
+
+
+@pytest.mark.parametrize("measures", ["chair", ["chair", "exact_match"]])
+def test_a_recipe_names_one_measure_or_several(tmp_path, first, measures):
+    shutil.copy(first[0].with_name("results.answers.jsonl"), tmp_path)
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump({"measures": measures, "max_new_tokens": 12}))
+    results = evaluate(STUDENT, tmp_path / "results.json", "--config", str(tmp_path / "recipe.yaml"))
+    names = [measures] if isinstance(measures, str) else measures
+    assert results["student"]["measures"] == {name: first[1]["student"]["measures"][name] for name in names}
 
 
 @pytest.mark.parametrize(
@@ -204,8 +217,9 @@ def test_columns_of_a_benchmark_are_read_from_any_file(tmp_path, monkeypatch, ki
         answers = ["Two.", "blue", "A", "no"]  # right, not read, right, not read
         monkeypatch.setattr(answer_file, "generate_answers", lambda *args, **options: answers)
     else:
-        features = Features({"question": Value("string"), "answers": List(Value("string")), "image": Image()})
-        rows = {name: [row[name] for row in BENCHMARK] for name in ("question", "answers")}
+        texts = dict.fromkeys(("question", "place"), Value("string"))  # another `place` than the rows' own
+        features = Features({**texts, "answers": List(Value("string")), "image": Image()})
+        rows = {name: [row[name] for row in BENCHMARK] for name in ("question", "answers")} | {"place": ["here"] * 2}
         Dataset.from_dict({**rows, "image": [str(picture)] * 2}, features=features).to_parquet(path)
     argv = ["--dataset_name", str(path), "--blind", "false"]
     results = evaluate(STUDENT, tmp_path / "results.json", "--measures", *measures, options=argv)

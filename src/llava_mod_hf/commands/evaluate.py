@@ -28,7 +28,7 @@ OPTIONS = ("data.arguments:DataArguments", "commands.evaluate:EvaluateCommand")
 
 NEEDED = ("prompt", "completion")
 
-PLACE = "place"  # of a row among those whose texts are known
+PLACE = "_place"  # of a row among those whose texts are known; a data set may have a column `place`
 
 logger = logging.getLogger(__name__)
 
