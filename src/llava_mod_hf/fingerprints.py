@@ -27,6 +27,8 @@ def processor_parts(processor):
     images = processor.image_processor.to_dict()
     # its class is another without torchvision
     images = {key: value for key, value in images.items() if key not in ("image_processor_type", "processor_class")}
+    if not images.get("do_center_crop"):
+        images.pop("crop_size", None)  # crops nothing: servers read the size of a picture there
     names = ("patch_size", "vision_feature_select_strategy", "num_additional_image_tokens", "image_token")
     return {
         "tokenizer": content_hash(tokenizer),

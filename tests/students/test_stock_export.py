@@ -5,6 +5,7 @@ import json
 
 import pytest
 import torch
+import transformers
 from transformers import AutoModelForImageTextToText, LlavaForConditionalGeneration
 
 from helpers.models import assert_same_logits, image_batch, sharpen, stock_twin
@@ -125,6 +126,8 @@ def test_the_stock_mixture_of_experts_computes_the_same(make_student, batch, tmp
     stock.save_pretrained(tmp_path)
     loaded = AutoModelForImageTextToText.from_pretrained(tmp_path)  # no remote code
     assert type(loaded) is LlavaForConditionalGeneration
+    (causal,) = loaded.config.text_config.architectures  # by which vLLM's LLaVA finds its language model
+    assert getattr(transformers, causal).config_class is type(loaded.config.text_config)
     with torch.no_grad():
         expected = student(**batch).logits
         assert_same_logits(stock(**batch).logits, expected)

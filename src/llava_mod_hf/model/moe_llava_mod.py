@@ -8,6 +8,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 from transformers import initialization
+from transformers.activations import ACT2FN
 from transformers.core_model_loading import Concatenate, MergeModulelist, WeightConverter
 from transformers.integrations import moe, use_experts_implementation
 from transformers.utils import logging
@@ -71,6 +72,19 @@ def read_ffn(mlp, name):
     )
 
 
+def _check_served(config, layout, act_fn, biased, name):
+    """vLLM computes experts itself: SiLU, a gate and no biases, whatever they are, and by these names in the file."""
+    if config._attn_implementation == "vllm" and (
+        layout != LAYOUTS[0] or biased or not isinstance(act_fn, type(ACT2FN["silu"]))
+    ):
+        raise ValueError(
+            f"vLLM's transformers backend computes experts of {'/'.join((*LAYOUTS[0].first, LAYOUTS[0].second))} with "
+            f"SiLU and without biases, and those of `{name}` are of {'/'.join((*layout.first, layout.second))} with "
+            f"{type(act_fn).__name__} and {'with' if biased else 'without'} biases: serve what `llava-mod export "
+            "--form uniform` makes of the student, which is dense, or use transformers."
+        )
+
+
 def _grouped_mm_where_aligned(self, hidden_states, top_k_index, top_k_weights):
     """`grouped_mm` reads rows that start at multiples of 16 bytes; other widths go through the loop over experts."""
     if hasattr(self.down_proj, "qdata"):  # quantised by torchao, which has no grouped product
@@ -125,6 +139,7 @@ class LlavaModExperts(nn.Module):
         super().__init__()
         self.num_experts = config.num_experts
         self.layout, size, self.act_fn, biased = read_ffn(mlp, name)
+        _check_served(config, self.layout, self.act_fn, biased, name)
         self.first = "gate_up_proj" if self.layout.gated else "up_proj"
         rows = {self.first: size * (1 + self.layout.gated), "down_proj": config.hidden_size}
         columns = {self.first: config.hidden_size, "down_proj": size}

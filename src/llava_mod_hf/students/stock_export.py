@@ -3,7 +3,7 @@
 import copy
 
 import torch
-from transformers import CONFIG_MAPPING, LlavaConfig, LlavaForConditionalGeneration
+from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING, LlavaConfig, LlavaForConditionalGeneration
 from transformers.initialization import no_init_weights
 
 from llava_mod_hf.model.configuration_llava_mod import MOE_DEFAULTS
@@ -206,6 +206,8 @@ def _stock_llava(model, text_config, state):
         for name, value in model.config.to_dict().items()
         if name not in (*MOE_DEFAULTS, "model_type", "architectures", "auto_map", "text_config", "vision_config")
     }
+    # vLLM's LLaVA finds its language model by this name
+    text_config.architectures = [MODEL_FOR_CAUSAL_LM_MAPPING[type(text_config)].__name__]
     config = LlavaConfig(**values, text_config=text_config, vision_config=copy.deepcopy(model.config.vision_config))
     stock = empty_model(
         LlavaForConditionalGeneration,

@@ -101,6 +101,15 @@ def _processed_size(image_processor, name):
     return size[1:]
 
 
+def _tell_size(image_processor, size):
+    """
+    Writes the size of its pictures where stock `LlavaProcessor._get_num_multimodal_tokens` looks, which servers ask
+    for the number of placeholders: at `crop_size` alone, though SigLIP's pictures are resized, not cropped.
+    """
+    if not getattr(image_processor, "do_center_crop", False):  # else it is so already, and without it no pixel changes
+        image_processor.crop_size = {"height": size[0], "width": size[1]}
+
+
 def vision_layout(vision_config, image_size, *, name=None, feature_layer=None, select_strategy=None):
     """
     How the features of a vision encoder are read, found by running it on the meta device.
@@ -189,6 +198,7 @@ def load_vision_layout(config, path, *, name, vision_feature_layer=None, trust_r
         image_processor, size = None, (image_size, image_size)
     else:
         size = _processed_size(image_processor, name)
+        _tell_size(image_processor, size)
     # a LLaVA's encoder is read as that LLaVA reads it: the paper's student sees what its teacher sees
     feature_layer = vision_feature_layer if vision_feature_layer is not None else _of_llava(config, "feature_layer")
     strategy = _of_llava(config, "feature_select_strategy")
