@@ -19,6 +19,8 @@ from transformers import AutoConfig, AutoModel, AutoProcessor, Qwen2Config, Qwen
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightRenaming
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING, MODEL_MAPPING
 
 from helpers.build_cases import ENCODERS, LANGUAGE_MODEL, save
 from helpers.models import assert_same_logits, make_dense, moe_blocks
@@ -43,6 +45,18 @@ SIZES = {"square": (64, 64), "wide": (90, 30), "tall": (30, 90), "large": (700, 
 
 def picture(size):
     return Image.effect_noise(size, 80).convert("RGB")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def own_classes():
+    """What loads with a student's code stays in transformers' tables: the package's classes are put back."""
+    known = (CONFIG_MAPPING, MODEL_MAPPING, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING)
+    tables = [mapping._extra_content for mapping in known]
+    before = [dict(table) for table in tables]
+    yield
+    for table, content in zip(tables, before, strict=True):
+        table.clear()
+        table.update(content)
 
 
 @pytest.fixture(scope="module")
