@@ -23,10 +23,11 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING, MODEL_MAPPING
 
 from helpers.build_cases import ENCODERS, LANGUAGE_MODEL, save
-from helpers.models import assert_same_logits, make_dense, moe_blocks
+from helpers.models import FAMILIES, assert_same_logits, make_dense, moe_blocks
 from helpers.vllm_stand_in import Served
 from llava_mod_hf import build_student, upcycle
 from llava_mod_hf.fingerprints import processor_parts
+from llava_mod_hf.model.modeling_llava_mod import logit_transform
 from llava_mod_hf.students.conversion import _vision
 from llava_mod_hf.students.vision_layout import vision_config_of
 
@@ -315,10 +316,21 @@ def test_a_converted_siglip_that_pads_keeps_its_size(towers):
     assert image_processor(images=picture((90, 30)), return_tensors="pt")["pixel_values"].shape == (1, 3, 64, 64)
 
 
-@pytest.mark.parametrize("family", ["gemma2", "phi", "phi3"])
+@pytest.mark.parametrize("family", FAMILIES)
 def test_experts_that_the_server_would_compute_otherwise_are_refused(family, tmp_path):
     student = upcycle(make_dense(family), layers="all")
     student.save_pretrained(tmp_path)
+    if family not in ("gemma2", "gemma3_text", "phi", "phi3"):
+        served = Served(tmp_path)
+        assert served.unexpected == served.missing == set()
+        return
     with pytest.raises(ValueError, match="vLLM's transformers backend computes experts of gate_proj/up_proj/down_proj"):
         Served(tmp_path)
     AutoModel.from_pretrained(tmp_path)  # elsewhere they are no trouble
+
+
+@pytest.mark.parametrize("family", [family for family in FAMILIES if family != "granite"])
+def test_what_follows_the_head_is_read_by_its_name(family):
+    text_config = make_dense(family).config.text_config
+    by_name = getattr(text_config, "logit_scale", 1.0), getattr(text_config, "final_logit_softcapping", None)
+    assert logit_transform(text_config) == by_name
