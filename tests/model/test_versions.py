@@ -28,6 +28,7 @@ MODEL = Path(llava_mod_hf.__file__).parent / "model"
 SINCE_5_0 = """
 transformers: AutoConfig AutoModel AutoModelForImageTextToText GenerationConfig GenerationMixin LlavaConfig
     MODEL_FOR_CAUSAL_LM_MAPPING MODEL_MAPPING initialization
+transformers.activations: ACT2FN
 transformers.conversion_mapping: register_checkpoint_conversion_mapping
 transformers.core_model_loading: Concatenate MergeModulelist WeightConverter WeightRenaming
 transformers.integrations: moe use_experts_implementation
