@@ -45,7 +45,7 @@ WRITERS = {
 }
 
 
-@pytest.mark.parametrize("part", [*WRITERS, "half of a file"])
+@pytest.mark.parametrize("part", ["half of a file", *(pytest.param(part, marks=pytest.mark.slow) for part in WRITERS)])
 def test_the_last_whole_checkpoint_stays_and_is_taken_up(make_student, processor, tmp_path, monkeypatch, part):
     def trainer(folder):
         torch.manual_seed(0)
