@@ -43,3 +43,13 @@ def hub(monkeypatch):
         monkeypatch.setenv("HF_TOKEN", server.token)
         monkeypatch.setattr(time, "sleep", lambda seconds: None)  # the client backs off for 23 seconds
         yield server
+
+
+@pytest.fixture
+def drawn(monkeypatch):
+    """The figures that are saved, for a look at what they show."""
+    figures = []
+    monkeypatch.setattr(
+        "llava_mod_hf.publishing.figures.Figure.savefig", lambda figure, *args, **kwargs: figures.append(figure)
+    )
+    return figures

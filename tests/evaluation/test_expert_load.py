@@ -98,16 +98,6 @@ def test_figures_are_the_same_bytes_every_time(plot, data, tmp_path):
         assert len(image.convert("RGB").getcolors(maxcolors=1 << 20)) > 10  # something is drawn
 
 
-@pytest.fixture
-def drawn(monkeypatch):
-    """The figures that are saved, for a look at what they show."""
-    figures = []
-    monkeypatch.setattr(
-        "llava_mod_hf.publishing.figures.Figure.savefig", lambda figure, *args, **kwargs: figures.append(figure)
-    )
-    return figures
-
-
 def test_loss_figure_has_a_panel_of_the_logged_losses_per_stage(drawn, tmp_path):
     plot_losses(HISTORY, tmp_path / "losses.png")
     panels = drawn[0].axes

@@ -3,7 +3,6 @@
 import math
 
 import numpy as np
-import pytest
 
 from llava_mod_hf.publishing.run_figure import draw_runs, load_map, panels
 
@@ -15,15 +14,6 @@ LINES = [
     {"step": 1, "layers": {"0": {"load": [0.5, 0.5]}, "2": {"load": [0.25, 0.75]}}},
     {"step": 5, "layers": {"0": {"load": [1.0, 0.0]}, "2": {"load": [0.5, 0.5]}}},
 ]
-
-
-@pytest.fixture
-def drawn(monkeypatch):
-    figures = []
-    monkeypatch.setattr(
-        "llava_mod_hf.publishing.figures.Figure.savefig", lambda figure, *args, **kwargs: figures.append(figure)
-    )
-    return figures
 
 
 def test_a_figure_and_that_of_evaluations_share_a_panel_and_costs_have_none():

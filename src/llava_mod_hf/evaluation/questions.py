@@ -2,10 +2,8 @@
 
 from datasets.features.features import require_decoding
 
-from llava_mod_hf.data.formats import text_of
+from llava_mod_hf.data.formats import IMAGES, text_of
 from llava_mod_hf.data.row_files import rows_of
-
-PICTURES = ("images", "image", "image_path")
 
 QUESTION, ANSWER, KIND = "question", "answer", "kind"
 
@@ -63,13 +61,13 @@ def row_texts(rows, files=()):
     Returns:
         `list[dict]`: a row each.
     """
-    pictures = [name for name, feature in rows.features.items() if name in PICTURES or require_decoding(feature)]
+    pictures = [name for name, feature in rows.features.items() if name in IMAGES or require_decoding(feature)]
     texts = rows.remove_columns(pictures).to_list()
     if not files or "source_row" not in rows.column_names:
         return texts
     needed = {row["source_row"] for row in texts}
     known = {
-        number: {name: value for name, value in row.items() if name not in PICTURES}
+        number: {name: value for name, value in row.items() if name not in IMAGES}
         for number, row in enumerate(rows_of(files))
         if number in needed
     }
