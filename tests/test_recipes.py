@@ -12,14 +12,13 @@ from pathlib import Path
 import pytest
 import yaml
 from accelerate.commands.config.config_args import load_config_from_file
-from datasets import Dataset, Features, Value
-from datasets import Image as ImageFeature
 from PIL import Image
 from safetensors.torch import load_file
 from transformers import AutoConfig
 
 import llava_mod_cli
 from helpers.published_models import PUBLISHED, published_config, save_small, without_video
+from helpers.rlaif_v import write_rlaif_v
 from llava_mod_cli import main
 from llava_mod_hf import recipes
 
@@ -225,28 +224,9 @@ def data(tmp_path_factory):
     rows = [conversation(index) for index in range(6)]
     (root / "conversations.json").write_text(json.dumps(rows))
     (root / "captions.json").write_text(json.dumps([row for row in rows if "image" in row]))  # all have one
-    features = Features(
-        {
-            **{name: Value("string") for name in ("ds_name", "question", "chosen", "rejected", "origin_dataset")},
-            "image": ImageFeature(),
-            **{name: Value("string") for name in ("origin_split", "idx", "image_path")},
-        }
-    )
-    pairs = [
-        {
-            "ds_name": "RLAIF-V",
-            "image": {"bytes": (root / "images" / f"{index % 3}.jpg").read_bytes(), "path": f"{index}.jpg"},
-            "question": WORDS[3 + index % 2],
-            "chosen": WORDS[index % 3],
-            "rejected": WORDS[(index + 1) % 3],
-            "origin_dataset": "OK-VQA",
-            "origin_split": "{}",
-            "idx": str(index),
-            "image_path": f"RLAIF-V-Dataset/{index}.jpg",
-        }
-        for index in range(4)
-    ]
-    Dataset.from_list(pairs, features=features).to_parquet(root / "rlaif-v.parquet")
+    pictures = [{"bytes": (root / "images" / f"{i}.jpg").read_bytes(), "path": f"{i}.jpg"} for i in range(3)]
+    pairs = ((pictures[i % 3], WORDS[3 + i % 2], WORDS[i % 3], WORDS[(i + 1) % 3]) for i in range(4))
+    write_rlaif_v(root / "rlaif-v.parquet", pairs)
     return root
 
 

@@ -19,11 +19,10 @@ import time
 from pathlib import Path
 
 import yaml
-from datasets import Dataset, Features, Value
-from datasets import Image as ImageFeature
 from PIL import Image
 
 from helpers.real_shapes import save_shallow
+from helpers.rlaif_v import write_rlaif_v
 
 ROOT = Path(__file__).parents[2]
 
@@ -108,25 +107,13 @@ def write_conversations(path, images, rows):
 
 
 def write_pairs(folder, rows):
-    """RLAIF-V's Parquet, with its columns and their types."""
-    strings = ("ds_name", "question", "chosen", "rejected", "origin_dataset", "origin_split", "idx", "image_path")
-    features = Features({**{name: Value("string") for name in strings}, "image": ImageFeature()})
+    """RLAIF-V's file, where it lies there."""
     folder.mkdir(parents=True, exist_ok=True)
-    pairs = [
-        {
-            "ds_name": "RLAIF-V",
-            "image": picture(number),
-            "question": QUESTIONS[number % 4],
-            "chosen": ANSWERS[number % 4],
-            "rejected": ANSWERS[(number + 1) % 4],
-            "origin_dataset": "OK-VQA",
-            "origin_split": "{}",
-            "idx": str(number),
-            "image_path": f"RLAIF-V-Dataset/{number}.jpg",
-        }
+    pairs = (
+        (picture(number), QUESTIONS[number % 4], ANSWERS[number % 4], ANSWERS[(number + 1) % 4])
         for number in range(rows)
-    ]
-    Dataset.from_list(pairs, features=features).to_parquet(folder / "RLAIF-V-Dataset_000.parquet")
+    )
+    write_rlaif_v(folder / "RLAIF-V-Dataset_000.parquet", pairs)
 
 
 def write_models(recipe, folder):
