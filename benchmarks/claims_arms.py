@@ -36,7 +36,8 @@ class Arm:
         moe_layers (`list[str]`), num_experts, num_experts_per_tok: of the sparse stage.
         intermediate_size (`int`): of the student's language model, pretrained here if it is not the embedded one's.
         reference_compat (`list[str]`, *optional*): as the recipes'.
-        cache_top_k (`int`, *optional*): train from a cache of so many tokens.
+        cache_top_k (`int`, *optional*): train from a cache of so many tokens, the most likely.
+        cache_num_samples (`int`, *optional*): train from a cache of so many tokens drawn.
         expert_rank (`int`, *optional*): of the sparse stage; by default experts are whole.
         after (`str`, *optional*): what is done to the finished student: `merged` back to a dense one, or `int8`.
         prefer (`dict`, *optional*): the preference stage: `pairs`, `prompts`, and options of the recipe.
@@ -62,6 +63,7 @@ class Arm:
     answered: int | None = None
     reference_compat: tuple | None = None
     cache_top_k: int | None = None
+    cache_num_samples: int | None = None
     expert_rank: int | None = None
     after: str | None = None
     prefer: dict | None = field(default=None)
@@ -130,9 +132,9 @@ class Arm:
             options["divergence"] = self.divergence
         if self.reference_compat:
             options["reference_compat"] = list(self.reference_compat)
-        if weights[0] and self.cache_top_k:
-            cache = Node("cache-teacher", recipe, options | {"top_k": self.cache_top_k})
-            options["teacher_cache"] = cache
+        kept = {"top_k": self.cache_top_k} if self.cache_top_k else {"num_samples": self.cache_num_samples}
+        if weights[0] and any(kept.values()):
+            options["teacher_cache"] = Node("cache-teacher", recipe, options | kept)
         return Node("mimic", recipe, options)
 
     def dense(self):

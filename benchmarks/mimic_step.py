@@ -3,6 +3,7 @@ Tokens per second of a dense-to-sparse step: forward and backward pass of one ba
 
     python benchmarks/mimic_step.py --size tiny
     python benchmarks/mimic_step.py --size qwen2-0.5b [--layers 24]
+    python benchmarks/mimic_step.py --size qwen2-1.5b --layers 4
 
 One student, four ways, taken in turns in one process; medians. `--clock cpu` counts the seconds of all threads,
 which other work on the machine changes less.
@@ -12,9 +13,9 @@ which other work on the machine changes less.
 - `authors`: full logits of student and teacher at all positions, experts one after the other, both vision towers run;
 - `sft`: no teacher; the student's cross-entropy at the supervised positions.
 
-`tiny` is a batch of `recipes/tiny/3_mimic_sparse.yaml`. `qwen2-0.5b` has random weights of Qwen2-0.5B's sizes behind
-CLIP-L/14-336, four experts in every second layer and a teacher of twice the width; one row of 704 tokens, 576 of them
-an image's, 64 supervised. Collation is not part of the time.
+`tiny` is a batch of `recipes/tiny/3_mimic_sparse.yaml`. The others have random weights of Qwen2-0.5B's or Qwen2-1.5B's
+sizes behind CLIP-L/14-336, four experts in every second layer, and a teacher: of twice the width, or of Qwen2-7B's sizes;
+one row of 704 tokens, 576 of them an image's, 64 supervised. Collation is not part of the time.
 """
 
 import argparse
@@ -37,7 +38,11 @@ from llava_mod_hf.teachers.kept_answers import top_k_log_probs
 from llava_mod_hf.training.trainable import set_trainable
 
 TEACHER = "embedded:tiny-teacher"
-CONTENDERS = ("live", "cached", "authors", "sft")
+# student and teacher: width, FFN width, heads, heads of keys and values, and whether the head is the embeddings
+SIZES = {
+    "qwen2-0.5b": ((896, 4864, 14, 2, True), (1792, 9728, 28, 4, True)),
+    "qwen2-1.5b": ((1536, 8960, 12, 2, True), (3584, 18944, 28, 4, False)),
+}
 
 
 def tiny_models(args):
@@ -53,23 +58,25 @@ def qwen_models(args):
     vision = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16}
     vision_config = CLIPVisionConfig(**vision, image_size=336, patch_size=14, projection_dim=768)
 
-    def model(width, **experts):
+    def model(size, **experts):
+        width, ffn, heads, kv_heads, tied = size
         text_config = Qwen2Config(
             vocab_size=151936,
-            hidden_size=896 * width,
-            intermediate_size=4864 * width,
+            hidden_size=width,
+            intermediate_size=ffn,
             num_hidden_layers=args.layers,
-            num_attention_heads=14 * width,
-            num_key_value_heads=2 * width,
-            tie_word_embeddings=True,
+            num_attention_heads=heads,
+            num_key_value_heads=kv_heads,
+            tie_word_embeddings=tied,
         )
         config = LlavaModConfig(
             vision_config=vision_config, text_config=text_config, image_token_index=1, image_seq_length=576, **experts
         )
         return LlavaModForConditionalGeneration(config)
 
-    student = model(1, moe_layers=list(range(0, args.layers, 2)), num_experts=4, num_experts_per_tok=2)
-    teacher = model(2)
+    of_student, of_teacher = SIZES[args.size]
+    student = model(of_student, moe_layers=list(range(0, args.layers, 2)), num_experts=4, num_experts_per_tok=2)
+    teacher = model(of_teacher)
     teacher.model.vision_tower.load_state_dict(student.model.vision_tower.state_dict())
     ids = torch.randint(2, 300, (1, 704))
     ids[:, 10:586] = 1
@@ -112,7 +119,7 @@ def authors_step(student, teacher, batch, aux_coef, autocast):
 
 def contenders(args):
     """`{name: function of no arguments}`, each of which does one step."""
-    student, teacher, processor, batch = {"tiny": tiny_models, "qwen2-0.5b": qwen_models}[args.size](args)
+    student, teacher, processor, batch = (tiny_models if args.size == "tiny" else qwen_models)(args)
     set_trainable(student, None)
     rows = easy_vqa.load("mixture", "train").select(range(64))
     config = MimicConfig(
@@ -156,8 +163,8 @@ def contenders(args):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--size", choices=["tiny", "qwen2-0.5b"], default="tiny")
-    parser.add_argument("--layers", type=int, default=24, help="of both language models; with --size qwen2-0.5b")
+    parser.add_argument("--size", choices=["tiny", *SIZES], default="tiny")
+    parser.add_argument("--layers", type=int, default=24, help="of both language models; not with --size tiny")
     parser.add_argument("--repeats", type=int, default=None, help="of each way; 15 for tiny, else 3")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--clock", choices=["wall", "cpu"], default="wall")
