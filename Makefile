@@ -11,9 +11,9 @@ export HF_HUB_DISABLE_TELEMETRY ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 # Two test processes of one thread each are faster than one of two: the models are tiny.
 WORKERS := -n 2 --dist loadfile
-test test-quantisation test-launched test-lowest test-newest test-conventions test-all: export OMP_NUM_THREADS ?= 1
+test test-quantisation test-gguf test-launched test-lowest test-newest test-conventions test-all: export OMP_NUM_THREADS ?= 1
 
-.PHONY: setup quickstart test test-quantisation test-launched test-versions test-lowest test-newest test-conventions test-all lint typecheck weights clean
+.PHONY: setup quickstart test test-quantisation test-gguf test-launched test-versions test-lowest test-newest test-conventions test-all lint typecheck weights clean
 
 setup: $(VENV)/.installed
 
@@ -38,6 +38,20 @@ $(QUANTISATION): $(VENV)/.installed
 test-quantisation: $(QUANTISATION)
 	PYTHONPATH=$(QUANTISATION) $(BIN)/python -m pytest -q tests/students/test_quantisation.py
 
+# Prebuilt llama.cpp for Linux on x86-64, without the builds for GPUs, and the package that writes its files.
+LLAMA_CPP := $(VENV)/llama-cpp
+
+$(LLAMA_CPP): $(VENV)/.installed
+	rm -rf $@ $@.part
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps -c constraints.txt --target $@.part/python gguf
+	npm install --silent --no-save --omit=optional --ignore-scripts --prefix $@.part \
+		node-llama-cpp@3.21.1 @node-llama-cpp/linux-x64@3.21.1
+	mv $@.part $@
+
+test-gguf: $(LLAMA_CPP)
+	LLAMA_CPP=$(LLAMA_CPP) PYTHONPATH=$(LLAMA_CPP)/python \
+		$(BIN)/python -m pytest -q -m '' tests/students/test_gguf_export.py tests/students/test_gguf_tokenizer.py
+
 # In a folder of its own: transformers and accelerate import it in every process where it is installed.
 DEEPSPEED := $(VENV)/deepspeed
 
@@ -50,7 +64,7 @@ $(DEEPSPEED): $(VENV)/.installed
 test-launched: $(DEEPSPEED)
 	PYTHONPATH=$(DEEPSPEED) $(BIN)/python -m pytest -q -m '' tests/training/test_launched.py
 
-test-all: setup test-quantisation test-launched
+test-all: setup test-quantisation test-gguf test-launched
 	$(BIN)/python -m pytest -q $(WORKERS) -m ''
 	$(MAKE) test-lowest test-newest
 

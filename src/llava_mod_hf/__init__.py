@@ -15,6 +15,7 @@ _LAZY = {
     "PreferenceTrainer": "training.preference_trainer",
     "build_student": "students.build",
     "convert_checkpoint": "students.conversion",
+    "export_gguf": "students.gguf_export",
     "export_stock": "students.stock_export",
     "load_model_and_processor": "loading",
     "merge_experts": "students.stock_export",

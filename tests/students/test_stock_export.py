@@ -9,8 +9,9 @@ import transformers
 from transformers import AutoModelForImageTextToText, LlavaForConditionalGeneration
 
 from helpers.models import assert_same_logits, image_batch, sharpen, stock_twin
+from helpers.retyped import different_experts, retyped
 from llava_mod_cli import main
-from llava_mod_hf import LlavaModConfig, LlavaModForConditionalGeneration, export_stock, merge_experts, upcycle
+from llava_mod_hf import export_stock, merge_experts, upcycle
 from llava_mod_hf.students.stock_export import expert_weights
 
 
@@ -22,28 +23,6 @@ def batch(processor):
 @pytest.fixture(scope="module")
 def student(make_student):
     return different_experts(make_student())
-
-
-def different_experts(model):
-    """Logits away from 0, and experts and routers that make a difference."""
-    sharpen(model)
-    torch.manual_seed(1)
-    with torch.no_grad():
-        for layer in model.config.moe_layers:
-            block = model.model.language_model.layers[layer].mlp
-            block.gate.weight.normal_()
-            for parameter in block.experts.parameters():
-                parameter.normal_(std=0.3)
-    return model
-
-
-def retyped(make_student, text_model_type, **fields):
-    """A student like those of `make_student`, with other fields of its text config."""
-    values = make_student(moe_layers=[0, 2], text_model_type=text_model_type).config.to_dict()
-    moe = {name: fields.pop(name) for name in ("moe_layers", "use_residual", "expert_rank") if name in fields}
-    values["text_config"] |= fields
-    values.pop("auto_map")
-    return different_experts(LlavaModForConditionalGeneration(LlavaModConfig(**values | moe)).eval())
 
 
 # Merged
