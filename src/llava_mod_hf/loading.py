@@ -142,6 +142,9 @@ def _refuse_not_finite(path, model):
         )
 
 
+SAVE_PROCESSOR = "save the processor beside the model with `processor.save_pretrained`"
+
+
 def load_model_and_processor(
     name, *, dtype="float32", attn_implementation=None, quantization=None, device=None, trust_remote_code=False
 ):
@@ -160,8 +163,8 @@ def load_model_and_processor(
         `tuple[PreTrainedModel, ProcessorMixin]`.
 
     Raises:
-        ValueError: as in [`load_whole`], and if the folder has no processor, only a tokenizer, the device is not there
-            or has no room, or the quantisation is unknown or not installed.
+        ValueError: as in [`load_whole`], and if it is no vision-language model, the folder has no processor, only a
+            tokenizer, the device is not there or has no room, or the quantisation is unknown or not installed.
     """
     path = resolve(name)
     try:
@@ -181,6 +184,10 @@ def load_model_and_processor(
         raise ValueError(
             f"`{name}` has no room{where} ({_reason(error)}): give a larger or an emptier one, or a smaller `dtype`."
         ) from error
+    except ValueError as error:
+        if "Unrecognized configuration class" not in str(error):  # transformers' words, before a page of names
+            raise
+        raise ValueError(f"`{name}` is no vision-language model, by its `config.json`: give one.") from error
     except (AssertionError, RuntimeError) as error:  # PyTorch asserts that it was built for a device
         if device is None:
             raise
@@ -190,12 +197,16 @@ def load_model_and_processor(
     try:
         with told_when_the_hub_fails(path):
             processor = AutoProcessor.from_pretrained(path, trust_remote_code=trust_remote_code)
+    except OSError as error:
+        if not Path(path).is_dir():
+            raise
+        raise ValueError(f"`{name}` comes without a processor ({_reason(error)}): {SAVE_PROCESSOR}.") from error
     except ImportError as error:  # of a processor with a part for videos
         raise ValueError(f"The processor of `{name}` needs a library ({' '.join(str(error).split())}).") from error
     if not isinstance(processor, ProcessorMixin):
         raise ValueError(
-            f"`{name}` comes with a {type(processor).__name__}, not with a processor of text and images: save the "
-            "processor beside the model with `processor.save_pretrained`."
+            f"`{name}` comes with a {type(processor).__name__}, not with a processor of text and images: "
+            f"{SAVE_PROCESSOR}."
         )
     return model, processor
 

@@ -148,7 +148,10 @@ def shown_size(image):
         return opened.size[::-1] if turned else opened.size
 
 
-def check_image(file, where, *, whole=True):
+LEAVE_OUT = " or leave out the row"
+
+
+def check_image(file, where, *, whole=True, otherwise=LEAVE_OUT):
     """
     Reads an image, to its end or its header only.
 
@@ -156,6 +159,7 @@ def check_image(file, where, *, whole=True):
         file (`Path` or a file object).
         where (`str`): what the message starts with.
         whole (`bool`, *optional*, defaults to `True`): without it a truncated image is not noticed.
+        otherwise (`str`, *optional*): what may be done about it besides replacing it, for messages.
 
     Raises:
         ValueError: if it is no image, truncated, deeper than 8 bits, or larger than Pillow's limit against
@@ -169,7 +173,7 @@ def check_image(file, where, *, whole=True):
                 if image.mode in DEEP_MODES or image.mode.startswith("I;16"):
                     raise ValueError(
                         f"{where} has more than 8 bits a value (mode {image.mode}), which would become white or black: "
-                        "scale it to 8 bits, or leave out the row."
+                        f"scale it to 8 bits{otherwise}."
                     )
                 if not whole:
                     return
@@ -179,10 +183,8 @@ def check_image(file, where, *, whole=True):
                     image.draft("RGB", (1, 1))  # JPEG: decode an eighth of the size; others ignore it
                     image.load()
         if whole and image.format == "PNG" and _png_lacks_rows(file):  # which Pillow leaves black
-            raise ValueError(
-                f"{where} is not a whole image (its data has too few rows): replace it or leave out the row."
-            )
+            raise ValueError(f"{where} is not a whole image (its data has too few rows): replace it{otherwise}.")
     except (UnidentifiedImageError, OSError, SyntaxError) as error:
-        raise ValueError(f"{where} is not a whole image ({error}): replace it or leave out the row.") from error
+        raise ValueError(f"{where} is not a whole image ({error}): replace it{otherwise}.") from error
     except (PILImage.DecompressionBombError, PILImage.DecompressionBombWarning) as error:
         raise ValueError(f"{where} is refused as a decompression bomb ({error}).") from error

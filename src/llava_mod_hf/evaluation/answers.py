@@ -94,6 +94,53 @@ def generate_answers(model, processor, dataset, *, batch_size=128, max_new_token
     return [text for ((text, _),) in answers]
 
 
+def read_prompts(processor, conversations):
+    """
+    What a model answers to.
+
+    Args:
+        processor (`ProcessorMixin`): with a chat template.
+        conversations (`list[list[dict]]`): messages, their pictures among their parts, each up to a question.
+
+    Returns:
+        [`~transformers.BatchFeature`]: tensors, padded on the left, so that each prompt ends where its answer begins.
+    """
+    return processor.apply_chat_template(
+        conversations,
+        add_generation_prompt=True,
+        tokenize=True,
+        return_dict=True,
+        return_tensors="pt",
+        # as in training, no special tokens are added to those of the template
+        processor_kwargs={"padding": True, "padding_side": "left", "add_special_tokens": False},
+    )
+
+
+def generation_options(
+    model, processor, *, max_new_tokens, temperature=0.0, top_p=1.0, top_k=0, repetition_penalty=1.0
+):
+    """
+    How `generate` decodes, whatever a checkpoint's `generation_config` asks for: some come with sampling.
+
+    Args:
+        model (`PreTrainedModel`), processor (`ProcessorMixin`).
+        max_new_tokens (`int`): where an answer without an end is cut.
+        temperature (`float`, *optional*, defaults to 0.0): of the sampling; 0 takes the most likely token.
+        top_p (`float`, *optional*, defaults to 1.0), top_k (`int`, *optional*, defaults to 0): sample among the most
+            likely tokens of this total probability, and among so many of them, 0 for all; without sampling, nothing.
+        repetition_penalty (`float`, *optional*, defaults to 1.0): 1 for none.
+
+    Returns:
+        `dict`: arguments of `generate`.
+    """
+    options = {"num_beams": 1, "repetition_penalty": repetition_penalty, "use_cache": True}
+    options |= {"do_sample": temperature > 0, "max_new_tokens": max_new_tokens}
+    if temperature > 0:
+        options |= {"temperature": temperature, "top_p": top_p, "top_k": top_k}
+    ends = model.generation_config.eos_token_id or processor.tokenizer.eos_token_id
+    return options | {"eos_token_id": ends, "pad_token_id": processor.tokenizer.pad_token_id}
+
+
 # parameters: those of sampling, by the names that transformers' `generate` gives them
 def sample_answers(
     model,
@@ -130,38 +177,24 @@ def sample_answers(
     dataset = leave_out_marked(dataset, processor)
 
     def collate(rows):
-        return processor.apply_chat_template(
+        return read_prompts(
+            processor,
             [
                 prepare_multimodal_messages(row["prompt"], images=pictures_of(row["prompt"], row["images"]))
                 for row in rows
             ],
-            add_generation_prompt=True,
-            tokenize=True,
-            return_dict=True,
-            return_tensors="pt",
-            # on the left, so that each prompt ends where its answer begins; as in training, no special tokens are added
-            # to those of the template
-            processor_kwargs={"padding": True, "padding_side": "left", "add_special_tokens": False},
         )
 
-    # Whatever a checkpoint's `generation_config` asks for: some come with sampling or a repetition penalty.
-    options = {"num_beams": 1, "repetition_penalty": 1.0, "use_cache": True, "num_return_sequences": num_answers}
-    options |= {"do_sample": temperature > 0}
-    if temperature > 0:
-        options |= {"temperature": temperature, "top_p": top_p, "top_k": 0}
-    ends = model.generation_config.eos_token_id or processor.tokenizer.eos_token_id
+    options = generation_options(
+        model, processor, max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p
+    ) | {"num_return_sequences": num_answers}
+    ends = options["eos_token_id"]
     answers = []
     with evaluating(model), torch.random.fork_rng(enabled=temperature > 0):
         if temperature > 0:
             torch.manual_seed(seed)
         for batch in _batches(dataset, ["images", "prompt"], collate, batch_size, "Generating answers"):
-            generated = model.generate(
-                **inputs_for(model, batch),
-                **options,
-                max_new_tokens=max_new_tokens,
-                eos_token_id=ends,
-                pad_token_id=processor.tokenizer.pad_token_id,
-            )
+            generated = model.generate(**inputs_for(model, batch), **options)
             new_tokens = generated[:, batch["input_ids"].shape[1] :]  # (batch · num_answers, new tokens)
             ended = torch.isin(new_tokens, torch.as_tensor(ends, device=new_tokens.device)).any(1).tolist()
             found = list(zip(processor.batch_decode(new_tokens, skip_special_tokens=True), ended, strict=True))

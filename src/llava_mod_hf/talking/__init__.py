@@ -1,0 +1,1 @@
+"""A conversation with a model: its turns, and answers as they come."""
