@@ -29,8 +29,8 @@ def make_student(tokenizer):
 
 
 @pytest.fixture
-def hub(monkeypatch):
-    """A server that the client of this process talks to, with a token that may write."""
+def hub(monkeypatch, tmp_path_factory):
+    """A server that the client of this process talks to, with a token that may write, and an empty cache of it."""
     with HubServer() as server:
         # read from the environment at the client's import, which was long ago
         monkeypatch.setattr(constants, "ENDPOINT", server.url)
@@ -38,6 +38,7 @@ def hub(monkeypatch):
             constants, "HUGGINGFACE_CO_URL_TEMPLATE", server.url + "/{repo_id}/resolve/{revision}/{filename}"
         )
         monkeypatch.setattr("transformers.utils.hub._hf_api", None, raising=False)  # the trainers' client, kept
+        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path_factory.mktemp("hub")))
         monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
         monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
         monkeypatch.setenv("HF_TOKEN", server.token)

@@ -18,6 +18,8 @@ from urllib.parse import parse_qs, unquote, urlsplit
 
 import yaml
 
+from helpers.hub_faults import RETRY_AFTER, UNANSWERED, UNTOUCHED
+
 LFS_SUFFIXES = (".safetensors", ".png", ".bin", ".parquet")
 GITATTRIBUTES = b"*.safetensors filter=lfs diff=lfs merge=lfs -text\n"
 REPO = r"(?P<repo>[\w.-]+/[\w.-]+)"
@@ -95,16 +97,19 @@ class HubServer:
     Attributes:
         repos (`dict[str, Repo]`); lfs (`dict[str, bytes]`): what was uploaded, by sha256.
         fail (`dict[str, int | str]`): step → status with which it fails from now on; `"drop"` closes the connection
-            without an answer, `"html"` answers 200 with a page. Steps: `create`, `branch`, `info`, `preupload`,
-            `batch`, `put`, `verify`, `commit`, `resolve`.
+            without an answer, `"html"` answers 200 with a page. Steps: `validate`, `create`, `branch`, `info`,
+            `preupload`, `batch`, `put`, `verify`, `commit`, `resolve`.
+        faults ([`~helpers.hub_faults.Faults`], *optional*): what fails now and then, on top of that.
         readers (`set[str]`): tokens that may read and not write.
         requests (`list[tuple[str, str]]`): method and path of each request.
-        bodies (`list[bytes]`): of the same requests.
+        bodies (`list[bytes]`): of the same requests, as far as they came.
+        ranges (`list[str]`): the `Range` header of each request that has one.
     """
 
     def __init__(self, token="hf_" + "w" * 34):
         self.token, self.readers = token, set()
-        self.repos, self.lfs, self.fail, self.requests, self.bodies = {}, {}, {}, [], []
+        self.repos, self.lfs, self.fail, self.requests, self.bodies, self.ranges = {}, {}, {}, [], [], []
+        self.faults = None
         self.lock = threading.Lock()
 
     def __enter__(self):
@@ -183,42 +188,64 @@ class _Handler(BaseHTTPRequestHandler):
             return repo
 
     def _handle(self):
-        self.body = self._body()  # read in any case, or the connection cannot be used again
-        parts = urlsplit(self.path)
-        self.query = parse_qs(parts.query, keep_blank_values=True)
-        with self.hub.lock:
-            self.hub.requests.append((self.command, parts.path))
-            self.hub.bodies.append(self.body)
-            try:
-                for method, pattern, step, write, function in ROUTES:
-                    match = pattern.fullmatch(parts.path)
-                    if match and self.command in method.split():
-                        if step in self.hub.fail:
-                            answer = self._failing(self.hub.fail[step], step)
-                            break
-                        found = {name: unquote(value) for name, value in match.groupdict(default="").items()}
-                        found["repo"] = self._check_access(found.pop("repo", None), write)
-                        answer = function(self, **{k: v for k, v in found.items() if v is not None})
-                        break
-                else:
-                    raise Refusal(404, message=f"no route for {self.command} {parts.path}")
-            except Refusal as refusal:
-                headers = {"X-Error-Message": refusal.message}
-                if refusal.code:
-                    headers["X-Error-Code"] = refusal.code
-                answer = refusal.status, headers, json.dumps({"error": refusal.message, **refusal.body}).encode()
-        if answer is None:
+        path = urlsplit(self.path).path
+        matches = ((each, each[1].fullmatch(path)) for each in ROUTES if self.command in each[0].split())
+        route, match = next((pair for pair in matches if pair[1]), (None, None))
+        fault = route and self.hub.faults and self.hub.faults.draw(route[2])
+        if fault == "half sent":
+            self.rfile.read(int(self.headers.get("Content-Length") or 0) // 2)
             self.close_connection = True
             return
+        self.body = self._body()  # read in any case, or the connection cannot be used again
+        self.query = parse_qs(urlsplit(self.path).query, keep_blank_values=True)
+        with self.hub.lock:
+            self.hub.requests.append((self.command, path))
+            self.hub.bodies.append(self.body)
+            self.hub.ranges += [self.headers["Range"]] * ("Range" in self.headers)
+            answer = self._answer(route, match, fault)
+        if answer is not None and fault not in UNANSWERED:
+            self._send(*answer, fault)
+        else:
+            self.close_connection = True
+
+    def _answer(self, route, match, fault):
+        """Status, headers and content of what is answered, or `None` if nothing is."""
+        try:
+            if route is None:
+                raise Refusal(404, message=f"no route for {self.command} {self.path}")
+            _, _, step, write, function = route
+            if (how := self.hub.fail.get(step, fault)) in UNTOUCHED or isinstance(how, int):
+                return self._failing(how, step)
+            found = {name: unquote(value) for name, value in match.groupdict(default="").items()}
+            found["repo"] = self._check_access(found.pop("repo", None), write)
+            answer = function(self, **{name: value for name, value in found.items() if value is not None})
+        except Refusal as refusal:
+            headers = {"X-Error-Message": refusal.message}
+            if refusal.code:
+                headers["X-Error-Code"] = refusal.code
+            if refusal.status == 429:
+                headers["Retry-After"] = str(RETRY_AFTER)
+            answer = refusal.status, headers, json.dumps({"error": refusal.message, **refusal.body}).encode()
         if not isinstance(answer, tuple):
             answer = 200, {"Content-Type": "application/json"}, json.dumps(answer).encode()
-        status, headers, content = answer
+        return answer
+
+    def _send(self, status, headers, content, fault):
         self.send_response(status)
         for name, value in {"Content-Length": str(len(content)), **headers}.items():
             self.send_header(name, value)
         self.end_headers()
-        if self.command != "HEAD":
-            self.wfile.write(content)
+        if self.command == "HEAD":
+            return
+        half = len(content) // 2
+        self.wfile.write(content[:half])
+        if fault == "half":
+            self.close_connection = True
+            return
+        if fault == "slow":
+            self.wfile.flush()
+            threading.Event().wait(0.02)  # tests replace `time.sleep`
+        self.wfile.write(content[half:])
 
     def _failing(self, how, step):
         if how == "drop":
@@ -244,7 +271,7 @@ def _whoami(request, **_):
     return {"type": "user", "name": "me", "orgs": [], "auth": {"accessToken": {"role": "write"}}}
 
 
-@route("POST", "/api/validate-yaml")
+@route("POST", "/api/validate-yaml", "validate")
 def _validate_yaml(request, **_):
     content = request._json()["content"]
     errors = []

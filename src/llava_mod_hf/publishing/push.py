@@ -1,23 +1,22 @@
 """From a folder to one commit on the Hub."""
 
+import dataclasses
 import json
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
-from huggingface_hub.errors import HfHubHTTPError
+from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 from transformers import AutoConfig
 
 from llava_mod_hf.publishing.card import render_card
 from llava_mod_hf.publishing.checks import check_private, check_publishable, files_to_commit
 from llava_mod_hf.publishing.manifest import MANIFEST_FILE, manifest_of, ours_among
+from llava_mod_hf.publishing.patience import NO_ANSWER, PASSING, patiently
 from llava_mod_hf.publishing.provenance import RECIPE_FILE, RESULTS_FILE, RUN_FILE, gather_facts, results_text
 
 CARD_FILE = "README.md"
-
-# of the client's HTTP library, whichever it is: nobody answered, or not to the end
-NO_ANSWER = HfHubHTTPError.__bases__[0]
 
 
 def push_checkpoint(folder, repo_id, *, private=False, revision=None, mirror=False):
@@ -27,7 +26,8 @@ def push_checkpoint(folder, repo_id, *, private=False, revision=None, mirror=Fal
     The repository and the branch are created if missing, and stay, without the files, if the upload then fails. A file
     of the folder replaces that of the same name; what an earlier push brought, and the folder no longer has, is deleted
     in the same commit. Files that others put there stay: `.llava_mod_files.json` in the repository lists ours. The
-    commit is refused by the Hub if somebody else committed in between. Without any difference there is no commit.
+    commit is refused by the Hub if somebody else committed in between. Without any difference there is no commit. What
+    the Hub does not answer is asked for again for half a minute, or as long as it says.
 
     A folder without a card gets one in the repository, unless that has somebody's already: it tells what the config,
     `run.json` and `results.json` tell, and names what they leave out. Of a stage's output folder, what only serves the
@@ -116,31 +116,49 @@ def _push(to, message, content, defaults):
         defaults (`dict[str, bytes]`): the same, unless there is one that is not ours.
     """
     api = HfApi()
-    kind = {"repo_type": to.repo_type}
     with _told_in_a_sentence(api.endpoint, to.repo_id):
-        repo_id = api.create_repo(to.repo_id, private=to.private, exist_ok=True, **kind).repo_id
-        if to.private and not api.repo_info(repo_id, **kind).private:
-            raise ValueError(f"`private=True` was given, but `{repo_id}` exists and is public: make it private first.")
-        if to.revision is not None and not api.revision_exists(repo_id, to.revision, **kind):
-            api.create_branch(repo_id, branch=to.revision, **kind)
-        head = api.repo_info(repo_id, revision=to.revision, files_metadata=True, **kind)
-        remote = {sibling.rfilename for sibling in head.siblings}
-        if ".gitignore" in remote:
-            raise ValueError(f"`{repo_id}` has a .gitignore, for which the Hub would skip files: delete it there.")
-        # what is there and not brought: the only files that may have to go, or to stay in a default's place
-        kept = remote - content.keys() - {".gitattributes", MANIFEST_FILE}
-        replaced = kept if to.mirror else ours_among(kept, api, head, **kind)
-        content = {name: text for name, text in defaults.items() if name not in kept - replaced} | content
-        additions = [CommitOperationAdd(name, file) for name, file in sorted(content.items())]
-        deletions = [CommitOperationDelete(name) for name in sorted(replaced - content.keys())]
-        return api.create_commit(
-            repo_id,
-            [*additions, manifest_of(additions), *deletions],
-            commit_message=message,
-            revision=to.revision,
-            parent_commit=head.sha,
-            **kind,
-        )
+        to, parent = _begin(api, to)
+        return patiently(_commit, api, to, message, content, defaults, parent)
+
+
+def _begin(api, to):
+    """The destination by its whole name, made if missing, and the commit that a push goes on from."""
+    kind = {"repo_type": to.repo_type}
+    created = patiently(api.create_repo, to.repo_id, private=to.private, exist_ok=True, **kind)
+    to = dataclasses.replace(to, repo_id=created.repo_id)
+    if to.private and not patiently(api.repo_info, to.repo_id, **kind).private:
+        raise ValueError(f"`private=True` was given, but `{to.repo_id}` exists and is public: make it private first.")
+    if to.revision is not None and not patiently(api.revision_exists, to.repo_id, to.revision, **kind):
+        patiently(api.create_branch, to.repo_id, branch=to.revision, exist_ok=True, **kind)
+    return to, patiently(api.repo_info, to.repo_id, revision=to.revision, **kind).sha
+
+
+def _commit(api, to, message, content, defaults, parent):
+    """
+    Everything in one commit, upon one that was the last when the push began.
+
+    Made again after an answer was lost, it finds nothing to change if the commit is there, and if not it does not send
+    again what the Hub has. It is refused if somebody else committed meanwhile.
+    """
+    kind = {"repo_type": to.repo_type}
+    head = api.repo_info(to.repo_id, revision=to.revision, files_metadata=True, **kind)
+    remote = {sibling.rfilename for sibling in head.siblings}
+    if ".gitignore" in remote:
+        raise ValueError(f"`{to.repo_id}` has a .gitignore, for which the Hub would skip files: delete it there.")
+    # what is there and not brought: the only files that may have to go, or to stay in a default's place
+    kept = remote - content.keys() - {".gitattributes", MANIFEST_FILE}
+    replaced = kept if to.mirror else ours_among(kept, api, head, **kind)
+    content = {name: text for name, text in defaults.items() if name not in kept - replaced} | content
+    additions = [CommitOperationAdd(name, file) for name, file in sorted(content.items())]
+    deletions = [CommitOperationDelete(name) for name in sorted(replaced - content.keys())]
+    return api.create_commit(
+        to.repo_id,
+        [*additions, manifest_of(additions), *deletions],
+        commit_message=message,
+        revision=to.revision,
+        parent_commit=parent,
+        **kind,
+    )
 
 
 @contextmanager
@@ -148,9 +166,11 @@ def _told_in_a_sentence(endpoint, repo_id):
     """Says in one sentence what went wrong between the client and the Hub, and what is there now."""
     try:
         yield
-    except (NO_ANSWER, RuntimeError, json.JSONDecodeError) as error:
-        # the client raises a RuntimeError from what failed the upload of a file
-        failure = error.__cause__ if isinstance(error, RuntimeError) and error.__cause__ else error
+    except (NO_ANSWER, RuntimeError, LocalEntryNotFoundError, json.JSONDecodeError) as error:
+        # the client raises the second and third from what failed the upload or the download of a file
+        failure = (
+            error.__cause__ if isinstance(error, RuntimeError | LocalEntryNotFoundError) and error.__cause__ else error
+        )
         push = f"the push to `{repo_id}`"
         if isinstance(failure, HfHubHTTPError):
             raise _refusal(failure, endpoint, repo_id, push) from error
@@ -186,7 +206,7 @@ def _refusal(error, endpoint, repo_id, push):
             "what is there, and push again."
         )
     told = f"{endpoint} answered {push} with HTTP {status} ({_one_line(error.server_message) or 'without a reason'})"
-    if status < 500:
+    if status < 500 and status not in PASSING:
         return ValueError(f"{told}: nothing was committed.")
     return ConnectionError(f"{told}: the commit is there whole, or not at all. Push again later.")
 
