@@ -14,16 +14,17 @@ def count_choices(router_logits, top_k, counted):
     Args:
         router_logits (`tuple[torch.FloatTensor]`): per layer `(tokens, experts)`.
         top_k (`int`): experts that a token is sent to.
-        counted (`torch.BoolTensor` of shape `(tokens,)`): tokens that count.
+        counted (`torch.BoolTensor` of shape `(…, tokens)`): tokens that count; of several kinds, a row for each.
 
     Returns:
-        `torch.LongTensor` of shape `(layers, experts)`.
+        `torch.LongTensor` of shape `(layers, …, experts)`.
     """
     counts = []
     for logits in router_logits:
         chosen = logits.softmax(-1).topk(top_k, dim=-1).indices.flatten()  # (tokens * k), as the router chooses
-        choices = counted.to(chosen).repeat_interleave(top_k)  # (tokens * k)
-        counts.append(chosen.new_zeros(logits.shape[-1]).scatter_add_(0, chosen, choices))
+        choices = counted.to(chosen).repeat_interleave(top_k, dim=-1)  # (…, tokens * k)
+        zeros = chosen.new_zeros(*counted.shape[:-1], logits.shape[-1])
+        counts.append(zeros.scatter_add_(-1, chosen.expand_as(choices), choices))
     return torch.stack(counts)
 
 
@@ -32,7 +33,8 @@ def sum_entropy(router_logits, counted):
     The entropy of each token's distribution over the experts, in nats, summed over tokens.
 
     Args:
-        router_logits, counted: as in [`count_choices`].
+        router_logits: as in [`count_choices`].
+        counted (`torch.BoolTensor` of shape `(tokens,)`): tokens that count.
 
     Returns:
         `torch.FloatTensor` of shape `(layers,)`.
@@ -80,9 +82,9 @@ def _count_choices(model, processor, dataset, batch_size):
             outputs = model(**inputs_for(model, batch), output_router_logits=True, logits_to_keep=1)
             real = batch["attention_mask"].bool().flatten()  # (batch * sequence,)
             image = (batch["input_ids"] == model.config.image_token_index).flatten()
-            for row, counted in enumerate((real & ~image, real & image)):
-                for layer, choices in zip(layers, count_choices(outputs.router_logits, top_k, counted), strict=True):
-                    counts[layer][row] += choices.cpu()
+            choices = count_choices(outputs.router_logits, top_k, torch.stack([real & ~image, real & image]))
+            for layer, chosen in zip(layers, choices.cpu(), strict=True):
+                counts[layer] += chosen
     return counts
 
 

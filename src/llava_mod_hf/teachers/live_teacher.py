@@ -13,6 +13,7 @@ from llava_mod_hf.teachers.last_ffn import read_only
 from llava_mod_hf.teachers.output_head import head_of
 from llava_mod_hf.teachers.response_alignment import align_labels, check_responses
 from llava_mod_hf.teachers.sharded import whole_head
+from llava_mod_hf.teachers.unique_images import encode_once
 from llava_mod_hf.teachers.vocabulary import check_teacher, shared_vocab_size
 
 logger = logging.getLogger(__name__)
@@ -141,6 +142,7 @@ class LiveTeacher:
             aligned, keep = own_inputs["aligned"][keep], own_inputs["keep"]
         device, head = self.model.device, self.head
         inputs = {name: value.to(device) if torch.is_tensor(value) else value for name, value in inputs.items()}
+        encode_once(self.model)
         read_only(self.model.base_model, keep)
         with torch.inference_mode():
             hidden = self.model.base_model(**{**inputs, "use_cache": False}).last_hidden_state

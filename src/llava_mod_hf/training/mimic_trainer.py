@@ -23,6 +23,7 @@ from llava_mod_hf.teachers.output_head import head_without_weights
 from llava_mod_hf.teachers.protocol import row_sets
 from llava_mod_hf.teachers.sharded import shard_layers, whole
 from llava_mod_hf.teachers.teachers_collator import TeachersCollator
+from llava_mod_hf.teachers.unique_images import encode_once
 from llava_mod_hf.teachers.vision_sharing import share_vision_tower
 from llava_mod_hf.teachers.vocabulary import compared_vocab_size
 from llava_mod_hf.training.authors_behaviour import ReferenceCompat
@@ -73,6 +74,7 @@ class MimicTrainer(GroupedBatches, Validates, Watched, WholeConversations, SafeR
         super().__init__(model, args=args, processing_class=processing_class, **kwargs)
         train_only(self.model, args.train_modules)
         prepare_generation(self.model, self.processing_class)
+        encode_once(self.model)
         self.compat = ReferenceCompat(args.reference_compat, vocab_size=args.reference_vocab_size)
         self.teachers = self._make_teachers(teacher_model, teacher_processor) if args.kl_weight else []
         if args.kl_weight and not self.teachers:

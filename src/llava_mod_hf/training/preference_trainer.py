@@ -30,6 +30,7 @@ from llava_mod_hf.teachers.reference_model import (
     own_reading,
 )
 from llava_mod_hf.teachers.shared_prefix import sharing
+from llava_mod_hf.teachers.unique_images import encode_once
 from llava_mod_hf.training.given import given
 from llava_mod_hf.training.logs import KeepsMetrics
 from llava_mod_hf.training.noted_model import NotedModel
@@ -184,6 +185,7 @@ class PreferenceTrainer(KeepsMetrics, GroupedBatches, Validates, Watched, SafeRu
             return self.compute_ref_log_probs(self._sharing(self.ref_model or self.model, unwrapped), inputs)
 
     def _sharing(self, model, unwrapped):
+        encode_once(unwrapped)
         return sharing(model, unwrapped) if self.args.share_prefix else model
 
     def _student(self):

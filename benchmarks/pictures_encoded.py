@@ -1,0 +1,95 @@
+"""
+Time of the frozen vision encoder where pictures of a batch are the same: encoded once, and as often as they come.
+
+    python benchmarks/pictures_encoded.py [--layers 4] [--images 8] [--rounds 3]
+
+Random weights of CLIP-L/14-336's widths with `--layers` of its 24 layers, behind a student whose language model is
+tiny, so that the encoder is nearly all of the forward pass. Ways take turns in one process; medians of processor
+seconds, which other work on the machine changes less.
+"""
+
+import argparse
+import statistics
+import time
+
+import torch
+from transformers import CLIPVisionConfig, Qwen2Config
+
+from llava_mod_hf import LlavaModConfig, LlavaModForConditionalGeneration
+from llava_mod_hf.teachers.unique_images import encode_once
+
+SIZE, PATCH = 336, 14
+
+
+def make_student(layers):
+    vision_config = CLIPVisionConfig(
+        hidden_size=1024,
+        intermediate_size=4096,
+        num_hidden_layers=layers,
+        num_attention_heads=16,
+        image_size=SIZE,
+        patch_size=PATCH,
+    )
+    text_config = Qwen2Config(
+        vocab_size=64,
+        hidden_size=64,
+        intermediate_size=64,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+    )
+    config = LlavaModConfig(
+        vision_config=vision_config,
+        text_config=text_config,
+        image_token_index=1,
+        image_seq_length=(SIZE // PATCH) ** 2,
+    )
+    student = LlavaModForConditionalGeneration(config).eval()
+    student.model.vision_tower.requires_grad_(False)
+    return student
+
+
+def batch_of(images, different):
+    """Rows of one picture each, `different` of which are not the same."""
+    pixels = torch.randn(different, 3, SIZE, SIZE)[torch.arange(images) % different]
+    ids = torch.ones(images, (SIZE // PATCH) ** 2 + 1, dtype=torch.long)
+    ids[:, -1] = 2
+    return {"input_ids": ids, "pixel_values": pixels}
+
+
+def measure(args):
+    """`{different pictures: (seconds encoded once, seconds as often as they come)}`."""
+    plain = make_student(args.layers)
+    once = make_student(args.layers)
+    once.load_state_dict(plain.state_dict())
+    encode_once(once)
+    found = {}
+    for different in sorted({args.images, args.images // 2, 1}, reverse=True):
+        batch, times = batch_of(args.images, different), {once: [], plain: []}
+        for _ in range(args.rounds + 1):
+            for model, seconds in times.items():
+                start = time.process_time()
+                with torch.no_grad():
+                    model.base_model(**batch)
+                seconds.append(time.process_time() - start)
+        found[different] = tuple(statistics.median(seconds[1:]) for seconds in times.values())  # the first warms up
+    return found
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--layers", type=int, default=4)
+    parser.add_argument("--images", type=int, default=8, help="of a batch")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--threads", type=int, default=1)
+    args = parser.parse_args(argv)
+    torch.set_num_threads(args.threads)
+    torch.manual_seed(0)
+    print(f"| different of {args.images} pictures | seconds | × as often as they come |")
+    print("|---:|---:|---:|")
+    for different, (once, plain) in measure(args).items():
+        print(f"| {different} | {once:.2f} | {once / plain:.2f} |")
+
+
+if __name__ == "__main__":
+    main()
