@@ -58,7 +58,7 @@ class Allocated(TorchDispatchMode):
 
 
 def model_of(args):
-    """A student of those widths, of which the head is TRL's only in name: what it would read is what is measured."""
+    """A student of those widths; its vision encoder is not run, as the rows are tokens alone."""
     text_config = Qwen2Config(
         vocab_size=args.vocabulary, hidden_size=896, intermediate_size=4864, num_hidden_layers=args.layers,
         num_attention_heads=14, num_key_value_heads=2, tie_word_embeddings=True,
