@@ -11,9 +11,9 @@ export HF_HUB_DISABLE_TELEMETRY ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 # Two test processes of one thread each are faster than one of two: the models are tiny.
 WORKERS := -n 2 --dist loadfile
-test test-quantisation test-gguf test-launched test-lowest test-newest test-conventions test-all: export OMP_NUM_THREADS ?= 1
+test test-quantisation test-gguf test-harnesses test-launched test-lowest test-newest test-conventions test-all: export OMP_NUM_THREADS ?= 1
 
-.PHONY: setup quickstart test test-quantisation test-gguf test-launched test-versions test-lowest test-newest test-conventions test-all lint typecheck weights clean
+.PHONY: setup quickstart test test-quantisation test-gguf test-harnesses test-launched test-versions test-lowest test-newest test-conventions test-all lint typecheck weights clean
 
 setup: $(VENV)/.installed
 
@@ -60,11 +60,24 @@ $(DEEPSPEED): $(VENV)/.installed
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps -c constraints.txt --target $@ \
 		deepspeed hjson py-cpuinfo einops msgpack
 
+# In a folder of its own, without the dependencies of tasks that are not ours.
+LM_EVAL := $(VENV)/lm_eval
+
+$(LM_EVAL): $(VENV)/.installed
+	rm -rf $@
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps -c constraints.txt --target $@ \
+		lm-eval sacrebleu colorama lxml portalocker tabulate \
+		pytablewriter DataProperty mbstrdecoder pathvalidate tabledata tcolorpy typepy chardet
+
+# Our tasks by lm-eval: question by question what `llava-mod evaluate` gives.
+test-harnesses: $(LM_EVAL)
+	PYTHONPATH=$(LM_EVAL) $(BIN)/python -m pytest -q -m '' tests/harnesses/test_lm_eval.py
+
 # The recipes' launch configurations on two CPU processes.
 test-launched: $(DEEPSPEED)
 	PYTHONPATH=$(DEEPSPEED) $(BIN)/python -m pytest -q -m '' tests/training/test_launched.py
 
-test-all: setup test-quantisation test-gguf test-launched
+test-all: setup test-quantisation test-gguf test-harnesses test-launched
 	$(BIN)/python -m pytest -q $(WORKERS) -m ''
 	$(MAKE) test-lowest test-newest
 

@@ -9,15 +9,14 @@ from accelerate import PartialState
 
 from llava_mod_hf.commands.parts import unmarked, written_down
 from llava_mod_hf.data.arguments import DataArguments
-from llava_mod_hf.data.load import image_root, load_rows
-from llava_mod_hf.data.row_files import files_of
+from llava_mod_hf.data.load import load_rows
 from llava_mod_hf.evaluation.answer_file import answers_for, answers_path, ask
 from llava_mod_hf.evaluation.answers import blind_answers, evaluate_model, score_answers
-from llava_mod_hf.evaluation.benchmarks import BENCHMARKS, check_names, measure, prepared, units
+from llava_mod_hf.evaluation.asked_rows import asked_rows
+from llava_mod_hf.evaluation.benchmarks import BENCHMARKS, check_names, measure, units
 from llava_mod_hf.evaluation.expert_load import expert_load
 from llava_mod_hf.evaluation.metrics.synonyms import Synonyms
-from llava_mod_hf.evaluation.questions import KIND, row_texts, with_questions
-from llava_mod_hf.evaluation.rotations import with_suffix
+from llava_mod_hf.evaluation.questions import KIND, with_questions
 from llava_mod_hf.evaluation.setup import identity_of, setup_of
 from llava_mod_hf.loading import load_model_and_processor
 from llava_mod_hf.publishing.provenance import RESULTS_FILE
@@ -125,7 +124,8 @@ def run(data_args: DataArguments, args: EvaluateCommand):
     training = _training_rows(data_args, args, options)
     rows = load_rows(data_args, split=data_args.dataset_test_split, **options)
     has_kinds = KIND in rows.column_names
-    rows, texts = _asked(with_questions(rows), data_args, args)
+    rows, texts = asked_rows(rows, data_args, measures=args.measures, prompt_suffix=args.prompt_suffix)
+    rows = rows.add_column(PLACE, list(range(len(rows))))
     for name in args.measures:  # before hours of answers
         units(name, texts, [""] * len(texts), synonyms=synonyms)
     model, processor = args.load(args.model, args.dtype)
@@ -192,12 +192,3 @@ def _training_rows(data_args, args, options):
     if training_name != data_args.dataset_name:
         all_rows.dataset_options = None  # which are of the test's data set
     return with_questions(load_rows(all_rows, **options).remove_columns("images"))
-
-
-def _asked(rows, data_args, args):
-    """The rows as they are asked, each with its [`PLACE`] among their texts, and these."""
-    files = files_of(Path(data_args.dataset_name), data_args.dataset_test_split) if image_root(data_args) else []
-    rows, texts = prepared(rows, row_texts(rows, [file for file in files if file.suffix != ".parquet"]), args.measures)
-    if args.prompt_suffix:
-        rows = with_suffix(rows, args.prompt_suffix)
-    return rows.add_column(PLACE, list(range(len(rows)))), texts

@@ -112,9 +112,9 @@ def prepared(rows, texts, names):
     return rows, texts
 
 
-def units(name, rows, given, **options):
+def counted(name, rows, given, **options):
     """
-    What each row, or rows that belong together, add to the figures of a measure.
+    What each row, or rows that belong together, add to the figures of a measure; nothing, where it is not of the rows.
 
     Args:
         name (`str`): of [`BENCHMARKS`].
@@ -143,7 +143,17 @@ def units(name, rows, given, **options):
                     "docs/judging.md says."
                 )
             inputs[key].append(value)
-    found = metric.units(inputs=inputs, **{key: options[key] for key in benchmark.options})
+    return metric.units(inputs=inputs, **{key: options[key] for key in benchmark.options})
+
+
+def units(name, rows, given, **options):
+    """
+    [`counted`] of rows of which at least one is of the measure.
+
+    Raises:
+        ValueError: as [`counted`], and if none is.
+    """
+    found = counted(name, rows, given, **options)
     if not any(found):
         raise ValueError(f"None of {len(rows)} rows is of the measure `{name}`: docs/judging.md says which are.")
     return found

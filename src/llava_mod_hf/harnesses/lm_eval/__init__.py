@@ -1,0 +1,1 @@
+"""The task folder of lm-eval: `lm-eval run --include_path` of it."""
