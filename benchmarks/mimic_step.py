@@ -14,12 +14,12 @@ which other work on the machine changes less.
 - `sft`: no teacher; the student's cross-entropy at the supervised positions.
 
 `tiny` is a batch of `recipes/tiny/3_mimic_sparse.yaml`. The others have random weights of Qwen2-0.5B's or Qwen2-1.5B's
-sizes behind CLIP-L/14-336, four experts in every second layer, and a teacher: of twice the width, or of Qwen2-7B's sizes;
-one row of 704 tokens, 576 of them an image's, 64 supervised. Collation is not part of the time.
+sizes behind CLIP-L/14-336, four experts in every second layer, and a teacher, of twice the width or of Qwen2-7B's
+sizes; one row of 704 tokens, 576 of them an image's, 64 supervised. Collation is not part of the time.
 
-`products` are the multiplications and additions of the step's matrix products, counted by torch over transformers' `eager`
-experts: what the authors' way has more of them is the speed that they alone allow (`their limit`), and `vision` is
-the encoder's share, which a cache of its features saves.
+`products` are the multiplications and additions of the step's matrix products, counted by torch over transformers'
+`eager` experts: what the authors' way has more of them is the speed that they alone allow (`their limit`), and `vision`
+is the encoder's share, which a cache of its features saves.
 """
 
 import argparse

@@ -10,6 +10,21 @@ from llava_mod_hf.commands.report import SHOWN
 from llava_mod_hf.training.run_lines import add_lines
 
 FIGURES = {"load": [0.75, 0.25], "max_load": 0.75, "load_entropy": 0.8113, "entropy": 0.5, "dead_experts": 0.5}
+FIGURES["overloaded_experts"] = 0.25
+PICTURE = {**FIGURES, "load": [1.0, 0.0], "load_entropy": 0.0}
+ROUTERS = {
+    "layers": {
+        "2": {
+            **FIGURES,
+            "by_modality": {"picture": PICTURE, "prompt": FIGURES},
+            "by_task": {"<color>": FIGURES},
+            "together": [[0.75, 0.0], [0.0, 0.25]],
+            "distance": [0.125, 0.0625],
+        }
+    },
+    "paths": {"distinct": 12, "most_frequent": [{"experts": [1, 0], "share": 0.25}]},
+    "collapsed": [2],
+}
 
 
 def make_run(folder, *, loss=1.0, said="teal", lines=True, **recipe):
@@ -45,7 +60,7 @@ def test_a_run_is_reported_in_its_folder(tmp_path, capsys):
         ["loss", "1.1"],
         ["num_tokens", "70"],
         ["seed", "3"],
-        ["student", "2", "75.0, 25.0", "0.8113", "0.5", "50"],
+        ["student", "2", "75.0, 25.0", "0.8113", "0.5", "50", "25"],
         ["what &lt;color&gt;?", "teal", "teal"],
         ["what &lt;color&gt;?", "teal", "&amp; red"],
     ):
@@ -78,6 +93,37 @@ def test_a_run_that_goes_on_tells_how_far_it_is(tmp_path):
     assert main(["report", str(tmp_path), "--output", str(tmp_path / "report")]) == 0
     found = rows((tmp_path / "report" / "report.html").read_text())
     assert found[1:] == [["steps", "10 of 4,000"], ["loss", "0.1235"]]
+
+
+def routers_shown(folder, name):
+    page = (folder / "report.html").read_text()
+    pictures = [base64.b64decode(each) for each in re.findall(r'src="data:image/png;base64,([^"]*)"', page)]
+    assert pictures[-1] == (folder / "report_routers.png").read_bytes()
+    found = rows(page)
+    for row in (
+        [name, "2", "all", "75.0, 25.0", "0.8113", "0.5", "50", "25"],
+        [name, "2", "picture", "100.0, 0.0", "0", "0.5", "50", "25"],
+        [name, "2", "&lt;color&gt;", "75.0, 25.0", "0.8113", "0.5", "50", "25"],
+        [name, "2", "12.5, 6.2", "collapsed"],
+        [name, "1 → 0", "25.0%", "12"],
+    ):
+        assert row in found, row
+    return len(pictures)
+
+
+def test_measured_routers_are_shown_of_a_run_and_of_a_student_without_one(tmp_path):
+    folder = make_run(tmp_path / "run")
+    (folder / "results.json").write_text(json.dumps({"student": {}, "routers": ROUTERS}))
+    assert main(["report", str(folder)]) == 0
+    assert routers_shown(folder, "run") == 2
+    alone = tmp_path / "alone"
+    alone.mkdir()
+    (alone / "results.json").write_text(json.dumps({"student": {}, "routers": ROUTERS}))
+    assert main(["report", str(alone)]) == 0
+    assert routers_shown(alone, "alone") == 1
+    assert "Last numbers" not in (alone / "report.html").read_text() and not (alone / "report.png").exists()
+    assert main(["report", str(folder), str(alone), "--output", str(tmp_path / "both")]) == 0
+    assert routers_shown(tmp_path / "both", "alone") == routers_shown(tmp_path / "both", "run") == 2
 
 
 def test_no_more_answers_are_shown_than_can_be_read(tmp_path):
@@ -119,4 +165,15 @@ def test_what_a_stage_leaves_is_what_is_reported(folders, tmp_path):
         assert [name, f"{last[name]:.4g}"] in found
     loads = [row for row in found if row[0] == "run" and row[1] in ("0", "2")]
     assert [row[1] for row in loads] == ["0", "2"]
+    argv = ["--model", str(tmp_path / "run"), "--dataset_name", "embedded:easy-vqa", "--dataset_config", "mixture"]
+    argv += ["--max_samples", "8"]
+    assert main(["evaluate", *argv]) == 0
+    assert main(["report", str(tmp_path / "run")]) == 0
+    (results, page) = ((tmp_path / "run" / name).read_text() for name in ("results.json", "report.html"))
+    routers = json.loads(results)["routers"]
+    assert routers["rows"] == 8 and json.loads(results)["expert_load"]["0"] == routers["layers"]["0"]["load"]
+    for layer, figures in routers["layers"].items():
+        for task, told in figures["by_task"].items():
+            load = ", ".join(f"{100 * share:.1f}" for share in told["load"])
+            assert any(row[:4] == ["run", layer, task, load] for row in rows(page))
     assert sum(row[1:] != ["expected", "run"] for row in found if len(row) == 3) == 2  # two answers

@@ -1,12 +1,14 @@
-from collections import Counter
-
 import pytest
 import torch
 from PIL import Image
 
-from llava_mod_hf.data import easy_vqa
-from llava_mod_hf.evaluation.expert_load import expert_load, expert_load_by_modality
-from llava_mod_hf.model.moe_llava_mod import LlavaModExperts
+from llava_mod_hf.evaluation.expert_load import (
+    count_choices,
+    has_collapsed,
+    modalities,
+    router_figures,
+    sum_entropy,
+)
 from llava_mod_hf.publishing.figures import plot_expert_load, plot_losses
 
 LOADS = {0: [0.25, 0.4, 0.15, 0.2], 2: [0.1, 0.2, 0.3, 0.4]}
@@ -17,74 +19,62 @@ HISTORY = {
 }
 
 
-@pytest.fixture(scope="module")
-def dataset():
-    return easy_vqa.load("mixture", "test").select(range(16))
-
-
-@pytest.fixture(scope="module")
-def student(make_student):
-    return make_student(moe_layers=[0, 2])
-
-
-@pytest.fixture(scope="module")
-def counts(student, processor, dataset):
-    """What the experts are really given, row by row and without padding: `{(layer, is image, expert): choices}`."""
-    counts, is_image = Counter(), []
-    layers = {
-        module: index
-        for index, layer in enumerate(student.model.language_model.layers)
-        for module in layer.mlp.modules()
-        if isinstance(module, LlavaModExperts)
+def test_figures_of_a_router_that_uses_one_expert():
+    assert router_figures([0, 8, 0, 0], 0.0, 8) == {
+        "load": [0.0, 1.0, 0.0, 0.0],
+        "max_load": 1.0,
+        "load_entropy": 0.0,
+        "entropy": 0.0,
+        "dead_experts": 0.75,
+        "overloaded_experts": 0.25,
     }
-
-    def record(module, args):
-        _, top_k_index, _ = args
-        for image, chosen in zip(is_image, top_k_index.tolist(), strict=True):
-            counts.update((layers[module], image, expert) for expert in chosen)
-
-    hooks = [module.register_forward_pre_hook(record) for module in layers]
-    for row in dataset:
-        text = f"<|user|><image>{row['question']}<|assistant|>{row['answer']}<|end|>"
-        inputs = processor(text=text, images=row["images"], return_tensors="pt")
-        is_image[:] = [token == student.config.image_token_index for token in inputs["input_ids"][0].tolist()]
-        with torch.no_grad():
-            student(**inputs)
-    for hook in hooks:
-        hook.remove()
-    return counts
+    assert router_figures([4], 0.0, 4)["entropy"] == 0.0
 
 
-def shares(counts, layer, modalities):
-    chosen = [sum(counts[layer, image, expert] for image in modalities) for expert in range(4)]
-    return pytest.approx([count / sum(chosen) for count in chosen], abs=1e-12)
+def test_an_expert_is_overloaded_beyond_one_and_a_half_times_its_share():
+    # of four experts with 16 choices, 6 are just one and a half times an even share
+    assert router_figures([6, 6, 2, 2], 1.0, 8)["overloaded_experts"] == 0.0
+    assert router_figures([7, 7, 1, 1], 1.0, 8)["overloaded_experts"] == 0.5
 
 
-@pytest.mark.parametrize("batch_size", [3, 16])
-def test_load_equals_a_count_of_what_the_experts_are_given(student, processor, dataset, counts, batch_size):
-    loads = expert_load(student, processor, dataset, batch_size=batch_size)
-    assert list(loads) == [0, 2]
-    for layer in loads:
-        assert loads[layer] == shares(counts, layer, [False, True])
-        assert sum(loads[layer]) == pytest.approx(1.0)
+@pytest.mark.parametrize(
+    ("load", "top_k", "expected"),
+    [
+        ([0.0, 1.0, 0.0, 0.0], 1, True),
+        ([0.5, 0.0, 0.5, 0.0], 2, True),
+        ([0.5, 0.25, 0.25, 0.0], 2, False),  # every token has the first expert, and the second varies
+        ([0.5, 0.0, 0.496, 0.004], 2, True),
+        ([0.5, 0.0, 0.48, 0.02], 2, False),
+        ([0.5, 0.5], 2, False),  # there is nothing to choose
+    ],
+)
+def test_a_router_has_collapsed_if_its_choice_is_always_the_same(load, top_k, expected):
+    assert has_collapsed(load, top_k) is expected
 
 
-def test_load_by_modality_equals_a_count(student, processor, dataset, counts):
-    loads = expert_load_by_modality(student, processor, dataset)
-    assert list(loads) == ["text", "image"]
-    for layer in (0, 2):
-        assert loads["text"][layer] == shares(counts, layer, [False])
-        assert loads["image"][layer] == shares(counts, layer, [True])
+def test_tokens_are_told_apart_by_what_they_are():
+    ids = torch.tensor([[7, 7, 1, 2, 3], [4, 1, 2, 0, 7]])
+    mask = torch.tensor([[1, 1, 1, 1, 1], [1, 1, 1, 0, 0]])
+    answers = torch.tensor([[0, 0, 0, 1, 1], [0, 0, 1, 1, 0]]).bool()
+    assert modalities(ids, mask, answers, 7).tolist() == [0, 0, 1, 2, 2, 1, 1, 2, 3, 3]
 
 
-def test_a_modality_without_tokens_is_left_out(student, processor, dataset):
-    rows = dataset.remove_columns("images").add_column("images", [[]] * len(dataset))
-    assert list(expert_load_by_modality(student, processor, rows)) == ["text"]
-
-
-def test_dense_models_have_no_load(make_student, processor, dataset):
-    dense = make_student(moe_layers=[])
-    assert expert_load(dense, processor, dataset) == expert_load_by_modality(dense, processor, dataset) == {}
+def test_choices_and_entropies_are_counted_group_by_group():
+    logits = [torch.randn(9, 4, generator=torch.Generator().manual_seed(seed)) for seed in range(2)]
+    groups = torch.tensor([0, 1, 2, 0, 0, 2, 1, 2, 0])  # the last does not count
+    choices, entropy = (
+        count(logits, *more) for count, more in ((count_choices, (2, groups, 2)), (sum_entropy, (groups, 2)))
+    )
+    for layer, values in enumerate(logits):
+        for group in range(2):
+            mine = [row for row, other in zip(values.tolist(), groups.tolist(), strict=True) if other == group]
+            chosen = [
+                expert for row in mine for expert in sorted(range(4), key=lambda expert, row=row: -row[expert])[:2]
+            ]
+            assert choices[layer, group].tolist() == [chosen.count(expert) for expert in range(4)]
+            probabilities = torch.tensor(mine, dtype=torch.float64).softmax(-1)
+            expected = -(probabilities * probabilities.log()).sum()
+            assert entropy[layer, group].item() == pytest.approx(expected.item(), rel=1e-6)
 
 
 @pytest.mark.parametrize("plot, data", [(plot_losses, HISTORY), (plot_expert_load, LOADS)])

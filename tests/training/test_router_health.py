@@ -8,7 +8,6 @@ import torch
 from helpers.ddp_gradients import sharpened
 from helpers.stages import StopsAt
 from helpers.trainers import TRAINERS
-from llava_mod_hf.evaluation.expert_load import router_figures
 from llava_mod_hf.training.run_lines import add_lines, read_lines
 
 STEPS = {"batch": 1, "accumulation": 2, "max_steps": 4, "logging_steps": 2, "learning_rate": 0.0}
@@ -30,7 +29,7 @@ def trainer_of(make_student, processor, tmp_path):
 
 
 def counted(trainer, rows):
-    """Per layer, token by token in float64 and without padding: choices of each expert, entropies, tokens."""
+    """Per layer, token by token in float64 and without padding: choices by modality and expert, entropies, tokens."""
     batch = trainer.data_collator([trainer.train_dataset[index] for index in rows])
     inputs = {name: batch[name] for name in ("input_ids", "attention_mask", "pixel_values")}
     with torch.no_grad():
@@ -39,16 +38,21 @@ def counted(trainer, rows):
         inputs["pixel_values"] = inputs["pixel_values"].repeat(images, 1, 1, 1)
         logits = trainer.model(**inputs, output_router_logits=True).router_logits
     real = inputs["attention_mask"].flatten().tolist()
+    answers = batch["completion_mask"] if "completion_mask" in batch else batch["labels"] != -100
+    names = [
+        "picture" if token == trainer.model.config.image_token_index else "answer" if answer else "prompt"
+        for token, answer in zip(inputs["input_ids"].flatten().tolist(), answers.flatten().tolist(), strict=True)
+    ]
     found = []
     for layer in logits:
-        choices, entropies = [0] * 4, []
-        for token, counts in zip(layer.double(), real, strict=True):
+        choices, entropies = {name: [0] * 4 for name in ("picture", "prompt", "answer")}, []
+        for token, counts, name in zip(layer.double(), real, names, strict=True):
             if not counts:
                 continue
             p = [math.exp(value) for value in token.tolist()]
             p = [value / sum(p) for value in p]
             for expert in sorted(range(4), key=lambda expert, p=p: -p[expert])[:2]:
-                choices[expert] += 1
+                choices[name][expert] += 1
             entropies.append(-sum(value * math.log(value) for value in p))
         found.append((choices, sum(entropies), len(entropies)))
     return found
@@ -59,7 +63,11 @@ def expected_of(trainer, batches):
     found = [counted(trainer, rows) for rows in batches]
     layers = []
     for parts in zip(*found, strict=True):
-        choices = [sum(column) for column in zip(*(part[0] for part in parts), strict=True)]
+        by_modality = {
+            name: [sum(column) for column in zip(*(part[0][name] for part in parts), strict=True)]
+            for name in ("picture", "prompt", "answer")
+        }
+        choices = [sum(column) for column in zip(*by_modality.values(), strict=True)]
         entropy, tokens = (sum(part[i] for part in parts) for i in (1, 2))
         load = [count / sum(choices) for count in choices]
         layers.append(
@@ -69,6 +77,10 @@ def expected_of(trainer, batches):
                 "load_entropy": -sum(share * math.log(share, 4) for share in load if share),
                 "entropy": entropy / tokens / math.log(4),
                 "dead_experts": sum(count == 0 for count in choices) / 4,
+                "overloaded_experts": sum(share > 0.375 for share in load) / 4,
+                "load_by_modality": {
+                    name: [count / sum(counts) for count in counts] for name, counts in by_modality.items()
+                },
             }
         )
     return layers, tokens
@@ -86,11 +98,16 @@ def test_figures_are_those_of_a_count_over_all_micro_batches_since_the_last_log(
         assert line["tokens"] == 2 * tokens
         assert list(line["layers"]) == ["0", "2"]
         for found, expected in zip(line["layers"].values(), layers, strict=True):
-            assert found == {key: pytest.approx(value, rel=1e-5) for key, value in expected.items()}
-        for key in ("entropy", "load_entropy", "dead_experts"):
+            assert found.pop("load_by_modality") == {
+                key: pytest.approx(value, rel=1e-9) for key, value in expected["load_by_modality"].items()
+            }
+            assert found == {
+                key: pytest.approx(expected[key], rel=1e-5) for key in expected.keys() - {"load_by_modality"}
+            }
+        for key in ("entropy", "load_entropy", "dead_experts", "overloaded_experts"):
             assert log[f"router/{key}"] == pytest.approx((layers[0][key] + layers[1][key]) / 2, rel=1e-5)
         assert log["router/max_load"] == pytest.approx(max(layer["max_load"] for layer in layers), rel=1e-9)
-        assert sum(key.startswith("router/") for key in log) == 4
+        assert sum(key.startswith("router/") for key in log) == 5
 
 
 def test_padding_is_left_out_and_evaluations_are_not_counted(trainer_of, tmp_path):
@@ -126,15 +143,16 @@ def test_without_router_logits_nothing_is_logged(trainer_of, tmp_path, args):
     assert not (tmp_path / "router.jsonl").exists()
 
 
-def test_figures_of_a_router_that_uses_one_expert():
-    assert router_figures([0, 8, 0, 0], 0.0, 8) == {
-        "load": [0.0, 1.0, 0.0, 0.0],
-        "max_load": 1.0,
-        "load_entropy": 0.0,
-        "entropy": 0.0,
-        "dead_experts": 0.75,
-    }
-    assert router_figures([4], 0.0, 4)["entropy"] == 0.0
+def test_a_collapse_is_told_once(trainer_of, tmp_path, caplog):
+    trainer = trainer_of("mimic", accumulation=1, max_steps=2, logging_steps=1)
+    gate = trainer.model.model.language_model.layers[2].mlp.gate
+    gate.weight.data.zero_()  # of equal logits the same experts are taken
+    trainer.train()
+    (told,) = [record.getMessage() for record in caplog.records if "the routers of layers" in record.getMessage()]
+    assert told.startswith("At step 1 the routers of layers 2 send all tokens to the same 2 of their experts")
+    for line in read_lines(tmp_path / "router.jsonl"):
+        assert sorted(line["layers"]["2"]["load"]) == [0.0, 0.0, 0.5, 0.5]
+        assert line["layers"]["2"]["dead_experts"] == 0.5
 
 
 def test_a_run_begins_its_files_anew_and_a_resumed_one_goes_on(trainer_of, tmp_path):

@@ -14,9 +14,9 @@ from llava_mod_hf.evaluation.answer_file import answers_for, answers_path, ask
 from llava_mod_hf.evaluation.answers import blind_answers, evaluate_model, score_answers
 from llava_mod_hf.evaluation.asked_rows import asked_rows
 from llava_mod_hf.evaluation.benchmarks import BENCHMARKS, check_names, measure, units
-from llava_mod_hf.evaluation.expert_load import expert_load
 from llava_mod_hf.evaluation.metrics.synonyms import Synonyms
 from llava_mod_hf.evaluation.questions import KIND, with_questions
+from llava_mod_hf.evaluation.router_use import loads_of, router_use, sample
 from llava_mod_hf.evaluation.setup import identity_of, setup_of
 from llava_mod_hf.loading import load_model_and_processor
 from llava_mod_hf.publishing.provenance import RESULTS_FILE
@@ -161,12 +161,15 @@ def run(data_args: DataArguments, args: EvaluateCommand):
         divergence = kl_to_live_teacher(model, processor, teacher, teacher_processor, rows, batch_size=args.batch_size)
     given, student_results = answered("", model, processor)
     blind = None if training is None else blind_answers(training, rows)
+    sampled = sample(rows)
+    used = router_use(model, processor, sampled, tasks=sampled[KIND])
     results = {
         "student": {**student_results, "kl_to_teacher": divergence},
         "teacher": teacher_results,
         "blind": None if blind is None else measured(score_answers(blind, rows), blind),
         "dataset": data_args.dataset_name,
-        "expert_load": expert_load(model, processor, rows.select(range(min(len(rows), 512)))),
+        "expert_load": loads_of(used),
+        "routers": used,
         "num_questions": len(rows),
         "setup": setup_of(model, processor, rows, data_args, args),
     }

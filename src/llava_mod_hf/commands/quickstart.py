@@ -26,7 +26,7 @@ from llava_mod_hf.evaluation.answers import (
     response_batches,
     score_answers,
 )
-from llava_mod_hf.evaluation.expert_load import expert_load
+from llava_mod_hf.evaluation.router_use import loads_of, router_use
 from llava_mod_hf.loading import load_model_and_processor
 from llava_mod_hf.publishing import fresh_process
 from llava_mod_hf.publishing.provenance import RESULTS_FILE
@@ -191,8 +191,10 @@ def publish_student(output_dir, world, summary, rows):
     """Builds the repository of the last stage, and has a fresh process without this package load it and answer."""
     checkpoint = output_dir / "prefer"
     model, processor = load_model_and_processor(str(checkpoint))
-    loads = expert_load(model, processor, rows.select(range(min(256, len(rows)))))
-    results = {"student": summary["stages"]["prefer"], "dataset": world.dataset, "expert_load": loads}
+    asked = rows.select(range(min(256, len(rows))))
+    used = router_use(model, processor, asked, tasks=asked["kind"])
+    loads = loads_of(used)
+    results = {"student": summary["stages"]["prefer"], "dataset": world.dataset, "expert_load": loads, "routers": used}
     write_json(checkpoint / RESULTS_FILE, results | {name: summary[name] for name in ("teacher", "blind")})
     folder = run_publish(PublishCommand(str(checkpoint), str(output_dir / "hub" / f"{world.recipes}-llava-mod")))
 

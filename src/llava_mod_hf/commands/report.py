@@ -5,6 +5,7 @@ import logging
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from llava_mod_hf.publishing.router_figure import ALL, draw_routers
 from llava_mod_hf.publishing.run_figure import draw_runs, is_curve
 from llava_mod_hf.publishing.summary_page import data_uri, fill_template
 from llava_mod_hf.training.progress import TOKENS
@@ -25,8 +26,10 @@ logger = logging.getLogger(__name__)
 class ReportCommand:
     """
     Args:
-        runs (`list[str]`): folders of runs, finished or not, or checkpoints of them.
-        output (`str`, *optional*): folder for `report.png` and `report.html`; of one run, its own by default.
+        runs (`list[str]`): folders of runs, finished or not, of checkpoints of them, or of students that `evaluate`
+            has measured.
+        output (`str`, *optional*): folder for `report.html`, `report.png` and `report_routers.png`; of one run, its
+            own by default.
     """
 
     runs: list[str] = field(default_factory=list)
@@ -65,7 +68,9 @@ def last_numbers(runs):
     Returns:
         `list[tuple[str, list[str]]]`: what it is, and each run's.
     """
-    found = [("steps", [f"{_number(run.steps)}{_of(run)}" for run in runs.values()])]
+    found = []
+    if any(run.steps for run in runs.values()):
+        found.append(("steps", [f"{_number(run.steps)}{_of(run)}" for run in runs.values()]))
     for name in ("seconds", "seconds_per_step"):
         if any(run.finished for run in runs.values()):
             found.append((name.replace("_", " "), [_number(run.finished.get(name)) for run in runs.values()]))
@@ -94,10 +99,57 @@ def last_routers(runs):
     rows = []
     for name, run in runs.items():
         for layer, figures in (run.routers[-1]["layers"] if run.routers else {}).items():
-            load = ", ".join(f"{share:.1%}".removesuffix("%") for share in figures["load"])
-            dead = f"{100 * figures['dead_experts']:.3g}"
-            rows.append([name, layer, load, _number(figures["load_entropy"]), _number(figures["entropy"]), dead])
+            rows.append([name, layer, *_router_cells(figures)])
     return rows
+
+
+def _router_cells(figures):
+    percent = [
+        f"{100 * figures[name]:.3g}" if name in figures else "–" for name in ("dead_experts", "overloaded_experts")
+    ]
+    return [_percents(figures["load"]), _number(figures["load_entropy"]), _number(figures["entropy"]), *percent]
+
+
+def _percents(shares):
+    return ", ".join(f"{100 * share:.1f}" for share in shares)
+
+
+def measured_routers(runs):
+    """Rows of the table of what `evaluate` counted: each run's layers, of all tokens, each modality and each task."""
+    rows = []
+    for name, run in runs.items():
+        for layer, figures in run.measured.get("layers", {}).items():
+            groups = {ALL: figures, **figures["by_modality"], **figures.get("by_task", {})}
+            rows += [[name, layer, group, *_router_cells(each)] for group, each in groups.items()]
+    return rows
+
+
+def measured_experts(runs):
+    """Rows of the table of each layer's experts: how far they have moved apart, in percent, and whether all is lost."""
+    return [
+        [
+            name,
+            layer,
+            "–" if figures["distance"] is None else _percents(figures["distance"]),
+            "collapsed" if int(layer) in run.measured["collapsed"] else "",
+        ]
+        for name, run in runs.items()
+        for layer, figures in run.measured.get("layers", {}).items()
+    ]
+
+
+def measured_paths(runs):
+    """Rows of the table of the paths that were taken most often."""
+    return [
+        [
+            name,
+            " → ".join(map(str, path["experts"])),
+            f"{path['share']:.1%}",
+            _number(run.measured["paths"]["distinct"]),
+        ]
+        for name, run in runs.items()
+        for path in run.measured.get("paths", {}).get("most_frequent", [])
+    ]
 
 
 def last_examples(runs):
@@ -118,7 +170,8 @@ def last_examples(runs):
 
 def run(args):
     """
-    Writes `report.png` and `report.html` of one run or of several side by side.
+    Writes `report.png` and `report.html` of one run or of several side by side, and of measured routers
+    `report_routers.png`.
 
     Returns:
         `Path`: the page.
@@ -130,22 +183,31 @@ def run(args):
     runs = dict(zip(names_of(args.runs), histories, strict=True))
     output = Path(args.output or args.runs[0])
     output.mkdir(parents=True, exist_ok=True)
-    picture, page = output / "report.png", output / "report.html"
-    curves = {name: history.curves() for name, history in runs.items()}
-    draw_runs(curves, {name: history.routers for name, history in runs.items()}, picture)
+    picture, routers, page = output / "report.png", output / "report_routers.png", output / "report.html"
+    curves = {name: history.curves() for name, history in runs.items() if history.logs}
+    measured = {name: history.measured for name, history in runs.items() if history.measured}
+    if curves:
+        draw_runs(curves, {name: history.routers for name, history in runs.items()}, picture)
+    if measured:
+        draw_routers(measured, routers)
     examples = last_examples(runs)
     fill_template(
         TEMPLATE,
         page,
         title=", ".join(runs),
-        picture=data_uri(picture.read_bytes()),
+        picture=data_uri(picture.read_bytes()) if curves else None,
         names=list(runs),
         numbers=last_numbers(runs),
         options=options_of(runs),
         options_title="Options that were given" if len(runs) == 1 else "Options that differ",
         routers=last_routers(runs),
+        routers_picture=data_uri(routers.read_bytes()) if measured else None,
+        measured=measured_routers(runs),
+        experts=measured_experts(runs),
+        paths=measured_paths(runs),
         examples=examples[:SHOWN],
         shown=f"{min(SHOWN, len(examples))} of {len(examples)}",
     )
-    logger.warning("Wrote `%s` and `%s`.", page, picture)
+    written = [page, *([picture] if curves else []), *([routers] if measured else [])]
+    logger.warning("Wrote %s.", " and ".join(f"`{path}`" for path in written))
     return page

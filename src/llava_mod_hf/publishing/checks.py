@@ -23,7 +23,7 @@ NOT_OURS = {".git", ".cache"}  # kept by git and by huggingface_hub's downloads;
 LEFT_BEHIND = re.compile(
     r"checkpoint-\d+(/.*)?|training_args\.bin|run\.json|"
     r"([^/]*\.)?(dropped_rows|examples|router|(teacher_)?answers)\.jsonl|"
-    r"report\.(html|png)|(.*/)?events\.out\.tfevents\.[^/]*"
+    r"report(_routers)?\.(html|png)|(.*/)?events\.out\.tfevents\.[^/]*"
 )
 
 REWRITTEN = {RECIPE_FILE, RESULTS_FILE}  # of a run's folder, for the commit: they name local files

@@ -66,7 +66,7 @@ def plot_expert_load(loads, path):
     Writes a figure of the experts' shares of the choices, a group of bars per layer, with perfect balance dashed.
 
     Args:
-        loads (`dict[int, list[float]]`): as [`expert_load`] returns them.
+        loads (`dict[int, list[float]]`): as [`~llava_mod_hf.evaluation.router_use.loads_of`] returns them.
         path (`str` or `Path`): PNG file to write.
 
     Raises:

@@ -201,7 +201,7 @@ def summary_figure(*, title, subtitle, examples, bars, loads, dark=False):
         title, subtitle (`str`).
         examples (`list[tuple[PIL.Image.Image, list[Line]]]`): up to four pictures, and what the models say of each.
         bars (`list[Bars]`): up to four measures of the same models.
-        loads (`dict[int, list[float]]`): experts' shares by layer, as `expert_load` returns them.
+        loads (`dict[int, list[float]]`): experts' shares by layer, as `loads_of` returns them.
         dark (`bool`, *optional*, defaults to `False`): light on dark.
 
     Returns:

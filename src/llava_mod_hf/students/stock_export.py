@@ -60,7 +60,7 @@ def merge_experts(model, *, weights="uniform", loads=None):
         weights (`str`, *optional*, defaults to `"uniform"`):
             `"uniform"`: 1/E each. `"load"`: each expert's share of the routers' choices.
         loads (`dict[int, list[float]]`, *optional*):
-            With `"load"`, the shares by layer, as [`~llava_mod_hf.evaluation.expert_load.expert_load`] measures them.
+            With `"load"`, the shares by layer, as [`~llava_mod_hf.evaluation.router_use.loads_of`] has them.
 
     Returns:
         `LlavaForConditionalGeneration`: a new model, on the same device and of the same dtype.

@@ -203,7 +203,7 @@ class MimicTrainer(GroupedBatches, Validates, Watched, WholeConversations, SafeR
         router = None
         if self._has_router_term:
             router = router_losses(outputs.router_logits, student.config.get_text_config(), mask)
-            self.note_routers(outputs.router_logits, mask)
+            self.note_routers(outputs.router_logits, inputs["input_ids"], mask, labels)
         unaligned = [0 if row.aligned is None else (~row.aligned).sum() for row in rows]
         return BatchTerms(terms, router, labels, count, unaligned)
 

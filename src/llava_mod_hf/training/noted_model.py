@@ -16,7 +16,8 @@ class NotedModel:
     Attributes:
         log_probs (`torch.FloatTensor`): of the last call.
         z_loss (`torch.FloatTensor` or `None`): of the last call, if the config has a coefficient for it.
-        router (`tuple` or `None`): the routers' logits of the last call, if it asked for them, and its attention mask.
+        router (`tuple` or `None`): the routers' logits of the last call, if it asked for them, and its token ids,
+            attention mask and labels.
     """
 
     def __init__(self, model, base_model, text_config):
@@ -36,7 +37,7 @@ class NotedModel:
         finally:
             hook.remove()
         if kwargs.get("output_router_logits") and hasattr(self.text_config, "router_aux_loss_type"):
-            self.router = (found[0], kwargs.get("attention_mask"))
+            self.router = (found[0], *(kwargs.get(name) for name in ("input_ids", "attention_mask", "labels")))
             outputs.aux_loss, z_loss = router_losses(found[0], self.text_config, kwargs.get("attention_mask"))
             self.z_loss = z_loss if with_z_loss else None
         self.log_probs = outputs.log_probs
