@@ -11,9 +11,10 @@ export HF_HUB_DISABLE_TELEMETRY ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 # Two test processes of one thread each are faster than one of two: the models are tiny.
 WORKERS := -n 2 --dist loadfile
-test test-quantisation test-gguf test-harnesses test-launched test-lowest test-newest test-conventions test-all: export OMP_NUM_THREADS ?= 1
+test test-%: export OMP_NUM_THREADS ?= 1
 
-.PHONY: setup quickstart test test-quantisation test-gguf test-harnesses test-launched test-versions test-lowest test-newest test-conventions test-all lint typecheck weights clean
+.PHONY: setup quickstart test test-quantisation test-gguf test-harnesses test-launched test-demo test-versions test-lowest \
+	test-newest test-conventions test-all lint typecheck weights clean
 
 setup: $(VENV)/.installed
 
@@ -77,7 +78,21 @@ test-harnesses: $(LM_EVAL)
 test-launched: $(DEEPSPEED)
 	PYTHONPATH=$(DEEPSPEED) $(BIN)/python -m pytest -q -m '' tests/training/test_launched.py
 
-test-all: setup test-quantisation test-gguf test-harnesses test-launched
+# In a folder of their own: Gradio asks for an older Pillow than constraints.txt has, and works with it.
+DEMO := $(VENV)/demo
+
+$(DEMO): $(VENV)/.installed
+	rm -rf $@
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps -c constraints.txt --target $@ \
+		gradio gradio_client hf-gradio groovy fastapi starlette uvicorn python-multipart opentelemetry-api httpx httpcore \
+		safehttpx orjson brotli pydub pytz semantic-version tomlkit \
+		selenium trio trio-websocket wsproto outcome sniffio sortedcontainers websocket-client PySocks
+
+# Pages in a real browser, Debian's: `apt-get install chromium chromium-driver`. `SCREENSHOTS=docs` renews its pictures.
+test-demo: $(DEMO)
+	PYTHONPATH=$(DEMO) NEEDS_BROWSER=1 SCREENSHOTS=$(SCREENSHOTS) $(BIN)/python -m pytest -q -m '' tests/talking/test_page.py
+
+test-all: setup test-quantisation test-gguf test-harnesses test-launched test-demo
 	$(BIN)/python -m pytest -q $(WORKERS) -m ''
 	$(MAKE) test-lowest test-newest
 

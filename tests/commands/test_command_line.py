@@ -77,7 +77,7 @@ def test_help_of_a_command_names_its_options(capsys, command):
     help_text = capsys.readouterr().out
     assert f"usage: llava-mod {command} " in help_text
     required = {"upcycle": "--student", "evaluate": "--model", "info": "--vision_tower", "publish": "--checkpoint"}
-    required |= {"check": "--stage", "memory": "--recipes", "report": "--runs", "chat": "--image"}
+    required |= {"check": "--stage", "memory": "--recipes", "report": "--runs", "chat": "--image", "demo": "--teacher"}
     assert required.get(command, "--output_dir") in help_text
 
 

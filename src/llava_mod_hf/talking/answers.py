@@ -1,5 +1,6 @@
 """A model's answer, as it comes."""
 
+import contextlib
 import threading
 import time
 
@@ -7,6 +8,7 @@ import torch
 from transformers import StoppingCriteria, TextIteratorStreamer
 
 from llava_mod_hf.evaluation.answers import generation_options
+from llava_mod_hf.talking.expert_choices import watching_routers
 
 
 class _Stopped(StoppingCriteria):
@@ -29,19 +31,23 @@ class Answer:
         conversation ([`~llava_mod_hf.talking.conversation.Conversation`]): it is not changed.
         question (`str`).
         sampling ([`~llava_mod_hf.talking.sampling.Sampling`]).
+        watch_experts (`bool`, *optional*, defaults to `False`): whether `experts` are noted.
 
     Attributes:
         text (`str`): all of it, without special tokens: what `generate` answers.
         prompt, tokens (`list[int]`): what was read, and what was said, its end included.
         ended (`bool`): whether it has an end, and was not cut at `max_new_tokens` or at the end of the context.
         seconds (`float`): from the question to the end of the answer, pictures included.
+        experts (`dict[int, torch.LongTensor]`): as [`~llava_mod_hf.talking.expert_choices.watching_routers`] notes
+            them: of all tokens of the prompt, and of those of the answer but the last, which nobody read again.
 
     Raises:
         ValueError: at once, as [`~llava_mod_hf.talking.conversation.Conversation.read`].
     """
 
-    def __init__(self, conversation, question, sampling):
+    def __init__(self, conversation, question, sampling, *, watch_experts=False):
         self.model, self.processor, self.sampling = conversation.model, conversation.processor, sampling
+        self.watch_experts, self.experts = watch_experts, {}
         self._inputs = conversation.read(question)
         self._length = min(sampling.max_new_tokens, conversation.room(self._inputs))
         self.prompt = self._inputs["input_ids"][0].tolist()
@@ -79,7 +85,8 @@ class Answer:
             repetition_penalty=self.sampling.repetition_penalty,
         )
         start = time.perf_counter()
-        with torch.random.fork_rng(enabled=options["do_sample"]):
+        watching = watching_routers(self.model) if self.watch_experts else contextlib.nullcontext({})
+        with watching as self.experts, torch.random.fork_rng(enabled=options["do_sample"]):
             if options["do_sample"]:
                 torch.manual_seed(self.sampling.seed)
             generated = self.model.generate(**self._inputs, **options, streamer=streamer, stopping_criteria=[stopped])

@@ -9,12 +9,13 @@ from llava_mod_hf.data.marks import find_mark, marks_of, without_marks
 from llava_mod_hf.evaluation.answers import inputs_for, read_prompts
 
 
-def read_picture(path):
+def read_picture(path, name=None):
     """
     A picture that a model is shown, upright, as training and `evaluate` read it.
 
     Args:
         path (`str` or `Path`): of its file.
+        name (`str`, *optional*): what it is called in messages; by default its path.
 
     Returns:
         `PIL.Image.Image`: RGB.
@@ -24,8 +25,8 @@ def read_picture(path):
     """
     path = Path(path).expanduser()
     if not path.is_file():
-        raise ValueError(f"There is no picture `{path}`: give the path of a file.")
-    check_image(path, f"`{path}`", otherwise="")
+        raise ValueError(f"There is no picture `{name or path}`: give the path of a file.")
+    check_image(path, f"`{name or path}`", otherwise="")
     with Image.open(path) as image:
         return ImageOps.exif_transpose(image).convert("RGB")
 
