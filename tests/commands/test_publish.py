@@ -214,6 +214,22 @@ def test_a_full_disk_is_one_sentence_and_leaves_what_was_there(capsys, run, limi
     assert sorted(path.name for path in run.parent.iterdir()) == ["prefer", "tiny"]
 
 
+@pytest.mark.parametrize("option", [("--tag", "v1"), ("--private", "true"), ("--gated", "auto"), ("--revision", "x")])
+def test_an_option_of_a_push_without_one_is_refused(capsys, run, option):
+    assert f"`{option[0][2:]}` is" in (message := refused(capsys, run, *option)) and "without `push_to`" in message
+
+
+def test_a_push_goes_where_it_is_told(run, hub):
+    options = {"private": "true", "revision": "prefer", "tag": "v1", "gated": "manual"}
+    assert (
+        publish(run, "--push_to", REPO, *(word for name, value in options.items() for word in (f"--{name}", value)))
+        == 0
+    )
+    repo = hub.repos[REPO]
+    assert (repo.private, repo.gated, repo.tags) == (True, "manual", {"v1": repo.branches["prefer"]})
+    assert "README.md" in repo.branches["prefer"].files and "README.md" not in repo.branches["main"].files
+
+
 @contextmanager
 def files_of_at_most(size):
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)

@@ -205,13 +205,26 @@ def test_a_folder_with_another_model_is_refused_first(folders, stage):
 def test_a_stage_that_pushes_tells_the_hub_nothing_of_this_machine(folders, hub, tmp_path, monkeypatch, stage):
     words = private_words(monkeypatch, tmp_path, hub.token)
     output_dir = tmp_path / "run"
-    options = {"save_strategy": "steps", "save_steps": 1, "hub_model_id": "me/student"}
+    options = {"save_strategy": "steps", "save_steps": 1, "hub_model_id": "me/student", "hub_revision": "first"}
+    options |= {"hub_tag": "v1", "hub_private_repo": True, "hub_gated": "manual"}
     stage(folders, output_dir, push_to_hub=True, hub_token=hub.token, **options)
     assert (output_dir / "run.json").is_file()
     assert find_leaks(output_dir, [hub.token]) == []
     assert not [path for path in output_dir.iterdir() if path.name.startswith((".", "tmp"))]
-    assert {"model.safetensors", "config.json"} <= set(hub.repos["me/student"].commits()[0].files)
+    repo = hub.repos["me/student"]
+    commits = repo.commits("first")
+    assert {"model.safetensors", "config.json", "README.md", "recipe.yaml"} <= set(commits[0].files)
+    assert "How it was trained is not recorded" not in commits[0].files["README.md"].content.decode()
+    assert commits[0].message == "End of training"
+    assert {"model.safetensors", "config.json"} <= set(commits[1].files) and "README.md" not in commits[1].files
+    assert (repo.private, repo.gated, repo.tags) == (True, "manual", {"v1": commits[0]})
+    assert [path for path in repo.branches["main"].files if path != ".gitattributes"] == []
     assert find_leaks(hub.received(), words) == []
+
+    hub.requests.clear()
+    with pytest.raises(ValueError, match="has a tag `v1` of another commit"):  # before it trains
+        stage(folders, tmp_path / "again", push_to_hub=True, hub_token=hub.token, **options)
+    assert not [path for method, path in hub.requests if method == "PUT" and path.startswith("/lfs")]
 
 
 @pytest.mark.parametrize(

@@ -56,6 +56,7 @@ class Commit:
 @dataclass
 class Repo:
     private: bool
+    gated: bool | str = False  # `"auto"` or `"manual"`
     branches: dict = field(default_factory=dict)  # name → Commit
     tags: dict = field(default_factory=dict)
 
@@ -303,12 +304,18 @@ def _delete(request, **_):
     return {}
 
 
-@route("PUT", f"/api/(?:models|datasets)/{REPO}/settings", write=True)
+@route("PUT", f"/api/(?:models|datasets)/{REPO}/settings", "settings", write=True)
 def _settings(request, repo):
     given = request._json()
     if "visibility" in given:
         repo.private = given["visibility"] == "private"
-    return {"private": repo.private}
+    repo.gated = given.get("gated", repo.gated)
+    return {"private": repo.private, "gated": repo.gated}
+
+
+@route("GET", f"/api/(?:models|datasets)/{REPO}/auth-check/write", "access", write=True)
+def _auth_check(request, **_):
+    return {}
 
 
 @route("POST", f"/api/(?:models|datasets)/{REPO}/preupload/{REV}", "preupload", write=True)
@@ -423,7 +430,7 @@ def _info(request, repo, rev):
                 entry["lfs"]["sha256"] = entry["lfs"]["oid"]
     name = request.hub.name_of(repo)
     answer = {"id": name, "modelId": name, "sha": commit.oid, "private": repo.private, "siblings": siblings, "tags": []}
-    return {**answer, "downloads": 0, "likes": 0}
+    return {**answer, "gated": repo.gated, "downloads": 0, "likes": 0}
 
 
 @route("GET", f"/api/(?:models|datasets)/{REPO}/refs")
@@ -456,7 +463,7 @@ def _branch(request, repo, rev):
     return {}
 
 
-@route("POST DELETE", f"/api/(?:models|datasets)/{REPO}/tag/{REV}", write=True)
+@route("POST DELETE", f"/api/(?:models|datasets)/{REPO}/tag/{REV}", "tag", write=True)
 def _tag(request, repo, rev):
     if request.command == "DELETE":
         if repo.tags.pop(rev, None) is None:

@@ -68,6 +68,7 @@ OVERRIDDEN = {
             "save_model": "self output_dir _internal_call",
             "_save": "self output_dir state_dict",
             "_save_checkpoint": "self model trial",
+            "init_hf_repo": "self token private",
             "_push_from_checkpoint": "self checkpoint_folder",
             "push_to_hub": "self commit_message blocking token revision private kwargs",
             "create_model_card": "self language license tags model_name finetuned_from tasks dataset_tags dataset "

@@ -182,3 +182,36 @@ def test_what_is_pushed_is_the_model_alone(trainer_of, hub, tmp_path, monkeypatc
 def test_the_state_of_training_is_not_pushed(tmp_path, strategy):
     with pytest.raises(ValueError, match=rf"`hub_strategy` is '{strategy}', which pushes the optimiser's state"):
         AdaptConfig(output_dir=str(tmp_path), use_cpu=True, hub_strategy=strategy)
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        ({"hub_tag": "v1"}, "`hub_tag` is 'v1', which does nothing without `push_to_hub`"),
+        ({"hub_gated": "auto"}, "`hub_gated` is 'auto', which does nothing without `push_to_hub`"),
+        ({"hub_gated": "open", "push_to_hub": True}, "`gated` is 'open': give one of auto, manual"),
+        ({"hub_tag": "v1", "hub_revision": "v1", "push_to_hub": True}, "`v1` is given as tag and as branch"),
+    ],
+)
+def test_options_of_a_push_that_nothing_could_do_are_refused(tmp_path, options, told):
+    with pytest.raises(ValueError, match=told):
+        AdaptConfig(output_dir=str(tmp_path), use_cpu=True, **options)
+
+
+@pytest.mark.parametrize("kind", ONE_FAST)
+def test_a_token_that_may_not_write_is_refused_before_the_run(trainer_of, hub, kind):
+    hub.readers.add("hf_reader")
+    with pytest.raises(ValueError, match=r"refused to write `me/student` \(HTTP 403\).*that may write there") as caught:
+        trainer_of(kind, push_to_hub=True, hub_token="hf_reader", hub_model_id="me/student")
+    assert "\n" not in str(caught.value) and not hub.repos
+
+
+def test_a_push_that_fails_leaves_the_run_and_says_where_it_is(trainer_of, hub, tmp_path):
+    trainer = trainer_of("mimic", push_to_hub=True, hub_token=hub.token, hub_model_id="me/student")
+    hub.fail["commit"] = "drop"
+    with pytest.raises(
+        ConnectionError, match=r"could not be pushed to `me/student` \(.*Push again\): it is saved on th"
+    ):
+        trainer.push_to_hub()
+    assert not list((tmp_path / "run").glob(".unfinished*"))
+    assert [commit.message for commit in hub.repos["me/student"].commits()] == ["initial commit"]

@@ -4,11 +4,14 @@ import logging
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from llava_mod_hf.publishing.destination import check_names
 from llava_mod_hf.publishing.provenance import RESULTS_FILE, RUN_FILE, gather_facts, read_fields, stage_runs
 from llava_mod_hf.publishing.push import push_checkpoint
 from llava_mod_hf.publishing.repository import publish
 
 OPTIONS = ("commands.publish:PublishCommand",)
+
+PUSHED = ("private", "revision", "mirror", "tag", "gated")  # options of the push
 
 logger = logging.getLogger(__name__)
 
@@ -23,6 +26,8 @@ class PublishCommand:
         private (`bool`, *optional*, defaults to `False`): create that repository private.
         revision (`str`, *optional*): branch to push to.
         mirror (`bool`, *optional*, defaults to `False`): delete the repository's files that others put there.
+        tag (`str`, *optional*): name for the commit, which stays when others follow.
+        gated (`str`, *optional*): `auto` or `manual`: who downloads has to ask, and is let in at once or by you.
         license (`str`, *optional*, defaults to `"apache-2.0"`): of the weights.
     """
 
@@ -32,7 +37,18 @@ class PublishCommand:
     private: bool = False
     revision: str | None = None
     mirror: bool = False
+    tag: str | None = None
+    gated: str | None = None
     license: str = "apache-2.0"
+
+    def __post_init__(self):
+        check_names(revision=self.revision, tag=self.tag, gated=self.gated)
+        unread = [name for name in PUSHED if getattr(self, name) not in (None, False) and not self.push_to]
+        if unread:
+            raise ValueError(
+                f"`{unread[0]}` is {getattr(self, unread[0])!r}, which does nothing without `push_to`: give that too, "
+                "or neither."
+            )
 
 
 def run(args: PublishCommand):
@@ -57,6 +73,6 @@ def run(args: PublishCommand):
         loads={int(layer): shares for layer, shares in loads.items()},
     )
     if args.push_to:
-        commit = push_checkpoint(folder, args.push_to, private=args.private, revision=args.revision, mirror=args.mirror)
+        commit = push_checkpoint(folder, args.push_to, **{name: getattr(args, name) for name in PUSHED})
         logger.warning("Pushed `%s` to %s.", folder, commit.commit_url)
     return folder

@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 
 from trl import SFTConfig
 
+from llava_mod_hf.training.hub_options import HubOptions, check_hub
 from llava_mod_hf.training.lora_options import LoraOptions, check_lora
 from llava_mod_hf.training.trainable import check_train_modules
 from llava_mod_hf.training.trainer_options import check_dependent_options, check_options
@@ -11,12 +12,13 @@ from llava_mod_hf.training.validation_options import ValidationOptions, check_va
 
 
 @dataclass
-class AdaptConfig(ValidationOptions, LoraOptions, SFTConfig):
+class AdaptConfig(ValidationOptions, LoraOptions, HubOptions, SFTConfig):
     """
     [`~trl.SFTConfig`] of the adaptor stage.
 
-    The options of [`~llava_mod_hf.training.lora_options.LoraOptions`] and of
-    [`~llava_mod_hf.training.validation_options.ValidationOptions`] are options of it too.
+    The options of [`~llava_mod_hf.training.lora_options.LoraOptions`], of
+    [`~llava_mod_hf.training.validation_options.ValidationOptions`] and of
+    [`~llava_mod_hf.training.hub_options.HubOptions`] are options of it too.
 
     Args:
         train_modules (`list[str]`, *optional*):
@@ -33,3 +35,4 @@ class AdaptConfig(ValidationOptions, LoraOptions, SFTConfig):
         check_train_modules(self.train_modules)
         check_lora(self)
         check_validation(self)
+        check_hub(self)

@@ -9,10 +9,11 @@ import tempfile
 from pathlib import Path
 
 from huggingface_hub import HfApi
-from huggingface_hub.errors import HfHubHTTPError
 
 from llava_mod_hf.publishing.checks import check_private
+from llava_mod_hf.publishing.destination import Destination
 from llava_mod_hf.publishing.public_names import PublicNames
+from llava_mod_hf.publishing.push import push_files, told_of_run
 
 logger = logging.getLogger(__name__)
 
@@ -25,16 +26,42 @@ ADAPTER_FILE = "adapter_config.json"
 UNFINISHED = ".unfinished"  # folders of this name's beginning are what a run had not written to the end
 
 
-def push_model(folder, repo_id, *, message, args, token=None, revision=None, blocking=True):
+def destination_of(args, *, repo_id=None, token=None, revision=None, private=None, tag=False):
     """
-    Brings the files of a model to a Hub repository, in one commit: no pickle, state of training, log or recipe.
+    Where a run is pushed.
+
+    Args:
+        args (`TrainingArguments`): with the options of [`~llava_mod_hf.training.hub_options.HubOptions`].
+        repo_id (`str`, *optional*): by default `hub_model_id`, or the output folder's name.
+        token (`str`, *optional*), revision (`str`, *optional*), private (`bool`, *optional*): in place of those of
+            `args`.
+        tag (`bool`, *optional*, defaults to `False`): whether `hub_tag` is set.
+
+    Returns:
+        [`~llava_mod_hf.publishing.destination.Destination`].
+    """
+    private = args.hub_private_repo if private is None else private
+    return Destination(
+        repo_id or args.hub_model_id or Path(args.output_dir).absolute().name,
+        private=bool(private),
+        revision=revision or args.hub_revision,
+        tag=args.hub_tag if tag else None,
+        gated=args.hub_gated,
+        token=token or args.hub_token,
+    )
+
+
+def push_model(folder, to, *, message, output_dir, finished=False, blocking=True):
+    """
+    Brings the files of a model to a Hub repository, in one commit: no pickle, state of training or log.
 
     Args:
         folder (`str` or `Path`): holds the model, whatever else it holds.
-        repo_id (`str`): which exists.
+        to ([`~llava_mod_hf.publishing.destination.Destination`]): where.
         message (`str`): the commit's.
-        args (`TrainingArguments`): token and output folder, in which a copy lies meanwhile.
-        token, revision (`str`, *optional*): in place of those of `args`.
+        output_dir (`str` or `Path`): the run's folder, in which a copy lies meanwhile.
+        finished (`bool`, *optional*, defaults to `False`):
+            Whether that tells of this model: then its recipe, in public names, and a card go along.
         blocking (`bool`, *optional*, defaults to `True`):
             Whether to wait. If not, a failure is a warning: it should not cost a run.
 
@@ -42,13 +69,16 @@ def push_model(folder, repo_id, *, message, args, token=None, revision=None, blo
         [`~huggingface_hub.CommitInfo`], or a `Future` of it.
 
     Raises:
-        ValueError: if there is no model, or a file names a folder of this machine or contains a token.
-        ConnectionError: if the Hub does not take it.
+        ValueError: if there is no model, a file names a folder of this machine or contains a token, or the Hub refuses.
+        ConnectionError: if the Hub fails or does not answer.
     """
-    copy = _copy_of_model(Path(folder), args.output_dir)
-    api = HfApi(token=token or args.hub_token)
-    upload = functools.partial(_upload, api, copy, repo_id, message, revision or args.hub_revision)
-    return upload() if blocking else api.run_as_future(_warn_of_failure, upload)
+    copy = _copy_of_model(Path(folder), output_dir)
+    content = {path.name: path for path in copy.iterdir()}
+    told, defaults = {}, {}
+    if finished and ADAPTER_FILE not in content:  # which has no config to describe
+        told, defaults = told_of_run(Path(output_dir), to.repo_id)
+    upload = functools.partial(_upload, copy, to, message, content | told, defaults)
+    return upload() if blocking else HfApi().run_as_future(_warn_of_failure, upload)
 
 
 def _copy_of_model(folder, output_dir):
@@ -86,12 +116,13 @@ def _name_base_in_public(path):
         path.write_text(json.dumps(config, indent=2, sort_keys=True), encoding="utf-8")
 
 
-def _upload(api, copy, repo_id, message, revision):
+def _upload(copy, to, message, content, defaults):
     try:
-        return api.upload_folder(repo_id=repo_id, folder_path=copy, commit_message=message, revision=revision)
-    except (HfHubHTTPError.__bases__[0], OSError, RuntimeError) as error:
-        raise ConnectionError(
-            f"The model could not be pushed to `{repo_id}` ({' '.join(str(error).split())}): it is saved on this "
+        # not by the client's `upload_folder`, which makes several commits of a large one
+        return push_files(to, message, content, defaults)
+    except (ConnectionError, ValueError) as error:
+        raise type(error)(
+            f"The model could not be pushed to `{to.repo_id}` ({str(error).removesuffix('.')}): it is saved on this "
             "machine, push it from there with `push_checkpoint`."
         ) from error
     finally:
@@ -101,5 +132,5 @@ def _upload(api, copy, repo_id, message, revision):
 def _warn_of_failure(upload):
     try:
         return upload()
-    except ConnectionError as error:
+    except (ConnectionError, ValueError) as error:
         logger.warning("Training goes on. %s", error)

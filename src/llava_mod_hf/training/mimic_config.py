@@ -6,6 +6,7 @@ from trl import SFTConfig
 
 from llava_mod_hf.losses.divergences import check_divergence
 from llava_mod_hf.training.authors_behaviour import ReferenceCompat
+from llava_mod_hf.training.hub_options import HubOptions, check_hub
 from llava_mod_hf.training.lora_options import LoraOptions, check_lora
 from llava_mod_hf.training.trainable import check_train_modules
 from llava_mod_hf.training.trainer_options import check_dependent_options, check_options, check_weights
@@ -13,14 +14,15 @@ from llava_mod_hf.training.validation_options import ValidationOptions, check_va
 
 
 @dataclass
-class MimicConfig(ValidationOptions, LoraOptions, SFTConfig):
+class MimicConfig(ValidationOptions, LoraOptions, HubOptions, SFTConfig):
     """
     [`~trl.SFTConfig`] with the weights of the mimic loss.
 
         L = kl_weight · Σ_i w_i · D(teacher_i, student) + lm_weight · CE(labels) + router_aux_loss_coef · router aux
 
-    The options of [`~llava_mod_hf.training.lora_options.LoraOptions`] and of
-    [`~llava_mod_hf.training.validation_options.ValidationOptions`] are options of it too.
+    The options of [`~llava_mod_hf.training.lora_options.LoraOptions`], of
+    [`~llava_mod_hf.training.validation_options.ValidationOptions`] and of
+    [`~llava_mod_hf.training.hub_options.HubOptions`] are options of it too.
 
     Args:
         divergence (`str`, *optional*, defaults to `"forward_kl"`):
@@ -74,6 +76,7 @@ class MimicConfig(ValidationOptions, LoraOptions, SFTConfig):
         check_train_modules(self.train_modules)
         check_lora(self)
         check_validation(self)
+        check_hub(self)
         check_weights("`kl_weight`, `lm_weight`", [self.kl_weight, self.lm_weight])
         check_weights("`teacher_weights`", self.teacher_weights)
         check_divergence(self.divergence, temperature=self.temperature, jsd_beta=self.jsd_beta)

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from trl import DPOConfig
 
 from llava_mod_hf.losses.preference_losses import own_loss_names
+from llava_mod_hf.training.hub_options import HubOptions, check_hub
 from llava_mod_hf.training.lora_options import LoraOptions, check_lora
 from llava_mod_hf.training.trainable import check_train_modules
 from llava_mod_hf.training.trainer_options import check_dependent_options, check_options, check_weights
@@ -22,13 +23,14 @@ REFERENCES = ("teacher", "self")
 
 
 @dataclass
-class PreferenceConfig(ValidationOptions, LoraOptions, DPOConfig):
+class PreferenceConfig(ValidationOptions, LoraOptions, HubOptions, DPOConfig):
     """
     [`~trl.DPOConfig`] with the teacher as reference; by default `sigmoid` (DPO) with β = 0.1, as in the paper's first
     version.
 
-    The options of [`~llava_mod_hf.training.lora_options.LoraOptions`] and of
-    [`~llava_mod_hf.training.validation_options.ValidationOptions`] are options of it too.
+    The options of [`~llava_mod_hf.training.lora_options.LoraOptions`], of
+    [`~llava_mod_hf.training.validation_options.ValidationOptions`] and of
+    [`~llava_mod_hf.training.hub_options.HubOptions`] are options of it too.
 
     Args:
         loss_type (`list[str]`, *optional*, defaults to `["sigmoid"]`):
@@ -60,6 +62,7 @@ class PreferenceConfig(ValidationOptions, LoraOptions, DPOConfig):
         check_train_modules(self.train_modules)
         check_lora(self)
         check_validation(self)
+        check_hub(self)
         self._check_choices()
         check_dependent_options(self, "prefer")
         check_weights("`loss_weights`", self.loss_weights, count=len(self.loss_type))

@@ -20,7 +20,7 @@ MAY_CHANGE = {
     "log_level_replica disable_tqdm report_to run_name project trackio_space_id trackio_bucket_id "
     "trackio_static_space_id include_num_input_tokens_seen skip_memory_metrics debug",
     "saving": "save_strategy save_steps save_total_limit save_on_each_node",
-    "Hub": "push_to_hub hub_private_repo hub_model_id hub_strategy hub_always_push hub_revision",
+    "Hub": "push_to_hub hub_private_repo hub_model_id hub_strategy hub_always_push hub_revision hub_tag hub_gated",
     "evaluation": "eval_strategy eval_steps eval_delay eval_on_start per_device_eval_batch_size "
     "prediction_loss_only eval_do_concat_batches eval_use_gather_object eval_accumulation_steps "
     "include_for_metrics batch_eval_metrics bf16_full_eval fp16_full_eval",

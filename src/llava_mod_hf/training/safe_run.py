@@ -11,11 +11,13 @@ from transformers.trainer_utils import HubStrategy, TrainOutput
 from transformers.utils import PushInProgress
 
 from llava_mod_hf.data.fitting import check_images_fit
+from llava_mod_hf.publishing.destination import open_destination
+from llava_mod_hf.publishing.provenance import RUN_FILE
 from llava_mod_hf.teachers.protocol import row_sets
 from llava_mod_hf.teachers.sharded import of_its_own_class
 from llava_mod_hf.training.checkpoints import STATE_FILE, chosen_checkpoint
 from llava_mod_hf.training.finite_steps import FiniteSteps
-from llava_mod_hf.training.hub_pushes import UNFINISHED, push_model
+from llava_mod_hf.training.hub_pushes import UNFINISHED, destination_of, push_model
 from llava_mod_hf.training.interruption import Interruption
 from llava_mod_hf.training.rows_read import CountsRows
 from llava_mod_hf.training.run_recipe import Recipe, check_same_recipe, resolved_options, write_processes, write_recipe
@@ -146,6 +148,12 @@ class SafeRun(CountsRows):
                 write_processes(self.recipe.processes, folder)
             super()._save_checkpoint(model, trial)
 
+    # The parent has not looked for a token that may write, and pushes into a public repository what should be private.
+    def init_hf_repo(self, token=None, private=None):
+        if self.is_world_process_zero():
+            self.hub_model_id = open_destination(destination_of(self.args, token=token, private=private, tag=True))
+            self.push_in_progress = None
+
     # The parent commits its output folder, where logs and the pickle of its arguments lie.
     def _push_from_checkpoint(self, checkpoint_folder):
         if not self.is_world_process_zero() or self.args.hub_strategy == HubStrategy.END:
@@ -154,14 +162,18 @@ class SafeRun(CountsRows):
             return
         self.callback_handler.on_push_begin(self.args, self.state, self.control)
         message = f"Training in progress, step {self.state.global_step}"
-        job = push_model(checkpoint_folder, self.hub_model_id, message=message, args=self.args, blocking=False)
+        to = destination_of(self.args, repo_id=self.hub_model_id)
+        job = push_model(checkpoint_folder, to, message=message, output_dir=self.args.output_dir, blocking=False)
         running = [] if self.push_in_progress is None else self.push_in_progress.jobs
         self.push_in_progress = PushInProgress([*running, job])
 
     def push_to_hub(
         self, commit_message="End of training", blocking=True, token=None, revision=None, private=None, **kwargs
     ):
-        """The parent's, of the model's files alone; see [`~llava_mod_hf.training.hub_pushes.push_model`]."""
+        """
+        The parent's, of the model's files alone, and of a finished stage with its card and recipe; see
+        [`~llava_mod_hf.training.hub_pushes.push_model`]. A tag goes to the commit of a finished stage.
+        """
         self.callback_handler.on_push_begin(self.args, self.state, self.control)
         if getattr(self, "hub_model_id", None) is None:
             self.init_hf_repo(token=token, private=private)
@@ -170,8 +182,11 @@ class SafeRun(CountsRows):
             if not self.is_world_process_zero():
                 return None
             self._finish_current_push()
-            options = {"token": token, "revision": revision, "blocking": blocking}
-            return push_model(folder, self.hub_model_id, message=commit_message, args=self.args, **options)
+            finished = Path(self.args.output_dir, RUN_FILE).is_file()
+            given = {"token": token, "revision": revision, "private": private}
+            to = destination_of(self.args, repo_id=self.hub_model_id, tag=finished, **given)
+            options = {"output_dir": self.args.output_dir, "finished": finished, "blocking": blocking}
+            return push_model(folder, to, message=commit_message, **options)
 
     # TRL's card names no base model and another task; `llava-mod publish` writes ours, from measured results.
     def create_model_card(self, *args, **kwargs):
