@@ -142,7 +142,7 @@ def test_two_processes_give_the_gradients_of_one(models, trainer_of, processor, 
     balanced = trainer_of(*models(), **{**PLAIN, "router_aux_loss_coef": 1.0})
     balanced.train()
     figures = {name: value for name, value in balanced.state.log_history[0].items() if name.startswith("router/")}
-    assert len(figures) == 4
+    assert len(figures) == 5
     for name, value in figures.items():
         assert found["log 1.0"][name] == pytest.approx(value, rel=1e-5), name
 
