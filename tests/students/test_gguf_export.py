@@ -93,14 +93,14 @@ def student(make_student):
 @pytest.mark.parametrize("name", CASES)
 def test_llama_cpp_computes_the_same(gguf, make_student, processor, tmp_path, name):
     student = make(make_student, name)
-    path = export_gguf(student, processor, tmp_path, gguf_type="f32")
+    path, _ = export_gguf(student, processor, tmp_path, gguf_type="f32")
     assert find_architecture(student).name == CASES[name][-1]
     assert largest_gap(student, processor.tokenizer, llama_cpp.answers(path, PROMPTS)) < 2e-5
 
 
 def test_llama_cpp_computes_a_merged_student(gguf, make_student, processor, tmp_path):
     merged = merge_experts(make(make_student, "qwen3, alternate"))
-    path = export_gguf(merged, processor, tmp_path, gguf_type="f32")
+    path, _ = export_gguf(merged, processor, tmp_path, gguf_type="f32")
     assert largest_gap(merged, processor.tokenizer, llama_cpp.answers(path, PROMPTS)) < 2e-5
 
 
@@ -108,8 +108,8 @@ def test_llama_cpp_computes_a_merged_student(gguf, make_student, processor, tmp_
     ("gguf_type", "error", "size"), [("f16", 5e-4, 0.51), ("q8_0", 5e-3, 0.28), ("q4_0", 0.126, 0.16)]
 )
 def test_matrices_are_of_the_type_that_is_asked_for(gguf, student, processor, tmp_path, gguf_type, error, size):
-    exact = export_gguf(student, processor, tmp_path / "f32", gguf_type="f32")
-    path = export_gguf(student, processor, tmp_path / gguf_type, gguf_type=gguf_type)
+    exact, _ = export_gguf(student, processor, tmp_path / "f32", gguf_type="f32")
+    path, _ = export_gguf(student, processor, tmp_path / gguf_type, gguf_type=gguf_type)
     found, expected = (gguf.GGUFReader(file).tensors for file in (path, exact))
     assert [tensor.name for tensor in found] == [tensor.name for tensor in expected]
     weights = 0
@@ -125,7 +125,7 @@ def test_matrices_are_of_the_type_that_is_asked_for(gguf, student, processor, tm
 
 def test_rows_that_are_no_multiple_of_32_are_of_16_bits(gguf, make_student, processor, tmp_path):
     student = retyped(make_student, "llama", moe_layers=[0], intermediate_size=48)
-    tensors = gguf.GGUFReader(export_gguf(student, processor, tmp_path, gguf_type="q8_0")).tensors
+    tensors = gguf.GGUFReader(export_gguf(student, processor, tmp_path, gguf_type="q8_0")[0]).tensors
     assert {t.tensor_type.name for t in tensors if "ffn_down" in t.name} == {"F16"}
     assert {t.tensor_type.name for t in tensors if "ffn_up" in t.name} == {"Q8_0"}
 
@@ -172,7 +172,7 @@ def test_the_command_writes_the_file_and_never_over_another(gguf, student, proce
     tensors = {tensor.name: tensor for tensor in gguf.GGUFReader(tmp_path / "out" / "model.gguf").tensors}
     assert tensors["blk.1.ffn_up_exps.weight"].tensor_type.name == "Q8_0"  # layer 1 is dense
     assert not tensors["blk.1.ffn_gate_inp.weight"].data.any()
-    assert [path.name for path in (tmp_path / "out").iterdir()] == ["model.gguf"]
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["mmproj.gguf", "model.gguf"]
     code, error = run(capsys, *arguments)
     assert code == 2 and "is there already" in error
     code, error = run(capsys, *arguments[:-1], "stock", "--gguf_type", "q8_0")

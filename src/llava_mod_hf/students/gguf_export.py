@@ -1,4 +1,4 @@
-"""A student's language model as a GGUF file for llama.cpp, whose graphs compute just what it does."""
+"""A student as GGUF files for llama.cpp, whose graphs compute just what it does."""
 
 import os
 from pathlib import Path
@@ -8,9 +8,10 @@ import torch
 
 from llava_mod_hf.model.modeling_llava_mod import logit_transform
 from llava_mod_hf.students.gguf_tokenizer import add_tokenizer
+from llava_mod_hf.students.gguf_vision import add_vision, check_vision
 from llava_mod_hf.students.stock_export import expert_weights
 
-FILE = "model.gguf"
+FILES = ("model.gguf", "mmproj.gguf")
 
 # Name of a type → what the file says of itself.
 GGUF_TYPES = {"f32": "ALL_F32", "f16": "MOSTLY_F16", "q8_0": "MOSTLY_Q8_0", "q4_0": "MOSTLY_Q4_0"}
@@ -54,10 +55,10 @@ def check_gguf(folder, gguf_type):
     What can be known before a student is loaded.
 
     Returns:
-        `tuple[module, Path]`: the package gguf, and the file to be written.
+        `tuple[module, list[Path]]`: the package gguf, and the files to be written.
 
     Raises:
-        ValueError: if gguf is not installed, weights cannot be written as that type, or the file is there already.
+        ValueError: if gguf is not installed, weights cannot be written as that type, or a file is there already.
     """
     try:
         import gguf
@@ -67,61 +68,91 @@ def check_gguf(folder, gguf_type):
         ) from error
     if gguf_type not in GGUF_TYPES:
         raise ValueError(f"`gguf_type` is {gguf_type!r}: give one of {', '.join(GGUF_TYPES)}.")
-    path = Path(folder) / FILE
-    if path.exists():
-        raise ValueError(f"`{path}` is there already: give another folder, or remove it.")
-    return gguf, path
+    paths = [Path(folder) / name for name in FILES]
+    for path in paths:
+        if path.exists():
+            raise ValueError(f"`{path}` is there already: give another folder, or remove it.")
+    return gguf, paths
 
 
 @torch.no_grad()
 def export_gguf(model, processor, folder, *, gguf_type="f16"):
     """
-    Writes `model.gguf`: the language model, its tokenizer and its chat template.
+    Writes `model.gguf`, the language model with its tokenizer and chat template, and `mmproj.gguf`, what makes
+    embeddings of a picture for it.
 
     | student | graph of llama.cpp |
     |---|---|
     | Llama, Mistral, sparse or dense; Qwen2, sparse | `llama` |
     | Qwen2, dense | `qwen2` |
     | Qwen3 | `qwen3moe`, dense `qwen3` |
+    | CLIP, SigLIP | LLaVA's |
 
-    These graphs have experts in every layer or in none: a layer with a dense FFN is written as experts that are all
-    that FFN, and a router of zeros, whose gates sum to 1.
+    The language models' graphs have experts in every layer or in none: a layer with a dense FFN is written as experts
+    that are all that FFN, and a router of zeros, whose gates sum to 1.
 
     Args:
         model (`LlavaModForConditionalGeneration` or `LlavaForConditionalGeneration`): sparse, dense or merged.
-        processor (`ProcessorMixin`): the student's, with the tokenizer.
-        folder (`str` or `Path`): where the file goes.
+        processor (`ProcessorMixin`): the student's.
+        folder (`str` or `Path`): where the files go.
         gguf_type (`str`, *optional*, defaults to `"f16"`):
-            Type of the matrices, one of `GGUF_TYPES`. Vectors and routers, a thousandth of the size, are float32. Of
-            `q8_0` and `q4_0`, blocks of 32 values of a row, matrices with other rows are `f16`, and of `q4_0` the
-            embeddings and the head are `q8_0`.
+            Type of the matrices, one of `GGUF_TYPES`. Vectors, routers, and what the encoder makes of pixels, are
+            float32. Of `q8_0` and `q4_0`, blocks of 32 values of a row, matrices with other rows are `f16`, and of
+            `q4_0` the embeddings, the head and the encoder are `q8_0`.
 
     Returns:
-        `Path`: of the file.
+        `list[Path]`: of the files.
 
     Raises:
-        ValueError: if gguf is not installed, the file is there already, or llama.cpp has no graph that computes the
-            same.
+        ValueError: if gguf is not installed, a file is there already, or llama.cpp has no graph that computes the same.
     """
-    gguf, path = check_gguf(folder, gguf_type)
+    gguf, paths = check_gguf(folder, gguf_type)
     text = model.config.text_config
     architecture = find_architecture(model)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".part")
-    writer = gguf.GGUFWriter(partial, architecture.name)
-    add_sizes(writer, text, model.get_input_embeddings().weight.shape[0])
-    writer.add_file_type(gguf.LlamaFileType[GGUF_TYPES[gguf_type]])
-    writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
-    add_tokenizer(writer, gguf, processor, model)
+    check_vision(model, processor)
+    language = _Writer(gguf, paths[0], architecture.name, gguf_type)
+    add_sizes(language.writer, text, model.get_input_embeddings().weight.shape[0])
+    add_tokenizer(language.writer, gguf, processor, model)
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH[architecture.name.upper()], text.num_hidden_layers)
     for name, tensor in language_tensors(model, architecture):
-        add_tensor(writer, gguf, _gguf_name(names, name), tensor, gguf_type)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    os.replace(partial, path)
-    return path
+        language.add(_gguf_name(names, name), tensor)
+    language.finish()
+    vision = _Writer(gguf, paths[1], "clip", {"q4_0": "q8_0"}.get(gguf_type, gguf_type))
+    add_vision(vision, model, processor)
+    vision.finish()
+    return paths
+
+
+class _Writer:
+    """A GGUF file, which has its name when it is whole."""
+
+    def __init__(self, gguf, path, architecture, gguf_type):
+        self.gguf, self.path, self.gguf_type = gguf, path, gguf_type
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self.partial = path.with_name(path.name + ".part")
+        self.writer = gguf.GGUFWriter(self.partial, architecture)
+        self.writer.add_file_type(gguf.LlamaFileType[GGUF_TYPES[gguf_type]])
+        self.writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
+
+    def add(self, name, tensor):
+        """Adds a tensor, matrices in the type that is asked for as far as it can hold them."""
+        gguf, gguf_type = self.gguf, self.gguf_type
+        tensor = tensor.detach().float().cpu().contiguous().numpy()
+        if gguf_type == "q4_0" and name in ("token_embd.weight", "output.weight"):
+            gguf_type = "q8_0"
+        if gguf_type.startswith("q") and tensor.shape[-1] % gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType.Q8_0][0]:
+            gguf_type = "f16"
+        if tensor.ndim < 2 or name.startswith(("v.patch_embd", "v.position_embd")) or "ffn_gate_inp" in name:
+            gguf_type = "f32"
+        kind = gguf.GGMLQuantizationType[gguf_type.upper()]
+        self.writer.add_tensor(name, gguf.quants.quantize(tensor, kind), raw_dtype=kind)
+
+    def finish(self):
+        self.writer.write_header_to_file()
+        self.writer.write_kv_data_to_file()
+        self.writer.write_tensors_to_file()
+        self.writer.close()
+        os.replace(self.partial, self.path)
 
 
 def find_architecture(model):
@@ -229,7 +260,7 @@ def language_tensors(model, architecture):
             router = model.lm_head.weight.new_zeros(text.num_experts, text.hidden_size)
         yield f"{prefix}gate.weight", router
         yield from ((f"{prefix}experts.{name}", value) for name, value in weights.items())
-    if not text.tie_word_embeddings:
+    if model.lm_head.weight is not model.get_input_embeddings().weight:
         yield "lm_head.weight", model.lm_head.weight
     factors = rope_factors(language_model.rotary_emb, text)
     if (factors - 1).abs().max() > 1e-6:
@@ -249,15 +280,3 @@ def _gguf_name(names, name):
     if found is None:
         raise ValueError(f"The student has the tensor `{name}`, which llama.cpp has no name for: use transformers.")
     return found
-
-
-def add_tensor(writer, gguf, name, tensor, gguf_type):
-    """Adds a tensor, matrices in the type that is asked for as far as it can hold them."""
-    tensor = tensor.detach().float().cpu().contiguous().numpy()
-    kept = tensor.ndim < 2 or "ffn_gate_inp" in name
-    if gguf_type == "q4_0" and name in ("token_embd.weight", "output.weight"):
-        gguf_type = "q8_0"
-    if gguf_type.startswith("q") and tensor.shape[-1] % gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType.Q8_0][0]:
-        gguf_type = "f16"
-    kind = gguf.GGMLQuantizationType["F32" if kept else gguf_type.upper()]
-    writer.add_tensor(name, gguf.quants.quantize(tensor, kind), raw_dtype=kind)
