@@ -18,6 +18,7 @@ import yaml
 from helpers.harnesses import SCENES, TOKENS
 from llava_mod_hf.data.scene_rows import load as load_scenes
 from llava_mod_hf.harnesses import lmms_eval as tasks
+from llava_mod_hf.publishing.harness_results import read_harness_results
 
 pytest.importorskip("lmms_eval", reason="`make test-harnesses` installs it in a folder of its own")
 LlavaMod = pytest.importorskip("llava_mod_hf.harnesses.lmms_eval.model").LlavaMod
@@ -66,6 +67,14 @@ def test_ones_own_rows_score_as_in_evaluate(student, measured, installed, tmp_pa
         figures = ours.figures[measure]
         assert {figure: found[f"own_{name}"][f"{figure},none"] for figure in figures} == figures
     assert len(set(ours.answers)) > 3
+    told = read_harness_results([str(tmp_path)], [str(folder)])
+    assert {(each.task, each.metric): each.value for each in told} == {
+        (f"own_{name}", figure): value
+        for name, measure in NAMES.items()
+        for figure, value in ours.figures[measure].items()
+        if value is not None
+    }
+    assert {(each.harness.split()[0], each.dataset) for each in told} == {("lmms-eval", "embedded:scenes")}
 
 
 @pytest.fixture(scope="module")
