@@ -78,18 +78,22 @@ $(DEEPSPEED): $(VENV)/.installed
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps -c constraints.txt --target $@ \
 		deepspeed hjson py-cpuinfo einops msgpack
 
-# In a folder of its own, without the dependencies of tasks that are not ours.
+# In folders of their own, without the dependencies of other models and tasks, which bring another torch.
 LM_EVAL := $(VENV)/lm_eval
+LMMS_EVAL := $(VENV)/lmms_eval
+HARNESS := sacrebleu colorama lxml portalocker tabulate \
+	pytablewriter DataProperty mbstrdecoder pathvalidate tabledata tcolorpy typepy chardet
+$(LM_EVAL): HARNESS += lm-eval
+$(LMMS_EVAL): HARNESS += lmms-eval loguru tenacity pytz
 
-$(LM_EVAL): $(VENV)/.installed
+$(LM_EVAL) $(LMMS_EVAL): $(VENV)/.installed
 	rm -rf $@
-	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps -c constraints.txt --target $@ \
-		lm-eval sacrebleu colorama lxml portalocker tabulate \
-		pytablewriter DataProperty mbstrdecoder pathvalidate tabledata tcolorpy typepy chardet
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps -c constraints.txt --target $@ $(HARNESS)
 
-# Our tasks by lm-eval: question by question what `llava-mod evaluate` gives.
-test-harnesses: $(LM_EVAL)
+# Our tasks by lm-eval and lmms-eval: question by question what `llava-mod evaluate` gives.
+test-harnesses: $(LM_EVAL) $(LMMS_EVAL)
 	PYTHONPATH=$(LM_EVAL) $(BIN)/python -m pytest -q -m '' tests/harnesses/test_lm_eval.py
+	PYTHONPATH=$(LMMS_EVAL) $(BIN)/python -m pytest -q -m '' tests/harnesses/test_lmms_eval.py
 
 # The recipes' launch configurations on two CPU processes.
 test-launched: $(DEEPSPEED)

@@ -151,6 +151,26 @@ def test_a_relative_folder_is_no_hub_id(run, monkeypatch, tmp_path, where):
     assert "runs/removed" not in card.content and "data/rows" not in card.content
 
 
+def harness_results(run, name):
+    """A folder with what lm-eval writes of a model of that name."""
+    found = {"results": {"pope": {"accuracy,none": 0.75}}, "configs": {"pope": {"dataset_path": str(run / "a.jsonl")}}}
+    counts = {"n-samples": {"pope": {"original": 4, "effective": 4}}}
+    (run.parent / "out").mkdir()
+    write(run.parent / "out" / "results_1.json", {**found, **counts, "model_name": name, "lm_eval_version": "0.4.13"})
+    return str(run.parent / "out")
+
+
+def test_results_of_a_harness_are_told_in_public_names(run):
+    assert publish(run, "--harness_results", harness_results(run, str(run))) == 0
+    text = (run.parent / "tiny" / "README.md").read_text()
+    assert "| lm-eval 0.4.13 | pope | a.jsonl | 4 | accuracy | 0.750 |" in text and str(run) not in text
+
+
+def test_results_of_another_model_are_refused(capsys, run):
+    message = refused(capsys, run, "--harness_results", harness_results(run, "somebody/else"))
+    assert "is of the model `somebody/else`" in message and not (run.parent / "tiny").exists()
+
+
 def test_what_is_known_is_in_the_metadata(run):
     recipe = {"student": "someone/student", "teacher": "someone/teacher", "dataset_name": "someone/rows"}
     change(run / "run.json", recipe=recipe)

@@ -15,6 +15,7 @@ import pytest
 from helpers.harnesses import SCENES, TOKENS
 from llava_mod_hf.evaluation.metrics.ratios import figures_of
 from llava_mod_hf.harnesses import lm_eval as tasks
+from llava_mod_hf.publishing.harness_results import read_harness_results
 
 lm_eval = pytest.importorskip("lm_eval", reason="`make test-harnesses` installs it in a folder of its own")
 TaskManager = pytest.importorskip("lm_eval.tasks").TaskManager
@@ -94,3 +95,8 @@ def test_ones_own_rows_score_as_in_evaluate(student, measured, local, name, tmp_
     found = json.loads(results.read_text())
     found["samples"] = {f"llava_mod_{name}": [json.loads(line) for line in samples.read_text().splitlines()]}
     assert same(found, f"llava_mod_{name}", ours, name)
+    told = read_harness_results([str(tmp_path)], [str(folder)])
+    assert {each.metric: each.value for each in told} == {k: v for k, v in ours.figures[name].items() if v is not None}
+    assert {(each.harness.split()[0], each.dataset, each.asked) for each in told} == {
+        ("lm-eval", str(local / f"{name}.jsonl"), 6)
+    }

@@ -10,10 +10,11 @@ from datasets import Dataset
 from llava_mod_hf.data.scene_rows import load as load_scenes
 from llava_mod_hf.evaluation.benchmarks import measure, units
 from llava_mod_hf.evaluation.metrics.ratios import figures_of
-from llava_mod_hf.harnesses import lm_eval
-from llava_mod_hf.harnesses.tasks import TEST, load, score
+from llava_mod_hf.harnesses import lm_eval, lmms_eval
+from llava_mod_hf.harnesses.tasks import TEST, load, messages_of, score
 
-TASKS = {path.stem: path for path in Path(lm_eval.__file__).parent.glob("[!_]*.yaml")}
+FOLDERS = [Path(each.__file__).parent for each in (lm_eval, lmms_eval)]
+TASKS = [path for folder in FOLDERS for path in sorted(folder.glob("*.yaml"))]
 SCENES = {"dataset_name": "embedded:scenes", "dataset_config": "mixture", "dataset_options": {"rows": 24}}
 
 
@@ -29,7 +30,9 @@ Loader.add_constructor("!function", lambda loader, node: loader.construct_scalar
 
 
 def settings(path):
-    return yaml.load(path.read_text(), Loader)
+    """A task's file, with what it includes."""
+    own = yaml.load(path.read_text(), Loader)
+    return {**{k: v for name in own.pop("include", ()) for k, v in settings(path.parent / name).items()}, **own}
 
 
 @pytest.fixture
@@ -95,6 +98,15 @@ def test_pictures_of_texts_stand_before_the_first_question(tmp_path):
     assert (row["system"], row["question"]) == ("Be brief.", "<image><image>what?")
 
 
+def test_messages_have_their_pictures():
+    for row, scene in zip(task(), load_scenes("mixture", "test", 0, {"rows": 24}), strict=True):
+        first, *more = messages_of(row)
+        picture, text = first["content"]
+        assert (picture["type"], picture["url"].tobytes()) == ("image", scene["images"][0].tobytes())
+        said = [text["text"], *(part["text"] for message in more for part in message["content"])]
+        assert said == [message["content"] for message in scene["prompt"]]
+
+
 @pytest.mark.parametrize("name", ["exact_match", "pope", "chair"])
 def test_an_answer_counts_as_in_evaluate(name, tmp_path):
     rows = task(name)
@@ -112,11 +124,11 @@ def test_things_are_those_of_the_list(pope_file, tmp_path):
     assert score(row, ["a puppy and a red circle"]) == {"chair_s": (1, 1), "chair_i": (1, 1), "object_recall": (0, 0)}
 
 
-@pytest.mark.parametrize("name", sorted(TASKS))
-def test_a_task_lists_the_figures_of_its_measure(name):
-    config = settings(TASKS[name])
-    assert config["task"] == f"llava_mod_{name}"
-    drawn = {} if name == "easy_vqa" else {"dataset_options": {"rows": 60}}
+@pytest.mark.parametrize("path", TASKS, ids=lambda path: f"{path.parent.name}-{path.stem}")
+def test_a_task_lists_the_figures_of_its_measure(path):
+    config = settings(path)
+    assert config["task"] == f"llava_mod_{path.stem}"
+    drawn = {} if path.stem == "easy_vqa" else {"dataset_options": {"rows": 60}}
     rows = load(**config["dataset_kwargs"], rows={"max_samples": 60, **drawn})[TEST]
     given = {figure for row in rows for figure in score(row, ["yes"])}
     listed = [entry["metric"] for entry in config["metric_list"]]

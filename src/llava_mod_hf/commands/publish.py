@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from llava_mod_hf.publishing.destination import check_names
+from llava_mod_hf.publishing.harness_results import read_harness_results
 from llava_mod_hf.publishing.provenance import RESULTS_FILE, RUN_FILE, gather_facts, read_fields, stage_runs
 from llava_mod_hf.publishing.push import push_checkpoint
 from llava_mod_hf.publishing.repository import publish
@@ -29,6 +30,7 @@ class PublishCommand:
         tag (`str`, *optional*): name for the commit, which stays when others follow.
         gated (`str`, *optional*): `auto` or `manual`: who downloads has to ask, and is let in at once or by you.
         license (`str`, *optional*, defaults to `"apache-2.0"`): of the weights.
+        harness_results (`list[str]`, *optional*): results of lm-eval and lmms-eval, files or folders, for the card.
     """
 
     checkpoint: str = field(metadata={"help": "output folder of a stage"})
@@ -40,6 +42,7 @@ class PublishCommand:
     tag: str | None = None
     gated: str | None = None
     license: str = "apache-2.0"
+    harness_results: list[str] | None = None
 
     def __post_init__(self):
         check_names(revision=self.revision, tag=self.tag, gated=self.gated)
@@ -65,10 +68,12 @@ def run(args: PublishCommand):
             raise ValueError(
                 f"`{layer}: {shares}` in the `expert_load` of `{RESULTS_FILE}` is no layer with its shares."
             )
+    repo_id = args.push_to or Path(args.output_dir).name
+    figures = read_harness_results(args.harness_results or [], [args.checkpoint, repo_id])
     folder = publish(
         checkpoint,
         args.output_dir,
-        gather_facts(checkpoint, args.push_to or Path(args.output_dir).name, license=args.license),
+        gather_facts(checkpoint, repo_id, license=args.license, harness_figures=figures),
         history={stage: run["log_history"] for stage, run in runs.items()},
         loads={int(layer): shares for layer, shares in loads.items()},
     )

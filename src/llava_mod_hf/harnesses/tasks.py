@@ -6,6 +6,7 @@ import json
 
 from datasets import Dataset, DatasetDict, Features, List, Value
 from datasets import Image as Picture
+from trl import prepare_multimodal_messages
 
 from llava_mod_hf.data.arguments import DataArguments
 from llava_mod_hf.data.formats import pictures_of
@@ -122,6 +123,16 @@ def _texts(prompt, pictures, where):
             text, pictures = IMAGE * pictures + text, 0
         found.append((message["role"], text))
     return found
+
+
+def messages_of(doc):
+    """A row of [`load`] as messages with their pictures, as `doc_to_messages` of lmms-eval."""
+    messages = prepare_multimodal_messages(json.loads(doc["prompt"]), images=doc["images"])
+    for message in messages:
+        message["content"] = [
+            {"type": "image", "url": part["image"]} if part["type"] == "image" else part for part in message["content"]
+        ]
+    return messages
 
 
 def score(doc, results, **options):

@@ -19,6 +19,11 @@ LABELS = {
     "kl_to_teacher": "KL divergence to the teacher, nats",
 }
 
+HARNESSES = {
+    "lm-eval": "https://github.com/EleutherAI/lm-evaluation-harness",
+    "lmms-eval": "https://github.com/EvolvingLMMs-Lab/lmms-eval",
+}
+
 
 @dataclass
 class CardFacts:
@@ -39,6 +44,8 @@ class CardFacts:
             percentages.
         teacher_results, blind_results (`dict`, *optional*): The same of the teacher, and of answering without looking
             at the image.
+        harness_figures (`list[HarnessFigure]`, *optional*): What lm-eval and lmms-eval measured, as
+            [`~llava_mod_hf.publishing.harness_results.read_harness_results`] returns it.
         recipe_text (`str`, *optional*): The resolved recipe, YAML.
         has_processor (`bool`, *optional*, defaults to `True`): Whether one is beside the model.
         names ([`PublicNames`], *optional*): Tells names of this machine from Hub ids.
@@ -54,6 +61,7 @@ class CardFacts:
     results: dict | None = None
     teacher_results: dict | None = None
     blind_results: dict | None = None
+    harness_figures: list = field(default_factory=list)
     recipe_text: str | None = None
     has_processor: bool = True
     names: PublicNames = field(default_factory=PublicNames)
@@ -106,7 +114,7 @@ def _metadata(facts, columns):
         "dataset_split": "test",
     }
     return ModelCardData(
-        model_name=facts.repo_id.rpartition("/")[-1] if columns else None,
+        model_name=facts.repo_id.rpartition("/")[-1] if columns or facts.harness_figures else None,
         license=facts.license,
         library_name="transformers",
         pipeline_tag="image-text-to-text",
@@ -117,8 +125,25 @@ def _metadata(facts, columns):
             EvalResult(**task, metric_type=metric, metric_name=label, metric_value=value)
             for metric, (label, value) in columns.get("student", {}).items()
         ]
+        + [_eval_result(facts, figure) for figure in facts.harness_figures if figure.asked == figure.questions]
         or None,
         **linked,
+    )
+
+
+def _eval_result(facts, figure):
+    """A harness's figure in the card's metadata."""
+    dataset = figure.dataset or figure.task
+    return EvalResult(
+        task_type="image-text-to-text",
+        task_name=figure.task,
+        dataset_type=dataset if facts.names.is_hub_id(dataset) else "local",
+        dataset_name=facts.names.public(dataset),
+        metric_type=figure.metric,
+        metric_name=figure.metric,
+        metric_value=figure.value,
+        source_name=figure.harness,
+        source_url=HARNESSES[figure.harness.split()[0]],
     )
 
 
@@ -151,6 +176,7 @@ def render_card(facts, config, *, loss_figure=None, router_figure=None):
         results=facts.results or {},
         columns=columns,
         labels={metric: label for column in columns.values() for metric, (label, _) in column.items()},
+        harness_figures=[(figure, names.public(figure.dataset or "–")) for figure in facts.harness_figures],
         recipe_text=(facts.recipe_text or "").strip(),
         made_from=[(role, names.public(name)) for role, name in made_from],
         datasets=[names.public(name) for name in facts.datasets],

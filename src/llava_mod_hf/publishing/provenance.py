@@ -1,5 +1,6 @@
 """What the stages of training left in their folders, `run.json` and `results.json`, and what it tells a card."""
 
+import dataclasses
 import itertools
 import json
 from pathlib import Path
@@ -64,7 +65,7 @@ def stage_runs(checkpoint, **fields):
     return runs
 
 
-def gather_facts(checkpoint, repo_id, *, license=None):
+def gather_facts(checkpoint, repo_id, *, license=None, harness_figures=()):
     """
     What is known of a checkpoint, from the `run.json` of its stages and the `results.json` of `llava-mod evaluate`.
 
@@ -72,6 +73,7 @@ def gather_facts(checkpoint, repo_id, *, license=None):
         checkpoint (`str` or `Path`): A folder; without these files nothing is known.
         repo_id (`str`): Where it will be found.
         license (`str`, *optional*): Of the weights.
+        harness_figures (`list`, *optional*): As of [`CardFacts`].
 
     Returns:
         [`CardFacts`].
@@ -106,6 +108,7 @@ def gather_facts(checkpoint, repo_id, *, license=None):
         results=results.get("student"),
         teacher_results=results.get("teacher"),
         blind_results=results.get("blind"),
+        harness_figures=list(harness_figures),
         recipe_text=yaml.safe_dump_all(recipes, sort_keys=False) if recipes else None,
         has_processor=any((checkpoint / name).is_file() for name in PROCESSOR_FILES),
         names=names,
@@ -133,5 +136,9 @@ def _datasets(recipes):
 def results_text(facts):
     """The `results.json` of a repository."""
     measured = {"student": facts.results, "teacher": facts.teacher_results, "blind": facts.blind_results}
-    dataset = facts.names.public(facts.eval_dataset) if facts.eval_dataset else None
+    public = facts.names.public
+    if facts.harness_figures:
+        told = map(dataclasses.asdict, facts.harness_figures)
+        measured["harnesses"] = [{**figure, "dataset": public(figure["dataset"] or "") or None} for figure in told]
+    dataset = public(facts.eval_dataset) if facts.eval_dataset else None
     return json.dumps({**measured, "dataset": dataset}, indent=2) + "\n"
