@@ -39,6 +39,7 @@ class CardFacts:
             percentages.
         teacher_results, blind_results (`dict`, *optional*): The same of the teacher, and of answering without looking
             at the image.
+        weights (`str`, *optional*): Which weights `results` are of, as [`~llava_mod_hf.fingerprints.weights_hash`].
         recipe_text (`str`, *optional*): The resolved recipe, YAML.
         has_processor (`bool`, *optional*, defaults to `True`): Whether one is beside the model.
         names ([`PublicNames`], *optional*): Tells names of this machine from Hub ids.
@@ -54,6 +55,7 @@ class CardFacts:
     results: dict | None = None
     teacher_results: dict | None = None
     blind_results: dict | None = None
+    weights: str | None = None
     recipe_text: str | None = None
     has_processor: bool = True
     names: PublicNames = field(default_factory=PublicNames)

@@ -106,6 +106,7 @@ def gather_facts(checkpoint, repo_id, *, license=None):
         results=results.get("student"),
         teacher_results=results.get("teacher"),
         blind_results=results.get("blind"),
+        weights=weights_of(results),
         recipe_text=yaml.safe_dump_all(recipes, sort_keys=False) if recipes else None,
         has_processor=any((checkpoint / name).is_file() for name in PROCESSOR_FILES),
         names=names,
@@ -134,4 +135,10 @@ def results_text(facts):
     """The `results.json` of a repository."""
     measured = {"student": facts.results, "teacher": facts.teacher_results, "blind": facts.blind_results}
     dataset = facts.names.public(facts.eval_dataset) if facts.eval_dataset else None
-    return json.dumps({**measured, "dataset": dataset}, indent=2) + "\n"
+    return json.dumps({**measured, "dataset": dataset, "weights": facts.weights}, indent=2) + "\n"
+
+
+def weights_of(results):
+    """Which weights results are of, as `evaluate` and a published `results.json` have it, or `None`."""
+    setup = results.get("setup")
+    return (setup.get("weights") if isinstance(setup, dict) else None) or results.get("weights")
