@@ -1,6 +1,7 @@
 """`llava-mod evaluate` in the world of scenes: its measures, its options, and where the blind baseline learns."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from llava_mod_cli import main
 from llava_mod_hf.commands import evaluate as evaluate_module
 from llava_mod_hf.data.scene_rows import DATASET, load
 from llava_mod_hf.evaluation.answers import evaluate_blind
+from llava_mod_hf.fingerprints import weights_hash
 
 ROWS = 30
 
@@ -31,6 +33,7 @@ def asked():
 def test_scenes_are_measured_by_chair_and_pope(folders, tmp_path, asked):
     results = evaluate(folders["student"], tmp_path / "results.json")
     assert results["num_questions"] == ROWS
+    assert results["setup"]["weights"] == weights_hash(Path(folders["student"]))
     assert results["blind"] == evaluate_blind(load("mixture", "train", 4, {"rows": ROWS}), asked)
     for who in ("student", "blind"):
         assert {results[who][name] is None for name in ("chair_s", "chair_i", "object_recall", "pope")} == {False}

@@ -2,18 +2,19 @@
 
 import json
 import re
-import resource
 import shutil
-from contextlib import contextmanager
 
 import pytest
 import yaml
 from huggingface_hub import ModelCard
+from safetensors.torch import load_file, save_file
 
+from helpers.disk import files_of_at_most
 from helpers.leaks import find_leaks, private_words
 from helpers.publishing import tree
 from llava_mod_cli import main
 from llava_mod_hf import push_checkpoint
+from llava_mod_hf.fingerprints import weights_hash
 from llava_mod_hf.loading import load_model_and_processor
 
 REPO = "me/student"
@@ -213,6 +214,25 @@ def test_a_damaged_file_is_named(capsys, run, name, content, expected):
     assert not (run.parent / "tiny").exists()
 
 
+def test_results_of_other_weights_are_refused(capsys, run, hub):
+    change(run / "results.json", setup={"weights": weights_hash(run)})
+    assert publish(run, "--push_to", REPO) == 0
+    published = run.parent / "tiny"
+    assert json.loads((published / "results.json").read_text())["weights"] == weights_hash(published)
+
+    commits = len(hub.repos[REPO].commits())
+    for folder in (run, published):
+        weights = load_file(folder / "model.safetensors")
+        first = next(name for name, value in weights.items() if value.is_floating_point())
+        weights[first] += 1
+        save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    assert "results.json` has the results of other weights" in refused(capsys, run)
+    for folder in (run, published):
+        with pytest.raises(ValueError, match="has the results of other weights .*run `llava-mod evaluate --model"):
+            push_checkpoint(folder, REPO)
+    assert len(hub.repos[REPO].commits()) == commits
+
+
 @pytest.mark.parametrize(
     ("step", "how", "expected"), [("commit", "drop", "connection to .* broke"), ("create", "html", "else than JSON")]
 )
@@ -248,13 +268,3 @@ def test_a_push_goes_where_it_is_told(run, hub):
     repo = hub.repos[REPO]
     assert (repo.private, repo.gated, repo.tags) == (True, "manual", {"v1": repo.branches["prefer"]})
     assert "README.md" in repo.branches["prefer"].files and "README.md" not in repo.branches["main"].files
-
-
-@contextmanager
-def files_of_at_most(size):
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))

@@ -478,6 +478,9 @@ def _tag(request, repo, rev):
 
 @route("GET HEAD", f"(?:/datasets)?/{REPO}/resolve/{REV}/(?P<path>.+)", "resolve")
 def _resolve(request, repo, rev, path):
+    token = (request.headers.get("Authorization") or "").removeprefix("Bearer ")
+    if repo.gated and token != request.hub.token:
+        raise Refusal(403 if token else 401, "GatedRepo", "Access to this model is restricted: ask for it on its page")
     commit = repo.resolve(rev)
     if path not in commit.files:
         raise Refusal(404, "EntryNotFound", f"{path} does not exist")

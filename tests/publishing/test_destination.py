@@ -80,12 +80,26 @@ def test_a_token_is_not_shown():
 
 def test_what_would_be_refused_after_a_run_is_before(hub, monkeypatch):
     HfApi().create_repo(REPO)
-    assert open_destination(Destination("tiny", revision="stage")) == REPO
+    assert open_destination(Destination("tiny", revision="stage"), "llava_mod") == REPO
     assert sorted(hub.repos[REPO].branches) == ["main", "stage"]
     HfApi().create_tag(REPO, tag="v1")
     for options in ({"private": True}, {"tag": "v1"}):
         with pytest.raises(ValueError, match=f"`{REPO}`"):
-            open_destination(Destination(REPO, **options))
+            open_destination(Destination(REPO, **options), "llava_mod")
     hub.readers.add("hf_reader")
     with pytest.raises(ValueError, match=r"refused to write `me/tiny` \(HTTP 403\).*or give a name of your own"):
-        open_destination(Destination(REPO, token="hf_reader"))
+        open_destination(Destination(REPO, token="hf_reader"), "llava_mod")
+
+
+@pytest.mark.parametrize(
+    ("brought", "model_type"), [("llava_mod", "llava_mod"), ("qwen2", "llava_mod"), ("llava_mod", None)]
+)
+def test_another_model_in_the_repository_is_found_before_the_run(hub, brought, model_type):
+    HfApi().create_repo(REPO)
+    config = f'{{"model_type": "{brought}"}}'.encode()
+    HfApi().upload_file(path_or_fileobj=config, path_in_repo="config.json", repo_id=REPO)
+    if brought == model_type:
+        assert open_destination(Destination(REPO), model_type) == REPO
+        return
+    with pytest.raises(ValueError, match=rf"`{REPO}` holds another model by config.json \(`{brought}`\)"):
+        open_destination(Destination(REPO), model_type)

@@ -271,6 +271,38 @@ def test_a_data_set_leaves_files_of_others(hub, tmp_path):
     assert sorted(remote(hub)) == ["0-of-1.parquet", "LICENSE", "README.md"]
 
 
+# a model of others
+
+
+@pytest.mark.parametrize(
+    ("name", "config", "told"),
+    [
+        ("config.json", b'{"model_type": "qwen2"}', r"another model by config.json \(`qwen2`\)"),
+        ("config.json", b"<html>", "another model by config.json"),
+        ("adapter_config.json", b'{"peft_type": "LORA"}', "another model by adapter_config.json"),
+    ],
+)
+def test_another_model_is_not_mixed_with_ours(hub, folder, name, config, told):
+    HfApi().create_repo(REPO)
+    put(name, config)
+    put("model-00001-of-00002.safetensors", b"theirs")
+    before = hub.repos[REPO].branches["main"]
+    with pytest.raises(ValueError, match=f"`{REPO}` holds {told}, which no push of this package brought") as caught:
+        push_checkpoint(folder, REPO)
+    assert "\n" not in str(caught.value) and hub.repos[REPO].branches["main"] is before and len(hub.lfs) == 1
+    push_checkpoint(folder, REPO, mirror=True)
+    assert remote(hub) == tree(folder)
+
+
+def test_a_student_that_others_pushed_and_a_later_one_of_ours_are_replaced(hub, folder):
+    HfApi().create_repo(REPO)
+    put("config.json", b'{"model_type": "llava_mod", "by": "a stock trainer"}')
+    push_checkpoint(folder, REPO)
+    (folder / "config.json").write_text('{"model_type": "llava"}')  # exported, say
+    push_checkpoint(folder, REPO)
+    assert remote(hub) == tree(folder)
+
+
 # a folder without a card
 
 

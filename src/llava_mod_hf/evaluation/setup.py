@@ -7,7 +7,7 @@ from pathlib import Path
 from trl import prepare_multimodal_messages
 
 from llava_mod_hf.data.formats import pictures_of
-from llava_mod_hf.fingerprints import model_hash, processor_parts
+from llava_mod_hf.fingerprints import model_hash, processor_parts, weights_hash
 
 PACKAGES = ("llava-mod-hf", "torch", "transformers", "trl", "datasets", "evaluate")
 
@@ -56,7 +56,8 @@ def setup_of(model, processor, rows, data_args, args):
         data_args ([`~llava_mod_hf.data.arguments.DataArguments`]), args: the options of `evaluate`.
 
     Returns:
-        `dict`: the first prompt as the model reads it, and the options and versions that the figures depend on.
+        `dict`: the first prompt as the model reads it, the options and versions that the figures depend on, and what
+        tells a folder's weights from others', as [`~llava_mod_hf.fingerprints.weights_hash`].
     """
     first = rows[0]
     messages = prepare_multimodal_messages(first["prompt"], images=pictures_of(first["prompt"], first["images"]))
@@ -74,4 +75,5 @@ def setup_of(model, processor, rows, data_args, args):
         "versions": versions(),
         "commit": code_commit(),
         "model_commit": getattr(model.config, "_commit_hash", None),
+        "weights": weights_hash(folder) if any((folder := Path(args.model)).glob("*.safetensors")) else None,
     }

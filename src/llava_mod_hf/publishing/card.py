@@ -46,6 +46,7 @@ class CardFacts:
             at the image.
         harness_figures (`list[HarnessFigure]`, *optional*): What lm-eval and lmms-eval measured, as
             [`~llava_mod_hf.publishing.harness_results.read_harness_results`] returns it.
+        weights (`str`, *optional*): Which weights `results` are of, as [`~llava_mod_hf.fingerprints.weights_hash`].
         recipe_text (`str`, *optional*): The resolved recipe, YAML.
         has_processor (`bool`, *optional*, defaults to `True`): Whether one is beside the model.
         names ([`PublicNames`], *optional*): Tells names of this machine from Hub ids.
@@ -62,6 +63,7 @@ class CardFacts:
     teacher_results: dict | None = None
     blind_results: dict | None = None
     harness_figures: list = field(default_factory=list)
+    weights: str | None = None
     recipe_text: str | None = None
     has_processor: bool = True
     names: PublicNames = field(default_factory=PublicNames)

@@ -8,8 +8,9 @@ from pathlib import Path
 from huggingface_hub import get_token
 from safetensors import SafetensorError, safe_open
 
+from llava_mod_hf.fingerprints import weights_hash
 from llava_mod_hf.publishing.manifest import MANIFEST_FILE
-from llava_mod_hf.publishing.provenance import RECIPE_FILE, RESULTS_FILE, RUN_FILE
+from llava_mod_hf.publishing.provenance import RECIPE_FILE, RESULTS_FILE, RUN_FILE, weights_of
 
 NEEDED = ("config.json", "*.safetensors")
 
@@ -72,6 +73,23 @@ def _check_whole(folder):
         )
 
 
+def check_results(folder):
+    """
+    Raises:
+        ValueError: if a folder has results of another model than its own; older ones do not say which they are of.
+    """
+    path = folder / RESULTS_FILE
+    try:
+        measured = weights_of(json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError, AttributeError):  # none, or none of ours, which says nothing
+        return
+    if measured is not None and measured != (here := weights_hash(folder)):
+        raise ValueError(
+            f"`{path}` has the results of other weights ({measured}) than those beside it ({here}): run `llava-mod "
+            f"evaluate --model {folder}`, or take it out."
+        )
+
+
 def _text_of(path):
     """The bytes of a file that may hold words: of weights the header alone."""
     with open(path, "rb") as file:
@@ -121,7 +139,8 @@ def check_publishable(folder):
 
     Raises:
         ValueError: if the folder, its config, weights or code is missing; if weights are cut; if it holds pickles,
-            training state, a link that leads out, a `.gitignore`, a Hub token or a path of this machine.
+            training state, a link that leads out, a `.gitignore`, a Hub token or a path of this machine; if its results
+            are of other weights.
     """
     folder = Path(folder)
     if not folder.is_dir():
@@ -142,4 +161,5 @@ def check_publishable(folder):
             raise ValueError(f"`{path}` would make the Hub skip files without a word: remove it.")
     check_private(folder, files)
     _check_whole(folder)
+    check_results(folder)
     return files

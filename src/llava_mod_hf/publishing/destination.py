@@ -7,8 +7,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 from huggingface_hub import HfApi
-from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
 
+from llava_mod_hf.publishing.manifest import ADAPTER_CONFIG, CONFIG, RemoteFiles
 from llava_mod_hf.publishing.patience import NO_ANSWER, PASSING, patiently
 
 GATES = ("auto", "manual")
@@ -116,26 +117,30 @@ def check_names(*, revision=None, tag=None, gated=None):
         raise ValueError(f"`gated` is {gated!r}: give one of {', '.join(GATES)}, or leave it out.")
 
 
-def open_destination(to):
+def open_destination(to, model_type=None):
     """
     Makes a repository ready for a run's pushes, before the run.
 
     Args:
         to ([`Destination`]): where they go.
+        model_type (`str`, *optional*): of the model's config; an adapter has none.
 
     Returns:
         `str`: its whole name.
 
     Raises:
-        ValueError: if the Hub refuses the token or a name, or the repository has the tag, or is public and should be
-            private.
+        ValueError: if the Hub refuses the token or a name, or the repository has the tag, holds another model, or is
+            public and should be private.
         ConnectionError: if the Hub fails or does not answer.
     """
     api = HfApi(token=to.token)
     with told_in_a_sentence(api.endpoint, to.repo_id):
-        opened, _ = to.opened(api)
+        opened, commit = to.opened(api)
         if to.tag is not None:
             opened.check_tag(api, None)
+        head = patiently(api.repo_info, opened.repo_id, revision=commit, files_metadata=True, repo_type=to.repo_type)
+        config = {ADAPTER_CONFIG: b"{}"} if model_type is None else {CONFIG: json.dumps({"model_type": model_type})}
+        RemoteFiles(api, head, to.repo_type).check_same_model(config)
         return opened.repo_id
 
 
@@ -144,6 +149,10 @@ def told_in_a_sentence(endpoint, repo_id):
     """Says in one sentence what went wrong between the client and the Hub, and what is there now."""
     try:
         yield
+    except OfflineModeIsEnabled as error:
+        raise ConnectionError(
+            f"`HF_HUB_OFFLINE` is set, so that `{repo_id}` cannot be pushed to: unset it, and push again."
+        ) from error
     except (NO_ANSWER, RuntimeError, LocalEntryNotFoundError, json.JSONDecodeError) as error:
         # the client raises the second and third from what failed the upload or the download of a file
         failure = (

@@ -1,5 +1,6 @@
 """Which files of a repository are ours: a list in the repository itself, so that nobody else's are deleted."""
 
+import functools
 import hashlib
 import json
 from pathlib import Path
@@ -7,6 +8,8 @@ from pathlib import Path
 from huggingface_hub import CommitOperationAdd
 
 MANIFEST_FILE = ".llava_mod_files.json"
+
+MODEL_CONFIGS = CONFIG, ADAPTER_CONFIG = "config.json", "adapter_config.json"
 
 
 def manifest_of(additions):
@@ -24,32 +27,77 @@ def manifest_of(additions):
     return CommitOperationAdd(MANIFEST_FILE, text.encode())
 
 
-def ours_among(paths, api, head, **repo_type):
+class RemoteFiles:
     """
-    Those files of a repository that an earlier push of ours brought, and nobody changed since.
+    The files of a repository at a commit, and which of them are ours.
 
     Args:
-        paths (`set[str]`): of files of the repository.
         api ([`~huggingface_hub.HfApi`]): the client.
         head ([`~huggingface_hub.ModelInfo`] or [`~huggingface_hub.DatasetInfo`]): with the metadata of files.
         repo_type (`str`): the repository's.
 
-    Returns:
-        `set[str]`: empty without a list, or with one that is not ours.
+    Attributes:
+        names (`set[str]`).
     """
 
-    def content(path):
-        return Path(api.hf_hub_download(head.id, path, revision=head.sha, **repo_type)).read_bytes()
+    def __init__(self, api, head, repo_type):
+        self._api, self._head, self._repo_type = api, head, repo_type
+        self._lfs = {sibling.rfilename: sibling.lfs for sibling in head.siblings}
+        self.names = set(self._lfs)
 
-    lfs = {sibling.rfilename: sibling.lfs for sibling in head.siblings}
-    if not paths or MANIFEST_FILE not in lfs:
-        return set()
+    def content(self, name):
+        """`bytes`: of a file."""
+        path = self._api.hf_hub_download(self._head.id, name, revision=self._head.sha, repo_type=self._repo_type)
+        return Path(path).read_bytes()
+
+    @functools.cached_property
+    def listed(self):
+        """`dict[str, str]`: what an earlier push of ours brought, and its SHA-256; empty without a list of ours."""
+        if MANIFEST_FILE not in self.names:
+            return {}
+        try:
+            return {name: str(sha256) for name, sha256 in json.loads(self.content(MANIFEST_FILE))["sha256"].items()}
+        except (
+            ValueError,
+            KeyError,
+            TypeError,
+            AttributeError,
+        ):  # somebody edited it: then nothing is known to be ours
+            return {}
+
+    def ours_among(self, names):
+        """`set[str]`: those of some names that an earlier push of ours brought, and nobody changed since."""
+        return (
+            {name for name in names & self.listed.keys() if self.listed[name] == self._sha256(name)} if names else set()
+        )
+
+    def _sha256(self, name):
+        lfs = self._lfs[name]
+        return lfs.sha256 if lfs else hashlib.sha256(self.content(name)).hexdigest()
+
+    def check_same_model(self, configs):
+        """
+        Refuses to lay a model's files among those of another, which would be neither.
+
+        Args:
+            configs (`dict[str, bytes]`): of [`MODEL_CONFIGS`], those of the model that is brought.
+
+        Raises:
+            ValueError: if a config that no push of ours brought is of another type, or of what is not brought.
+        """
+        for name in MODEL_CONFIGS:
+            if name not in self.names or name in self.listed:
+                continue
+            theirs = _model_type(self.content(name))
+            if name not in configs or _model_type(configs[name]) != theirs:
+                raise ValueError(
+                    f"`{self._head.id}` holds another model by {name}{f' (`{theirs}`)' if theirs else ''}, which no "
+                    "push of this package brought: give another name or branch, or `mirror` to replace all of it."
+                )
+
+
+def _model_type(config):
     try:
-        listed = {path: str(sha256) for path, sha256 in json.loads(content(MANIFEST_FILE))["sha256"].items()}
-    except (ValueError, KeyError, TypeError, AttributeError):  # somebody edited it: then nothing is known to be ours
-        return set()
-    return {
-        path
-        for path in paths & listed.keys()
-        if listed[path] == (lfs[path].sha256 if lfs[path] else hashlib.sha256(content(path)).hexdigest())
-    }
+        return json.loads(config).get("model_type")
+    except (ValueError, AttributeError):
+        return None

@@ -109,6 +109,7 @@ def gather_facts(checkpoint, repo_id, *, license=None, harness_figures=()):
         teacher_results=results.get("teacher"),
         blind_results=results.get("blind"),
         harness_figures=list(harness_figures),
+        weights=weights_of(results),
         recipe_text=yaml.safe_dump_all(recipes, sort_keys=False) if recipes else None,
         has_processor=any((checkpoint / name).is_file() for name in PROCESSOR_FILES),
         names=names,
@@ -141,4 +142,10 @@ def results_text(facts):
         told = map(dataclasses.asdict, facts.harness_figures)
         measured["harnesses"] = [{**figure, "dataset": public(figure["dataset"] or "") or None} for figure in told]
     dataset = public(facts.eval_dataset) if facts.eval_dataset else None
-    return json.dumps({**measured, "dataset": dataset}, indent=2) + "\n"
+    return json.dumps({**measured, "dataset": dataset, "weights": facts.weights}, indent=2) + "\n"
+
+
+def weights_of(results):
+    """Which weights results are of, as `evaluate` and a published `results.json` have it, or `None`."""
+    setup = results.get("setup")
+    return (setup.get("weights") if isinstance(setup, dict) else None) or results.get("weights")

@@ -8,7 +8,7 @@ from transformers import AutoConfig
 from llava_mod_hf.publishing.card import render_card
 from llava_mod_hf.publishing.checks import check_private, check_publishable, files_to_commit
 from llava_mod_hf.publishing.destination import Destination, told_in_a_sentence
-from llava_mod_hf.publishing.manifest import MANIFEST_FILE, manifest_of, ours_among
+from llava_mod_hf.publishing.manifest import MANIFEST_FILE, MODEL_CONFIGS, RemoteFiles, manifest_of
 from llava_mod_hf.publishing.patience import patiently
 from llava_mod_hf.publishing.provenance import RECIPE_FILE, RESULTS_FILE, RUN_FILE, gather_facts, results_text
 
@@ -133,12 +133,15 @@ def _commit(api, to, message, content, defaults, parent):
     """
     kind = {"repo_type": to.repo_type}
     head = api.repo_info(to.repo_id, revision=to.revision, files_metadata=True, **kind)
-    remote = {sibling.rfilename for sibling in head.siblings}
-    if ".gitignore" in remote:
+    remote = RemoteFiles(api, head, to.repo_type)
+    if ".gitignore" in remote.names:
         raise ValueError(f"`{to.repo_id}` has a .gitignore, for which the Hub would skip files: delete it there.")
     # what is there and not brought: the only files that may have to go, or to stay in a default's place
-    kept = remote - content.keys() - {".gitattributes", MANIFEST_FILE}
-    replaced = kept if to.mirror else ours_among(kept, api, head, **kind)
+    kept = remote.names - content.keys() - {".gitattributes", MANIFEST_FILE}
+    replaced = kept if to.mirror else remote.ours_among(kept)
+    if to.repo_type == "model" and not to.mirror:
+        configs = {name: content[name] for name in MODEL_CONFIGS if name in content}
+        remote.check_same_model({name: Path(file).read_bytes() for name, file in configs.items()})
     content = {name: text for name, text in defaults.items() if name not in kept - replaced} | content
     additions = [CommitOperationAdd(name, file) for name, file in sorted(content.items())]
     deletions = [CommitOperationDelete(name) for name in sorted(replaced - content.keys())]

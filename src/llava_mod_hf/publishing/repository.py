@@ -1,5 +1,6 @@
 """A Hub repository as a folder: built whole or not at all."""
 
+import dataclasses
 import os
 import tempfile
 from contextlib import contextmanager
@@ -7,10 +8,11 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
+from llava_mod_hf.fingerprints import weights_hash
 from llava_mod_hf.loading import load_model_and_processor
 from llava_mod_hf.model.modeling_llava_mod import LlavaModForConditionalGeneration
 from llava_mod_hf.publishing.card import render_card, write_eval_results
-from llava_mod_hf.publishing.checks import check_publishable
+from llava_mod_hf.publishing.checks import check_publishable, check_results
 from llava_mod_hf.publishing.figures import plot_expert_load, plot_losses
 from llava_mod_hf.publishing.provenance import RECIPE_FILE, RESULTS_FILE, results_text
 
@@ -59,12 +61,13 @@ def publish(checkpoint, output_dir, facts, *, history, loads):
         `Path`: `output_dir`.
 
     Raises:
-        ValueError: if the checkpoint is no whole student with its processor, `output_dir` holds something else,
-            `loads` is not of the model's layers, or the card or [`check_publishable`] refuses.
+        ValueError: if the checkpoint is no whole student with its processor, has results of other weights, `output_dir`
+            holds something else, `loads` is not of the model's layers, or the card or [`check_publishable`] refuses.
         OSError: if the folder cannot be written, on a full disk say.
     """
     checkpoint, output_dir = Path(checkpoint).resolve(), Path(output_dir).resolve()
     _check_output(checkpoint, output_dir)
+    check_results(checkpoint)
     model, processor = load_model_and_processor(str(checkpoint), dtype="auto")
     if not isinstance(model, LlavaModForConditionalGeneration):
         raise ValueError(f"`{checkpoint}` is a {type(model).__name__}, not a student of this package.")
@@ -79,6 +82,8 @@ def publish(checkpoint, output_dir, facts, *, history, loads):
         figures.mkdir(parents=True)
         model.save_pretrained(folder)
         processor.save_pretrained(folder)
+        if facts.weights is not None:  # in the repository's files, whose tensors may have other names
+            facts = dataclasses.replace(facts, weights=weights_hash(folder))
         plot_losses(history, figures / "losses.png")
         if loads:
             plot_expert_load(loads, figures / "expert_load.png")

@@ -9,7 +9,7 @@ from PIL import Image
 from transformers import MODEL_MAPPING, AutoImageProcessor
 from transformers.utils import logging
 
-from llava_mod_hf.hub_reading import told_when_the_hub_fails
+from llava_mod_hf.hub_reading import NotRead, told_when_the_hub_fails
 
 # where a LLaVA, a CLIP or a SigLIP keeps its vision encoder
 TOWER_PREFIX = r"^(?:(?:model\.)?vision_tower\.(?:vision_model\.)?|vision_model\.)"
@@ -47,7 +47,7 @@ def load_part(role, name, load, *args, **kwargs):
 
     Raises:
         ValueError: if the part cannot be loaded.
-        ConnectionError: if the Hub fails meanwhile.
+        ConnectionError, NotRead: if the Hub fails meanwhile, or does not give it.
     """
     with told_when_the_hub_fails(name):
         try:
@@ -186,7 +186,7 @@ def load_vision_layout(config, path, *, name, vision_feature_layer=None, trust_r
     try:
         with told_when_the_hub_fails(path):
             image_processor = AutoImageProcessor.from_pretrained(path, trust_remote_code=trust_remote_code)
-    except ConnectionError:  # nobody knows whether there is one
+    except (ConnectionError, NotRead):  # nobody knows whether there is one
         raise
     except (OSError, ValueError) as error:
         image_size = getattr(vision_config, "image_size", None)

@@ -151,7 +151,9 @@ class SafeRun(CountsRows):
     # The parent has not looked for a token that may write, and pushes into a public repository what should be private.
     def init_hf_repo(self, token=None, private=None):
         if self.is_world_process_zero():
-            self.hub_model_id = open_destination(destination_of(self.args, token=token, private=private, tag=True))
+            model_type = None if hasattr(self.model, "peft_config") else self.model.config.model_type
+            to = destination_of(self.args, token=token, private=private, tag=True)
+            self.hub_model_id = open_destination(to, model_type)
             self.push_in_progress = None
 
     # The parent commits its output folder, where logs and the pickle of its arguments lie.
