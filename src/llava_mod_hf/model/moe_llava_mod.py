@@ -222,7 +222,7 @@ class LlavaModLowRankExperts(nn.Module):
 
     def forward(self, hidden_states, top_k_index, top_k_weights):
         shared_up = torch.cat([self.shared.get_submodule(part)(hidden_states) for part in self.layout.first], dim=-1)
-        shared_inner = shared_up.new_zeros(len(hidden_states), self.down_a.shape[-1])  # (tokens, I)
+        shared_inner = shared_up.new_zeros(hidden_states.shape[0], self.down_a.shape[-1])  # (tokens, I)
         output = shared_up.new_zeros(hidden_states.shape)
         for expert in range(self.num_experts):
             token_idx, choice = torch.where(top_k_index == expert)
