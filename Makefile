@@ -134,7 +134,8 @@ $(DEMO): $(VENV)/.installed
 
 # Pages in a real browser, Debian's: `apt-get install chromium chromium-driver`. `SCREENSHOTS=docs` renews its pictures.
 test-demo: $(DEMO)
-	PYTHONPATH=$(DEMO) NEEDS_BROWSER=1 SCREENSHOTS=$(SCREENSHOTS) $(BIN)/python -m pytest -q -m '' tests/talking/test_page.py
+	PYTHONPATH=$(DEMO) NEEDS_BROWSER=1 SCREENSHOTS=$(SCREENSHOTS) $(BIN)/python -m pytest -q -m '' \
+		tests/talking/test_page.py tests/publishing/test_card_page.py
 
 test-all: setup test-quantisation test-gguf test-harnesses test-launched test-demo
 	$(MAKE) test-onnx MARKS="-m ''"

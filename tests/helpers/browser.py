@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+ROOT = Path(__file__).parents[2]
+
 # Chromium asks the network for things of its own at every start
 FLAGS = (
     "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
@@ -54,7 +56,7 @@ def requested(browser):
 
 
 def screenshot(browser, name, folder):
-    """Saves what the window shows, as `name` in the folder `SCREENSHOTS` of the environment, or else in another."""
-    path = Path(os.environ.get("SCREENSHOTS") or folder) / name
+    """Saves what the window shows, as `name` in the repository's folder `SCREENSHOTS`, or else in another."""
+    path = (ROOT / os.environ["SCREENSHOTS"] if os.environ.get("SCREENSHOTS") else folder) / name
     assert browser.save_screenshot(str(path))
     return path

@@ -9,7 +9,8 @@ from huggingface_hub import parse_eval_result_entries
 
 from helpers.publishing import FACTS, RESULTS
 from llava_mod_hf import recipes
-from llava_mod_hf.publishing.card import render_card, scores, write_eval_results
+from llava_mod_hf.publishing.card import CardFacts, render_card, write_eval_results
+from llava_mod_hf.publishing.card_checks import check_card
 
 
 @pytest.fixture(scope="module")
@@ -19,7 +20,8 @@ def config(make_student):
 
 def card(config, router_figure="r.png", **changes):
     facts = dataclasses.replace(FACTS, **changes)
-    return render_card(facts, config, loss_figure="l.png", router_figure=router_figure)
+    sizes = [("safetensors, F32", 1_250_000)]
+    return render_card(facts, config, loss_figure="l.png", router_figure=router_figure, sizes=sizes)
 
 
 def test_card_metadata(config):
@@ -68,7 +70,7 @@ def test_card_invents_no_number(config):
     """Without optional values the card has neither their rows nor `None`."""
     text = card(config, results={"exact_match": 0.5}, teacher_results=None, blind_results=None).text
     assert "0.500" in text and "None" not in text and "Parameters" not in text
-    assert "allucination rate" not in text and "blind" not in text
+    assert "allucination rate" not in text and "| blind" not in text
 
 
 def test_card_text(config):
@@ -133,6 +135,114 @@ def test_eval_results_are_read_by_the_client(tmp_path):
     }
 
 
-def test_benchmarks_measures_leave_the_card_as_it_is():
-    measured = {**RESULTS, "measures": {"anls": {"anls": {"value": 0.5, "low": 0.4, "high": 0.6}}}}
-    assert scores(measured) == scores(RESULTS)
+MEASURES = {
+    "pope": {
+        "f1": {"value": 0.8, "low": 0.75, "high": 0.84},
+        "random/yes": {"value": 0.5, "low": 0.45, "high": 0.55},
+    },
+    "chair": {"chair_s": {"value": 0.2, "low": 0.15, "high": 0.25}},
+}
+MEASURED = {
+    "num_questions": 1500,
+    "max_new_tokens": 64,
+    "dtype": "float32",
+    "prompt_suffix": "Answer with yes or no.",
+    "versions": {"torch": "2.13.0", "transformers": "5.23.0"},
+    "commit": "abc",
+}
+ROUTERS = {
+    "layers": {
+        "0": {
+            "max_load": 0.4,
+            "load_entropy": 0.95,
+            "entropy": 0.7,
+            "dead_experts": 0.0,
+            "overloaded_experts": 0.25,
+            "distance": [0.1, 0.3],
+            "by_modality": {"picture": {"max_load": 0.6, "load_entropy": 0.8, "entropy": 0.5, "dead_experts": 0.25}},
+        },
+        "2": {"max_load": 0.5, "load_entropy": 0.5, "entropy": 0.6, "dead_experts": 0.5, "overloaded_experts": 0.5},
+    },
+    "collapsed": [2],
+}
+
+
+def rows_of(text):
+    return [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines() if line.startswith("|")]
+
+
+def test_intervals_stand_beside_their_figures(config):
+    text = card(
+        config,
+        results={**RESULTS, "measures": MEASURES},
+        blind_results={"exact_match": 0.3, "measures": {"pope": {"f1": {"value": 0.6, "low": None, "high": None}}}},
+    ).text
+    assert ["POPE: F1 ↑", "0.800 (0.750–0.840)", "–", "0.600"] in rows_of(text)
+    assert ["POPE, random: share of yes", "0.500 (0.450–0.550)", "–", "–"] in rows_of(text)
+    assert ["CHAIR: descriptions that name an absent thing ↓", "0.200 (0.150–0.250)", "–", "–"] in rows_of(text)
+    assert "in brackets 95 % intervals" in text and "No intervals were measured" not in text
+    assert "No intervals were measured" in card(config).text and "in brackets" not in card(config).text
+
+
+def test_intervals_are_in_the_results_that_the_client_reads(tmp_path):
+    path = write_eval_results(tmp_path, dataclasses.replace(FACTS, results={**RESULTS, "measures": MEASURES}))
+    entries = {entry.task_id: entry for entry in parse_eval_result_entries(yaml.safe_load(path.read_text()))}
+    assert entries["pope_f1"].value == 0.8 and "95 % interval: 0.7500 to 0.8400." in entries["pope_f1"].notes
+    assert "interval" not in entries["exact_match"].notes
+
+
+def test_the_card_says_how_it_was_measured(config):
+    text = card(config, measured=MEASURED).text
+    assert (
+        "Measured on 1,500 questions of the test split of easy-VQA, with greedy answers of at most 64 tokens in "
+        'float32; below each question stands "Answer with yes or no."; torch 2.13.0, transformers 5.23.0, at commit '
+        "`abc`. Rates"
+    ) in text
+    assert "which versions is not recorded" in card(config).text and "not recorded" not in text
+
+
+def test_the_card_has_the_routers_health(config):
+    text = card(config, routers=ROUTERS).text
+    assert ["0", "all", "0.400", "0.950", "0.700", "0.000", "0.250", "0.200"] in rows_of(text)
+    assert ["0", "picture", "0.600", "0.800", "0.500", "0.250", "–", "–"] in rows_of(text)
+    assert ["2", "all", "0.500", "0.500", "0.600", "0.500", "0.500", "–"] in rows_of(text)
+    assert "**Collapsed: in layer 2 all tokens go to the same experts.**" in text
+    assert "Collapsed" not in card(config, routers={**ROUTERS, "collapsed": []}).text
+
+
+def test_the_card_has_sizes(config):
+    assert "The size of its files is not recorded" in render_card(FACTS, config).text
+    text = render_card(FACTS, config, sizes=[("safetensors, F32", 1_250_000), ("GGUF, `a.gguf`", 900)]).text
+    assert ["safetensors, F32", "1.2 MB"] in rows_of(text) and ["GGUF, `a.gguf`", "900 bytes"] in rows_of(text)
+    assert ["in memory with 16 bits a parameter, as computed", "624.7 kB"] in rows_of(text)
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"license": None}, "No licence was stated"),
+        ({"results": None, "teacher_results": None, "blind_results": None}, "No evaluation came with this checkpoint"),
+        ({"teacher_results": None}, "Its teacher was not measured"),
+        ({"blind_results": None}, "A blind baseline, which answers without looking at the image, was not measured"),
+        ({"measured": {}}, "With which prompt and which versions is not recorded"),
+        ({"routers": {}}, "What the routers do with pictures, prompts and answers was not measured"),
+        ({"teachers": []}, "No teacher is recorded"),
+        ({"base_models": {}, "teachers": []}, "Which models it was made from is not recorded"),
+        ({"datasets": []}, "What it was trained on is not recorded"),
+        ({"recipe_text": None}, "Its recipe is not recorded"),
+        ({"stage": None}, "How it was trained is not recorded"),
+        ({"has_processor": False}, "No processor came with this checkpoint"),
+    ],
+)
+def test_what_is_missing_is_said_to_be(config, changes, said):
+    whole = {"measured": MEASURED, "routers": ROUTERS}
+    whole_text = card(config, **whole, results={**RESULTS, "measures": MEASURES}).text
+    text = card(config, **{**whole, **changes}).text
+    assert said in text and said not in whole_text
+    assert "not recorded" not in whole_text
+    assert "not measured" not in whole_text.replace("– is not measured", "")
+
+
+def test_every_card_is_one_that_the_hub_takes(config):
+    check_card(str(card(config, measured=MEASURED, routers=ROUTERS)), "README.md")
+    check_card(str(render_card(CardFacts("me/x"), config)), "README.md")

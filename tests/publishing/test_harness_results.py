@@ -107,6 +107,9 @@ def test_the_card_tells_them_in_public_names(tmp_path, make_student):
     ]
     (whole,) = [each for each in card.data.eval_results if each.source_name == "lm-eval 0.4.13"]  # not a part of POPE
     assert (whole.dataset_type, whole.metric_value, whole.task_name) == ("lmms-lab/MME", 1300.0, "mme")
+    alone = dataclasses.replace(facts, results=None, teacher_results=None, blind_results=None)
+    text = render_card(alone, make_student().config).text
+    assert "Its own evaluation did not come" in text and "how often it is right is not known" not in text
     told = json.loads(results_text(facts))["harnesses"]
     assert [each["dataset"] for each in told] == ["pope.jsonl", "pope.jsonl", "lmms-lab/MME"]
     assert yaml.safe_load(str(card).split("---")[1])["model-index"]

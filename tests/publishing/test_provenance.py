@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from llava_mod_hf.publishing.provenance import gather_facts, stage_runs
+from llava_mod_hf.publishing.provenance import gather_facts, results_text, stage_runs
 from llava_mod_hf.publishing.public_names import PublicNames, without_paths
 
 
@@ -62,3 +62,22 @@ def test_what_is_told_of_a_name(tmp_path, name, told):
 )
 def test_paths_in_a_text(text, told):
     assert without_paths(text) == told
+
+
+def test_how_it_was_measured_is_told_without_places_and_rows(tmp_path):
+    setup = {
+        "first_prompt": "<|user|>is my secret here?",
+        "max_new_tokens": 64,
+        "prompt_suffix": "as /home/me/notes.txt says",
+        "dtype": None,
+        "dataset_options": {"path": "/home/me/rows"},
+        "versions": {"torch": "2.13.0"},
+        "commit": "abc",
+    }
+    results = {"student": {"exact_match": 0.5}, "num_questions": 4, "setup": setup, "routers": {"layers": {}}}
+    (tmp_path / "results.json").write_text(json.dumps(results))
+    facts = gather_facts(tmp_path, "me/x")
+    expected = {"num_questions": 4, "max_new_tokens": 64, "prompt_suffix": "as notes.txt says"}
+    assert facts.measured == {**expected, "versions": {"torch": "2.13.0"}, "commit": "abc"}
+    assert facts.routers == {"layers": {}}
+    assert json.loads(results_text(facts)).items() >= facts.measured.items()

@@ -31,7 +31,12 @@ def test_choices_are_those_of_a_forward_pass(answer):
         assert torch.equal(chosen, logits.topk(2, dim=-1).indices)
 
 
+def count_hooks(model):
+    return sum(len(module._forward_hooks) for module in model.modules())
+
+
 def test_nothing_is_noted_unasked_nor_afterwards(answer, make_student, processor):
+    assert count_hooks(answer.model) == count_hooks(make_student())
     conversation = Conversation(answer.model, processor)
     unwatched = Answer(conversation, "what is it?", Sampling(max_new_tokens=3))
     assert "".join(unwatched) == unwatched.text and unwatched.tokens and unwatched.experts == {}

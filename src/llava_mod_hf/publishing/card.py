@@ -1,6 +1,5 @@
 """The model card and the evaluation results of a student."""
 
-import math
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -9,20 +8,27 @@ import yaml
 from huggingface_hub import EvalResult, EvalResultEntry, ModelCard, ModelCardData, eval_result_entries_to_yaml
 
 from llava_mod_hf.publishing.public_names import TITLES, PublicNames, without_paths
+from llava_mod_hf.publishing.scores import scores
+from llava_mod_hf.publishing.sizes import size_text
 from llava_mod_hf.recipes import packaged
 
-LABELS = {
-    "exact_match": "Exact match",
-    "hallucination_rate": "Hallucination rate",
-    "miss_rate": "Miss rate",
-    "balanced_accuracy": "Balanced accuracy",
-    "kl_to_teacher": "KL divergence to the teacher, nats",
+# what `results.json` says of how it was measured, and anybody can use
+SETUP = {
+    "num_questions": int,
+    "max_new_tokens": int,
+    "prompt_suffix": str,
+    "dtype": str,
+    "versions": dict,
+    "commit": str,
 }
 
 HARNESSES = {
     "lm-eval": "https://github.com/EleutherAI/lm-evaluation-harness",
     "lmms-eval": "https://github.com/EvolvingLMMs-Lab/lmms-eval",
 }
+
+# of the routers of a layer, as `llava-mod evaluate` names them
+ROUTER_FIGURES = ("max_load", "load_entropy", "entropy", "dead_experts", "overloaded_experts")
 
 
 @dataclass
@@ -39,14 +45,15 @@ class CardFacts:
         teachers (`list[str]`, *optional*): Hub ids or names.
         datasets (`list[str]`, *optional*): Hub ids or names of the training data.
         eval_dataset (`str`, *optional*): What the results were measured on, its test split.
-        results (`dict`, *optional*): `exact_match`, and where measured `exact_match_by_kind`, `hallucination_rate`,
-            `miss_rate`, `balanced_accuracy`, `kl_to_teacher`, `params_total`, `params_active`. Fractions, not
-            percentages.
+        results (`dict`, *optional*): What [`~llava_mod_hf.publishing.scores.scores`] reads, and `params_total` and
+            `params_active`. Fractions, not percentages.
         teacher_results, blind_results (`dict`, *optional*): The same of the teacher, and of answering without looking
             at the image.
         harness_figures (`list[HarnessFigure]`, *optional*): What lm-eval and lmms-eval measured, as
             [`~llava_mod_hf.publishing.harness_results.read_harness_results`] returns it.
         weights (`str`, *optional*): Which weights `results` are of, as [`~llava_mod_hf.fingerprints.weights_hash`].
+        measured (`dict`, *optional*): How: what is recorded of [`SETUP`].
+        routers (`dict`, *optional*): What `llava-mod evaluate` counted of them: `layers`, `collapsed`.
         recipe_text (`str`, *optional*): The resolved recipe, YAML.
         has_processor (`bool`, *optional*, defaults to `True`): Whether one is beside the model.
         names ([`PublicNames`], *optional*): Tells names of this machine from Hub ids.
@@ -64,6 +71,8 @@ class CardFacts:
     blind_results: dict | None = None
     harness_figures: list = field(default_factory=list)
     weights: str | None = None
+    measured: dict = field(default_factory=dict)
+    routers: dict = field(default_factory=dict)
     recipe_text: str | None = None
     has_processor: bool = True
     names: PublicNames = field(default_factory=PublicNames)
@@ -81,23 +90,6 @@ class CardFacts:
         name = self.eval_dataset or ""
         known = name in TITLES or name in TITLES.values() or self.names.is_hub_id(name)
         return TITLES.get(name, name) if known else None
-
-
-def scores(results):
-    """`{metric id: (label, value)}` of what was measured, exact match by kind included; refuses NaN and infinity."""
-    if not isinstance(results, dict) or results.get("exact_match") is None:
-        raise ValueError(f"The results are {results}, without `exact_match`: evaluate the model first.")
-    kinds = results.get("exact_match_by_kind", {})
-    if not isinstance(kinds, dict):
-        raise ValueError(f"`exact_match_by_kind` is {kinds}, not the scores of kinds by their names.")
-    named = [(metric, label, results.get(metric)) for metric, label in LABELS.items()]
-    named[1:1] = [
-        ("exact_match_" + re.sub(r"\W+", "_", kind), f"Exact match, {kind}", value) for kind, value in kinds.items()
-    ]
-    for metric, _, value in named:
-        if value is not None and not (isinstance(value, int | float) and math.isfinite(value)):
-            raise ValueError(f"`{metric}` is {value}, not a finite number: leave out what was not measured.")
-    return {metric: (label, float(value)) for metric, label, value in named if value is not None}
 
 
 def _metadata(facts, columns):
@@ -124,8 +116,8 @@ def _metadata(facts, columns):
         # of several models the Hub would take the student for a merge
         base_model_relation="finetune" if linked["base_model"] else None,
         eval_results=[
-            EvalResult(**task, metric_type=metric, metric_name=label, metric_value=value)
-            for metric, (label, value) in columns.get("student", {}).items()
+            EvalResult(**task, metric_type=metric, metric_name=score.label, metric_value=score.value)
+            for metric, score in columns.get("student", {}).items()
         ]
         + [_eval_result(facts, figure) for figure in facts.harness_figures if figure.asked == figure.questions]
         or None,
@@ -149,7 +141,20 @@ def _eval_result(facts, figure):
     )
 
 
-def render_card(facts, config, *, loss_figure=None, router_figure=None):
+def _router_rows(routers):
+    """Rows of the table of the routers: each layer's figures, of all its tokens and of each modality."""
+    return [
+        (layer, tokens, *(figures.get(name) for name in ROUTER_FIGURES), _mean(figures.get("distance")))
+        for layer, whole in routers.items()
+        for tokens, figures in {"all": whole, **whole.get("by_modality", {})}.items()
+    ]
+
+
+def _mean(values):
+    return sum(values) / len(values) if values else None
+
+
+def render_card(facts, config, *, loss_figure=None, router_figure=None, sizes=()):
     """
     The model card of a student, from the template `student.md.j2`.
 
@@ -157,6 +162,7 @@ def render_card(facts, config, *, loss_figure=None, router_figure=None):
         facts ([`CardFacts`]): What it tells.
         config ([`~transformers.PreTrainedConfig`]): The student's configuration.
         loss_figure, router_figure (`str`, *optional*): Paths of the figures in the repository.
+        sizes (`Iterable[tuple[str, int]]`, *optional*): Of [`~llava_mod_hf.publishing.sizes.sizes_of`].
 
     Returns:
         [`~huggingface_hub.ModelCard`].
@@ -177,7 +183,14 @@ def render_card(facts, config, *, loss_figure=None, router_figure=None):
         has_processor=facts.has_processor,
         results=facts.results or {},
         columns=columns,
-        labels={metric: label for column in columns.values() for metric, (label, _) in column.items()},
+        labels={metric: score for column in columns.values() for metric, score in column.items()},
+        has_intervals=any(score.low is not None for column in columns.values() for score in column.values()),
+        measured=facts.measured,
+        routers=_router_rows(facts.routers.get("layers", {})),
+        collapsed=facts.routers.get("collapsed", []),
+        sizes=[(what, size_text(size)) for what, size in sizes],
+        size_text=size_text,
+        has_teacher=bool(facts.teachers),
         harness_figures=[(figure, names.public(figure.dataset or "–")) for figure in facts.harness_figures],
         recipe_text=(facts.recipe_text or "").strip(),
         made_from=[(role, names.public(name)) for role, name in made_from],
@@ -186,6 +199,10 @@ def render_card(facts, config, *, loss_figure=None, router_figure=None):
         loss_figure=loss_figure,
         router_figure=router_figure,
     )
+
+
+def _interval(score):
+    return "" if score.low is None else f" 95 % interval: {score.low:.4f} to {score.high:.4f}."
 
 
 def write_eval_results(folder, facts):
@@ -207,8 +224,8 @@ def write_eval_results(folder, facts):
         return None
     notes = f"{dataset}, test split; a fraction between 0 and 1; measured by the authors of this repository."
     entries = [
-        EvalResultEntry(dataset_id=dataset, task_id=metric, value=value, notes=notes)
-        for metric, (_, value) in measured.items()
+        EvalResultEntry(dataset_id=dataset, task_id=metric, value=score.value, notes=notes + _interval(score))
+        for metric, score in measured.items()
         if metric != "kl_to_teacher"  # compares two models: not a score of the benchmark
     ]
     slug = re.sub(r"\W+", "-", dataset).lower()

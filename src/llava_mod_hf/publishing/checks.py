@@ -9,6 +9,7 @@ from huggingface_hub import get_token
 from safetensors import SafetensorError, safe_open
 
 from llava_mod_hf.fingerprints import weights_hash
+from llava_mod_hf.publishing.card_checks import CARD_FILE, check_card
 from llava_mod_hf.publishing.manifest import MANIFEST_FILE
 from llava_mod_hf.publishing.provenance import RECIPE_FILE, RESULTS_FILE, RUN_FILE, weights_of
 
@@ -127,6 +128,17 @@ def check_private(folder, files):
             raise ValueError(f"`{path}` names a folder of this machine, `{found[0].decode()}…`: take it out.")
 
 
+def check_card_of(folder):
+    """[`check_card`] of a folder's card, if it has one."""
+    card = folder / CARD_FILE
+    if card.is_file():
+        try:
+            text = card.read_text(encoding="utf-8")
+        except UnicodeDecodeError as error:
+            raise ValueError(f"`{card}` is no text in UTF-8 ({error}): save it as such.") from error
+        check_card(text, card, folder=folder)
+
+
 def check_publishable(folder):
     """
     Refuses a folder that should not go to the Hub, before anything is sent.
@@ -140,7 +152,8 @@ def check_publishable(folder):
     Raises:
         ValueError: if the folder, its config, weights or code is missing; if weights are cut; if it holds pickles,
             training state, a link that leads out, a `.gitignore`, a Hub token or a path of this machine; if its results
-            are of other weights.
+            are of other weights; or as
+            [`check_card`].
     """
     folder = Path(folder)
     if not folder.is_dir():
@@ -162,4 +175,5 @@ def check_publishable(folder):
     check_private(folder, files)
     _check_whole(folder)
     check_results(folder)
+    check_card_of(folder)
     return files

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import yaml
 
-from llava_mod_hf.publishing.card import CardFacts
-from llava_mod_hf.publishing.public_names import PublicNames
+from llava_mod_hf.publishing.card import SETUP, CardFacts
+from llava_mod_hf.publishing.public_names import PublicNames, without_paths
 
 RUN_FILE = "run.json"
 
@@ -110,12 +110,22 @@ def gather_facts(checkpoint, repo_id, *, license=None, harness_figures=()):
         blind_results=results.get("blind"),
         harness_figures=list(harness_figures),
         weights=weights_of(results),
+        measured=_measured(results),
+        routers=results.get("routers") or {},
         recipe_text=yaml.safe_dump_all(recipes, sort_keys=False) if recipes else None,
         has_processor=any((checkpoint / name).is_file() for name in PROCESSOR_FILES),
         names=names,
     )
     facts.columns()  # refuses what is no score, before a model is loaded
     return facts
+
+
+def _measured(results):
+    """How a student was measured, as far as it is recorded, without names of this machine and words of rows."""
+    setup = results.get("setup") if isinstance(results.get("setup"), dict) else {}
+    given = {"num_questions": results.get("num_questions"), **setup}
+    found = {name: given[name] for name, kind in SETUP.items() if isinstance(given.get(name), kind)}
+    return {name: without_paths(value) if isinstance(value, str) else value for name, value in found.items()}
 
 
 def _each(recipes, option):
@@ -142,7 +152,7 @@ def results_text(facts):
         told = map(dataclasses.asdict, facts.harness_figures)
         measured["harnesses"] = [{**figure, "dataset": public(figure["dataset"] or "") or None} for figure in told]
     dataset = public(facts.eval_dataset) if facts.eval_dataset else None
-    return json.dumps({**measured, "dataset": dataset, "weights": facts.weights}, indent=2) + "\n"
+    return json.dumps({**measured, "dataset": dataset, **facts.measured, "weights": facts.weights}, indent=2) + "\n"
 
 
 def weights_of(results):

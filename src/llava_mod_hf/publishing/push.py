@@ -6,13 +6,13 @@ from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
 from transformers import AutoConfig
 
 from llava_mod_hf.publishing.card import render_card
-from llava_mod_hf.publishing.checks import check_private, check_publishable, files_to_commit
+from llava_mod_hf.publishing.card_checks import CARD_FILE, check_card
+from llava_mod_hf.publishing.checks import check_card_of, check_private, check_publishable, files_to_commit
 from llava_mod_hf.publishing.destination import Destination, told_in_a_sentence
 from llava_mod_hf.publishing.manifest import MANIFEST_FILE, MODEL_CONFIGS, RemoteFiles, manifest_of
 from llava_mod_hf.publishing.patience import patiently
 from llava_mod_hf.publishing.provenance import RECIPE_FILE, RESULTS_FILE, RUN_FILE, gather_facts, results_text
-
-CARD_FILE = "README.md"
+from llava_mod_hf.publishing.sizes import sizes_of
 
 
 def push_checkpoint(folder, repo_id, *, private=False, revision=None, mirror=False, tag=None, gated=None):
@@ -69,7 +69,9 @@ def told_of_run(folder, repo_id, *, has_card=False):
     if is_run or not has_card:
         facts = gather_facts(folder, repo_id)
         if not has_card:
-            card = render_card(facts, AutoConfig.from_pretrained(folder, local_files_only=True))
+            config = AutoConfig.from_pretrained(folder, local_files_only=True)
+            card = render_card(facts, config, sizes=sizes_of(folder))
+            check_card(str(card), CARD_FILE)
             defaults[CARD_FILE] = str(card).encode()
         if is_run:
             told = {RECIPE_FILE: facts.recipe_text.encode(), RESULTS_FILE: results_text(facts).encode()}
@@ -92,6 +94,7 @@ def push_dataset(folder, repo_id, *, private=False, revision=None, mirror=False,
             f"{f'has `{strange[0]}` too' if strange else 'lacks some of them'}."
         )
     check_private(folder, files)
+    check_card_of(folder)
     content = {path.relative_to(folder).as_posix(): path for path in files}
     destination = Destination(
         repo_id, repo_type="dataset", private=private, revision=revision, mirror=mirror, tag=tag, gated=gated

@@ -15,6 +15,7 @@ from llava_mod_hf.publishing.card import render_card, write_eval_results
 from llava_mod_hf.publishing.checks import check_publishable, check_results
 from llava_mod_hf.publishing.figures import plot_expert_load, plot_losses
 from llava_mod_hf.publishing.provenance import RECIPE_FILE, RESULTS_FILE, results_text
+from llava_mod_hf.publishing.sizes import sizes_of
 
 
 def _check_output(checkpoint, output_dir):
@@ -88,7 +89,13 @@ def publish(checkpoint, output_dir, facts, *, history, loads):
         if loads:
             plot_expert_load(loads, figures / "expert_load.png")
         router_figure = "figures/expert_load.png" if loads else None
-        card = render_card(facts, model.config, loss_figure="figures/losses.png", router_figure=router_figure)
+        card = render_card(
+            facts,
+            model.config,
+            loss_figure="figures/losses.png",
+            router_figure=router_figure,
+            sizes=sizes_of(folder),
+        )
         card.save(folder / "README.md")
         (folder / RECIPE_FILE).write_text(facts.recipe_text, encoding="utf-8")
         (folder / RESULTS_FILE).write_text(results_text(facts), encoding="utf-8")

@@ -11,9 +11,6 @@ import gradio as gr
 from llava_mod_hf.talking.conversation import read_picture
 from llava_mod_hf.talking.side_by_side import side_by_side
 
-# of the browser itself: the library's own would be fetched from the network
-THEME = {"font": ["system-ui", "sans-serif"], "font_mono": ["monospace"]}
-
 KEPT = 3600  # seconds for which uploads are kept
 
 
@@ -83,7 +80,6 @@ def serve(page, *, host, port, share):
             mcp_server=False,
             run_history=False,
             footer_links=[],
-            theme=gr.themes.Default(**THEME),
             prevent_thread_lock=True,
         )
     except OSError as error:

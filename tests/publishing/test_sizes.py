@@ -1,0 +1,29 @@
+"""The sizes of a repository's weights are those of its files."""
+
+import numpy as np
+import pytest
+from safetensors.numpy import save_file
+
+from llava_mod_hf.publishing.sizes import size_text, sizes_of
+
+
+def test_each_format_has_the_size_of_its_files(tmp_path):
+    save_file({"a": np.zeros(100, np.float16), "b": np.zeros(10, np.float32)}, tmp_path / "model-1.safetensors")
+    save_file({"c": np.zeros(100, np.float16)}, tmp_path / "model-2.safetensors")
+    (tmp_path / "onnx").mkdir()
+    for name, size in (("onnx/model.onnx", 10), ("onnx/model.onnx_data", 200), ("a-Q8_0.gguf", 77), ("b.gguf", 8)):
+        (tmp_path / name).write_bytes(bytes(size))
+    weights = sum(path.stat().st_size for path in tmp_path.glob("*.safetensors"))
+    assert sizes_of(tmp_path) == [
+        ("safetensors, F16 and F32", weights),
+        ("ONNX", 210),
+        ("GGUF, `a-Q8_0.gguf`", 77),
+        ("GGUF, `b.gguf`", 8),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("size", "text"), [(999, "999 bytes"), (1_500, "1.5 kB"), (2_340_000, "2.3 MB"), (14_000_000_000, "14.0 GB")]
+)
+def test_a_size_is_readable(size, text):
+    assert size_text(size) == text
