@@ -11,7 +11,7 @@ from safetensors import SafetensorError, safe_open
 from llava_mod_hf.fingerprints import weights_hash
 from llava_mod_hf.publishing.card_checks import CARD_FILE, check_card
 from llava_mod_hf.publishing.manifest import MANIFEST_FILE
-from llava_mod_hf.publishing.provenance import RECIPE_FILE, RESULTS_FILE, RUN_FILE, weights_of
+from llava_mod_hf.publishing.provenance import RECIPE_FILE, RESULTS_FILE, RUN_FILE, has_results, weights_of
 
 NEEDED = ("config.json", "*.safetensors")
 
@@ -27,8 +27,6 @@ LEFT_BEHIND = re.compile(
     r"([^/]*\.)?(dropped_rows|examples|router|(teacher_)?answers)\.jsonl|"
     r"report(_routers)?\.(html|png)|(.*/)?events\.out\.tfevents\.[^/]*"
 )
-
-REWRITTEN = {RECIPE_FILE, RESULTS_FILE}  # of a run's folder, for the commit: they name local files
 
 HUB_TOKEN = re.compile(rb"\bhf_[A-Za-z0-9]{30,}")
 
@@ -118,11 +116,14 @@ def check_private(folder, files):
         ValueError: the message names the file; of a token it says nothing.
     """
     own, paths = get_token(), _local_paths(folder)
+    # for the commit these are written anew, in public names
+    rewritten = {RECIPE_FILE} if (folder / RUN_FILE).is_file() else set()
+    rewritten |= {RESULTS_FILE} if has_results(folder) else set()
     for path in files:
         text = _text_of(path)
         if HUB_TOKEN.search(text) or (own and own.encode() in text):
             raise ValueError(f"`{path}` contains a Hub token: take it out, and revoke it if it was ever shared.")
-        if (folder / RUN_FILE).is_file() and path.relative_to(folder).as_posix() in REWRITTEN:
+        if path.relative_to(folder).as_posix() in rewritten:
             continue
         if found := paths.search(text):
             raise ValueError(f"`{path}` names a folder of this machine, `{found[0].decode()}…`: take it out.")

@@ -155,6 +155,15 @@ def results_text(facts):
     return json.dumps({**measured, "dataset": dataset, **facts.measured, "weights": facts.weights}, indent=2) + "\n"
 
 
+def has_results(folder):
+    """Whether a folder has the `results.json` of `evaluate`, which names local files and words of rows."""
+    try:
+        results = json.loads((Path(folder) / RESULTS_FILE).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return isinstance(results, dict) and isinstance(results.get("student"), dict)
+
+
 def weights_of(results):
     """Which weights results are of, as `evaluate` and a published `results.json` have it, or `None`."""
     setup = results.get("setup")

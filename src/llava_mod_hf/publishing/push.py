@@ -11,7 +11,14 @@ from llava_mod_hf.publishing.checks import check_card_of, check_private, check_p
 from llava_mod_hf.publishing.destination import Destination, told_in_a_sentence
 from llava_mod_hf.publishing.manifest import MANIFEST_FILE, MODEL_CONFIGS, RemoteFiles, manifest_of
 from llava_mod_hf.publishing.patience import patiently
-from llava_mod_hf.publishing.provenance import RECIPE_FILE, RESULTS_FILE, RUN_FILE, gather_facts, results_text
+from llava_mod_hf.publishing.provenance import (
+    RECIPE_FILE,
+    RESULTS_FILE,
+    RUN_FILE,
+    gather_facts,
+    has_results,
+    results_text,
+)
 from llava_mod_hf.publishing.sizes import sizes_of
 
 
@@ -61,12 +68,12 @@ def told_of_run(folder, repo_id, *, has_card=False):
         has_card (`bool`, *optional*, defaults to `False`): whether it has a card of its own.
 
     Returns:
-        `tuple`: of a run's folder its `recipe.yaml` and `results.json` in public names, and a card where there is none;
-        each name → `bytes`.
+        `tuple`: the `recipe.yaml` of a run's folder and the `results.json` of any in public names, and a card where
+        there is none; each name → `bytes`.
     """
     told, defaults = {}, {}
-    is_run = (folder / RUN_FILE).is_file()
-    if is_run or not has_card:
+    is_run, measured = (folder / RUN_FILE).is_file(), has_results(folder)
+    if is_run or measured or not has_card:
         facts = gather_facts(folder, repo_id)
         if not has_card:
             config = AutoConfig.from_pretrained(folder, local_files_only=True)
@@ -74,7 +81,9 @@ def told_of_run(folder, repo_id, *, has_card=False):
             check_card(str(card), CARD_FILE)
             defaults[CARD_FILE] = str(card).encode()
         if is_run:
-            told = {RECIPE_FILE: facts.recipe_text.encode(), RESULTS_FILE: results_text(facts).encode()}
+            told[RECIPE_FILE] = facts.recipe_text.encode()
+        if measured:
+            told[RESULTS_FILE] = results_text(facts).encode()
     return told, defaults
 
 
