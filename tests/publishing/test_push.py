@@ -358,7 +358,7 @@ def test_a_card_that_somebody_wrote_stays_until_the_folder_has_one(hub, folder):
 
 def test_the_page_on_sharing_pushes(hub, folder, monkeypatch):
     page = (Path(__file__).parents[2] / "docs" / "sharing.md").read_text()
-    (example,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    example, _ = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
     shutil.copytree(folder, folder.parent / "runs" / "tiny" / "prefer")
     monkeypatch.chdir(folder.parent)
     names = {}
