@@ -13,11 +13,14 @@ from transformers import AutoModelForImageTextToText, AutoProcessor, HfArgumentP
 
 from helpers.leaks import find_leaks, private_words
 from helpers.stages import ARGUMENTS, TOKEN, StopsAt, adapt, mimic, prefer
+from llava_mod_cli import main
 from llava_mod_hf import MimicConfig, MimicTrainer, PreferenceConfig
 from llava_mod_hf.commands import mimic as mimic_module
 from llava_mod_hf.commands import parts
 from llava_mod_hf.commands.arguments import DistillArguments, StudentArguments, UpcycleArguments
 from llava_mod_hf.data.arguments import DataArguments
+from llava_mod_hf.loading import load_model_and_processor
+from llava_mod_hf.students.router_bias import router_biases
 from llava_mod_hf.training import progress
 from llava_mod_hf.training.adapt_config import AdaptConfig
 from llava_mod_hf.training.checkpoints import last_complete_checkpoint
@@ -100,6 +103,18 @@ def test_upcycling_at_the_start_keeps_the_students_function(folders, tmp_path):
         for name, layers, coef in (("dense", None, None), ("sparse", ["alternate"], 0.0))
     )
     assert sparse["first_loss"] == pytest.approx(dense["first_loss"], rel=1e-5)
+
+
+def test_a_recipe_balances_routers_by_their_biases(folders, tmp_path, capsys):
+    options = {"router_bias_update": 0.01, "router_aux_loss_coef": 0.0, "max_steps": 1}
+    run = mimic(folders, tmp_path / "run", moe_layers=["alternate"], **options)
+    assert run["recipe"]["router_bias_update"] == 0.01
+    student, _ = load_model_and_processor(str(tmp_path / "run"))
+    for bias in router_biases(student):
+        assert bias.abs().max() == torch.tensor(0.01)
+    argv = ["--student", "s", "--teacher", "t", "--dataset_name", "d", "--output_dir", str(tmp_path / "no")]
+    assert main(["mimic", *argv, "--router_bias_update", "-1", "--use_cpu", "true", "--bf16", "false"]) == 2
+    assert "`router_bias_update` is -1.0: give a number of 0 or more, such as 0.001." in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@ import torch
 from PIL import Image
 
 from llava_mod_hf.evaluation.expert_load import (
+    choices_of,
     count_choices,
     has_collapsed,
     modalities,
@@ -62,9 +63,8 @@ def test_tokens_are_told_apart_by_what_they_are():
 def test_choices_and_entropies_are_counted_group_by_group():
     logits = [torch.randn(9, 4, generator=torch.Generator().manual_seed(seed)) for seed in range(2)]
     groups = torch.tensor([0, 1, 2, 0, 0, 2, 1, 2, 0])  # the last does not count
-    choices, entropy = (
-        count(logits, *more) for count, more in ((count_choices, (2, groups, 2)), (sum_entropy, (groups, 2)))
-    )
+    choices = count_choices(choices_of(logits, 2, [None, None]), 4, groups, 2)
+    entropy = sum_entropy(logits, groups, 2)
     for layer, values in enumerate(logits):
         for group in range(2):
             mine = [row for row, other in zip(values.tolist(), groups.tolist(), strict=True) if other == group]

@@ -22,6 +22,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor, TrainerCall
 from llava_mod_hf import LlavaModForConditionalGeneration, MimicConfig, MimicTrainer
 from llava_mod_hf.commands.pretrain import image_processor
 from llava_mod_hf.data import easy_vqa
+from llava_mod_hf.students.router_bias import router_biases
 from llava_mod_hf.teachers.sharded import shard_layers, whole
 
 # Responses of different lengths: the first two rows have more tokens than the next two.
@@ -206,7 +207,7 @@ def sharded_gradients(folder, processor):
 def train(folder, *modes):
     """
     `modes`: `plain` with and without the router aux, `other` processor, `text` alone, `adaptor` alone, `eval`uation of
-    a number of rows that does not divide, `fsdp2`.
+    a number of rows that does not divide, `balance` of the routers, `fsdp2`.
     """
     processor = AutoProcessor.from_pretrained(folder / "student")
     gradients = {}
@@ -242,6 +243,9 @@ def train(folder, *modes):
             )
             trainer.args.eval_answers = 3
             gradients[mode] = [trainer.evaluate(rows(count=count)) for count in EVALUATED]
+        elif mode == "balance":
+            trainer = keep(mode, "teacher", router_bias_update=0.25, train_modules=["adaptor"])
+            gradients[mode] = router_biases(trainer.accelerator.unwrap_model(trainer.model))
         elif mode == "adaptor":  # which the first process's rows do not reach
             trainer = keep(mode, "teacher", dataset=half_text_rows(), train_modules=["adaptor"])
         else:

@@ -97,8 +97,9 @@ class Served(nn.Module):
 
     @torch.no_grad()
     def _load(self, weights):
-        self.unexpected, self.missing = set(), {name for name, _ in self.named_parameters()}
-        places = dict(self.named_parameters())
+        # parameters, and since its loader takes them the buffers that are saved
+        places = self.state_dict(keep_vars=True)
+        self.unexpected, self.missing = set(), set(places)
         for name, tensor in weights.items():
             found = EXPERT_WEIGHT.fullmatch(name)
             if found and found["experts"] in self.fused:
@@ -107,7 +108,8 @@ class Served(nn.Module):
             elif name in places:
                 place = name
                 parent, _, attribute = name.rpartition(".")
-                setattr(self.get_submodule(parent), attribute, nn.Parameter(tensor))
+                is_parameter = isinstance(places[name], nn.Parameter)
+                setattr(self.get_submodule(parent), attribute, nn.Parameter(tensor) if is_parameter else tensor)
             else:
                 self.unexpected.add(name)
                 continue

@@ -12,6 +12,7 @@ from helpers.retyped import retyped
 from llava_mod_cli import main
 from llava_mod_hf import merge_experts
 from llava_mod_hf.students.gguf_export import export_gguf, find_architecture
+from llava_mod_hf.students.router_bias import add_router_bias, router_biases
 
 NOUNS = ("circle", "square", "red thing", "blue shape in the corner")
 
@@ -153,6 +154,15 @@ REFUSED = [
 def test_what_llama_cpp_would_compute_otherwise_is_refused(make_student, kind, layers, fields, message):
     with pytest.raises(ValueError, match=re.escape(message)):
         find_architecture(retyped(make_student, kind, moe_layers=layers, **fields))
+
+
+def test_a_bias_of_the_routers_is_refused(make_student):
+    student = retyped(make_student, "qwen2", moe_layers=[0])
+    add_router_bias(student)
+    assert find_architecture(student).name  # a bias of nothing changes no choice
+    router_biases(student)[0][1] = 0.1
+    with pytest.raises(ValueError, match="chooses experts by a bias of its routers"):
+        find_architecture(student)
 
 
 def test_a_window_wider_than_any_prompt_is_none(make_student):

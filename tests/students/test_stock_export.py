@@ -12,6 +12,7 @@ from helpers.models import assert_same_logits, image_batch, sharpen, stock_twin
 from helpers.retyped import different_experts, retyped
 from llava_mod_cli import main
 from llava_mod_hf import export_stock, merge_experts, upcycle
+from llava_mod_hf.students.router_bias import add_router_bias, router_biases
 from llava_mod_hf.students.stock_export import expert_weights
 
 
@@ -127,6 +128,19 @@ def test_the_stock_mixture_of_experts_computes_the_same(make_student, batch, tmp
 def test_what_has_no_counterpart_is_refused(make_student, kind, fields, message):
     with pytest.raises(ValueError, match=message):
         export_stock(retyped(make_student, kind, **fields))
+
+
+def test_a_bias_of_the_routers_is_refused_and_one_of_nothing_is_left_out(make_student, batch):
+    student = retyped(make_student, "llama")
+    with torch.no_grad():
+        expected = student(**batch).logits
+        add_router_bias(student)
+        assert_same_logits(export_stock(student)(**batch).logits, expected)
+        router_biases(student)[1][2] = 0.1
+    with pytest.raises(ValueError, match="chooses experts by a bias of its routers .* make it dense with"):
+        export_stock(student)
+    text_config = merge_experts(student).config.text_config
+    assert not hasattr(text_config, "router_bias") and not hasattr(text_config, "num_experts")
 
 
 def test_logits_that_stock_llava_would_change_are_refused(make_student):

@@ -23,6 +23,7 @@ from helpers.ddp_gradients import (
 from helpers.oracles import router_aux_loss
 from llava_mod_hf.losses.chunked_mimic import chunked_mimic_loss
 from llava_mod_hf.losses.divergences import mimic_loss
+from llava_mod_hf.students.router_bias import router_biases
 from llava_mod_hf.training import mimic_trainer as mimic_trainer_module
 
 SPLITS = [(4, 1), (2, 2), (1, 4)]
@@ -119,6 +120,15 @@ def saved(models, processor, tmp_path):
         model.save_pretrained(tmp_path / name)
         own.save_pretrained(tmp_path / name)
     return tmp_path
+
+
+@pytest.mark.slow
+def test_two_processes_move_the_biases_of_routers_as_one_does(models, trainer_of, saved):
+    found = gradients_of_two_processes(saved, modes=["balance"])["balance"]
+    trainer = trainer_of(*models(), **PLAIN, router_bias_update=0.25, train_modules=["adaptor"])
+    trainer.train()
+    for ours, theirs in zip(router_biases(trainer.model), found, strict=True):
+        assert ours.any() and torch.equal(ours, theirs)
 
 
 def test_two_processes_give_the_gradients_of_one(models, trainer_of, processor, saved):

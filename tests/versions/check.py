@@ -25,6 +25,7 @@ from helpers.models import image_batch, sharpen
 from helpers.tiny import make_processor, make_student
 from llava_mod_hf.commands.pretrain import train_tokenizer
 from llava_mod_hf.model.configuration_llava_mod import LOWEST_TRANSFORMERS
+from llava_mod_hf.students.router_bias import add_router_bias, router_biases
 
 
 def run(paths, *arguments):
@@ -39,13 +40,17 @@ def run(paths, *arguments):
 
 
 def save_students(folder):
-    """Four students under `folder`, and what they compute here: `{name: (tensors, sums of what a processor makes)}`."""
+    """Six students under `folder`, and what they compute here: `{name: (tensors, sums of what a processor makes)}`."""
     tokenizer = train_tokenizer(384)
     processor, expected = make_processor(tokenizer), {}
     for family in ("llama", "qwen2"):
-        for kind, layers in (("dense", ()), ("sparse", (0, 2))):
+        for kind, layers in (("dense", ()), ("sparse", (0, 2)), ("biased", (0, 2))):
             name = f"{family}-{kind}"
             student = sharpen(make_student(tokenizer, layers, family))
+            if kind == "biased":
+                add_router_bias(student)
+                for bias in router_biases(student):
+                    bias.copy_(torch.tensor([0.3, -0.3, 0.1, 0.0]))
             student.save_pretrained(folder / name)
             processor.save_pretrained(folder / name)
             inputs = image_batch(processor, ["is there a red circle?", "what is it?"])

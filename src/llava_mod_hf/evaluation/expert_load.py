@@ -4,6 +4,8 @@ import math
 
 import torch
 
+from llava_mod_hf.model.moe_llava_mod import choose_experts
+
 MODALITIES = ("picture", "prompt", "answer")
 
 OVERLOAD = 1.5  # times an even share: what is beyond it drops with the authors' capacity factor
@@ -28,18 +30,32 @@ def modalities(input_ids, attention_mask, answers, image_token):
     return torch.where(attention_mask.bool(), found, len(MODALITIES)).flatten()
 
 
-def choices_of(logits, top_k):
-    """`torch.LongTensor` of shape `(tokens, k)`: the experts that a layer's router chooses, the first choice first."""
-    return logits.softmax(-1).topk(top_k, dim=-1).indices
-
-
-def count_choices(router_logits, top_k, groups, num_groups):
+def choices_of(router_logits, top_k, biases):
     """
-    How often each expert is chosen.
+    The experts that routers choose.
 
     Args:
         router_logits (`tuple[torch.FloatTensor]`): per layer `(tokens, experts)`.
         top_k (`int`): experts that a token is sent to.
+        biases (`list[torch.FloatTensor | None]`): of each layer's router, as
+            [`~llava_mod_hf.students.router_bias.router_biases`] has them.
+
+    Returns:
+        `list[torch.LongTensor]`: per layer `(tokens, top_k)`, the first choice first.
+    """
+    return [
+        choose_experts(logits, top_k, None if bias is None else bias.to(logits.device))[1]
+        for logits, bias in zip(router_logits, biases, strict=True)
+    ]
+
+
+def count_choices(chosen, num_experts, groups, num_groups):
+    """
+    How often each expert is chosen.
+
+    Args:
+        chosen (`list[torch.LongTensor]`): of [`choices_of`].
+        num_experts (`int`): of a layer.
         groups (`torch.LongTensor` of shape `(tokens,)`): which tokens are counted together; `num_groups` of those that
             do not count.
         num_groups (`int`).
@@ -48,9 +64,8 @@ def count_choices(router_logits, top_k, groups, num_groups):
         `torch.LongTensor` of shape `(layers, groups, experts)`.
     """
     counts = []
-    for logits in router_logits:
-        num_experts = logits.shape[-1]
-        places = (groups[:, None] * num_experts + choices_of(logits, top_k)).flatten()  # (tokens * k)
+    for indices in chosen:
+        places = (groups[:, None] * num_experts + indices).flatten()  # (tokens * k)
         found = places.new_zeros((num_groups + 1) * num_experts).scatter_add_(0, places, torch.ones_like(places))
         counts.append(found.view(-1, num_experts)[:num_groups])
     return torch.stack(counts)
@@ -61,7 +76,8 @@ def sum_entropy(router_logits, groups, num_groups):
     The entropy of each token's distribution over the experts, in nats, summed over tokens.
 
     Args:
-        router_logits, groups, num_groups: as in [`count_choices`].
+        router_logits (`tuple[torch.FloatTensor]`): per layer `(tokens, experts)`.
+        groups, num_groups: as in [`count_choices`].
 
     Returns:
         `torch.FloatTensor` of shape `(layers, groups)`.

@@ -15,6 +15,7 @@ from llava_mod_hf.evaluation.expert_load import (
     router_figures,
     sum_entropy,
 )
+from llava_mod_hf.students.router_bias import router_biases
 from llava_mod_hf.students.stock_export import expert_weights
 
 ROWS = 512  # of a data set, which say enough of the routers
@@ -32,12 +33,14 @@ class _Sums:
     Sums over the batches of a data set.
 
     Args:
-        num_layers, num_experts, top_k (`int`): of the sparse layers.
+        biases (`list`): of [`~llava_mod_hf.students.router_bias.router_biases`].
+        num_experts, top_k (`int`): of each sparse layer.
         num_tasks (`int`).
     """
 
-    def __init__(self, num_layers, num_experts, top_k, num_tasks):
-        self.top_k, self.num_groups = top_k, len(MODALITIES) * num_tasks
+    def __init__(self, biases, num_experts, top_k, num_tasks):
+        self.biases, self.num_experts, self.top_k = biases, num_experts, top_k
+        self.num_groups, num_layers = len(MODALITIES) * num_tasks, len(biases)
         self.choices = torch.zeros(num_layers, self.num_groups, num_experts, dtype=torch.int64)
         self.entropy = torch.zeros(num_layers, self.num_groups, dtype=torch.float64)
         self.tokens = torch.zeros(self.num_groups, dtype=torch.int64)
@@ -58,10 +61,10 @@ class _Sums:
         groups = tasks.repeat_interleave(len(tokens_are) // len(tasks)) * len(MODALITIES) + tokens_are
         groups = groups[counted]
         router_logits = [logits.to(counted.device)[counted] for logits in router_logits]
-        self.choices += count_choices(router_logits, self.top_k, groups, self.num_groups).cpu()
+        chosen = choices_of(router_logits, self.top_k, self.biases)  # of each layer (tokens, k)
+        self.choices += count_choices(chosen, self.num_experts, groups, self.num_groups).cpu()
         self.entropy += sum_entropy(router_logits, groups, self.num_groups).cpu()
         self.tokens += torch.bincount(groups, minlength=self.num_groups).cpu()
-        chosen = [choices_of(logits, self.top_k) for logits in router_logits]  # (tokens, k)
         for layer, indices in enumerate(chosen):
             given = torch.zeros_like(router_logits[layer]).scatter_(1, indices, 1.0)  # (tokens, experts)
             self.together[layer] += (given.T @ given).long().cpu()
@@ -141,7 +144,7 @@ def router_use(model, processor, dataset, *, tasks=None, batch_size=128):
     names = sorted(set(tasks))
     task_of = torch.tensor([names.index(task) for task in tasks])
     num_experts, top_k = model.config.num_experts, model.config.num_experts_per_tok
-    sums, start = _Sums(len(layers), num_experts, top_k, len(names)), 0
+    sums, start = _Sums(router_biases(model), num_experts, top_k, len(names)), 0
     with evaluating(model):
         for batch in response_batches(processor, dataset, batch_size=batch_size, description="Counting choices"):
             outputs = model(**inputs_for(model, batch), output_router_logits=True, logits_to_keep=1)

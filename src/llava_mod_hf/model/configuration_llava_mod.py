@@ -33,6 +33,7 @@ MOE_DEFAULTS = {
     "router_aux_loss_coef": 0.01,  # authors' scripts, `router_aux_loss_coef`
     "router_aux_loss_type": "switch",  # as DeepSpeed computes it for the authors
     "router_z_loss_coef": 0.0,
+    "router_bias": False,
     "output_router_logits": False,
 }
 
@@ -111,6 +112,9 @@ class LlavaModConfig(LlavaConfig):
             layers pooled, as transformers computes it, and as TRL's trainers do whatever this field says.
         router_z_loss_coef (`float`, *optional*, defaults to 0.0):
             Weight of the router's z-loss (ST-MoE, eq. 5), summed over layers; the authors have none.
+        router_bias (`bool`, *optional*, defaults to `False`):
+            Whether each router has a bias per expert, which is added to the probabilities for the choice of experts
+            alone, not for the gates (arXiv 2408.15664). Written into the file of those students only that have one.
         output_router_logits (`bool`, *optional*, defaults to `False`):
             Whether `forward` returns the router logits and adds the router's losses.
         kwargs:
@@ -144,6 +148,7 @@ class LlavaModConfig(LlavaConfig):
     router_aux_loss_coef = _text_field("router_aux_loss_coef", 0.0)
     router_aux_loss_type = _text_field("router_aux_loss_type", None)
     router_z_loss_coef = _text_field("router_z_loss_coef", 0.0)
+    router_bias = _text_field("router_bias", False)
     output_router_logits = _text_field("output_router_logits", False)
 
     # Written out, since transformers made configs dataclasses with a `__post_init__` in 5.4 only.
@@ -168,6 +173,8 @@ class LlavaModConfig(LlavaConfig):
             setattr(text_config, name, given.get(name, getattr(text_config, name, default)))
         self._check_moe()
         text_config.moe_layers = sorted(text_config.moe_layers)
+        if not text_config.router_bias:  # what was computed by a student of before is still its own
+            del text_config.router_bias
 
     @classmethod
     def known_fields(cls):
@@ -205,6 +212,7 @@ class LlavaModConfig(LlavaConfig):
             "use_residual": ("true or false", isinstance(self.use_residual, bool)),
             "router_aux_loss_coef": ("a number", isinstance(self.router_aux_loss_coef, int | float)),
             "router_z_loss_coef": ("a number", isinstance(self.router_z_loss_coef, int | float)),
+            "router_bias": ("true or false", isinstance(self.router_bias, bool)),
             "output_router_logits": ("true or false", isinstance(self.output_router_logits, bool)),
         }
         for name, (expected, fits) in wanted.items():

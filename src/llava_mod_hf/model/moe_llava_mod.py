@@ -111,19 +111,46 @@ def _with_implementations(experts_class):
     return use_experts_implementation(experts_interface=functions)(experts_class)
 
 
+def choose_experts(router_logits, top_k, bias=None):
+    """
+    The experts that tokens are sent to, and their probabilities.
+
+    Args:
+        router_logits (`torch.FloatTensor` of shape `(tokens, experts)`).
+        top_k (`int`): experts of a token.
+        bias (`torch.FloatTensor` of shape `(experts,)`, *optional*):
+            Added to the probabilities for the choice alone (Loss-Free Balancing, arXiv 2408.15664, eq. 3).
+
+    Returns:
+        `tuple[torch.FloatTensor, torch.LongTensor]`: of shape `(tokens, top_k)`, the first choice first.
+    """
+    probabilities = router_logits.softmax(dim=-1)
+    if bias is None:
+        return probabilities.topk(top_k, dim=-1)
+    chosen = (probabilities + bias.to(probabilities)).topk(top_k, dim=-1).indices
+    return probabilities.gather(-1, chosen), chosen
+
+
 class LlavaModTopKRouter(nn.Module):
-    """Linear router without bias, run in float32; the chosen gates are renormalised to sum to 1 (paper, eq. 3)."""
+    """
+    Linear router without bias, run in float32; the chosen gates are renormalised to sum to 1 (paper, eq. 3).
+
+    With `config.router_bias` a buffer, named as in transformers' DeepSeek-V3, is added for the choice of experts; no
+    gradient reaches it.
+    """
 
     def __init__(self, config):
         super().__init__()
         self.top_k = config.num_experts_per_tok
         self.weight = nn.Parameter(torch.empty(config.num_experts, config.hidden_size))
+        bias = torch.zeros(config.num_experts, dtype=torch.float32) if getattr(config, "router_bias", False) else None
+        self.register_buffer("e_score_correction_bias", bias)
 
     def forward(self, hidden_states):
         # float32 even under autocast: a rounded logit flips the choice of expert
         with torch.autocast(hidden_states.device.type, enabled=False):
             router_logits = F.linear(hidden_states.float(), self.weight.float())  # (tokens, experts)
-        top_k_weights, top_k_index = router_logits.softmax(dim=-1).topk(self.top_k, dim=-1)  # (tokens, k)
+        top_k_weights, top_k_index = choose_experts(router_logits, self.top_k, self.e_score_correction_bias)
         top_k_weights = top_k_weights / top_k_weights.sum(dim=-1, keepdim=True)
         return router_logits, top_k_weights.to(hidden_states.dtype), top_k_index
 
@@ -282,6 +309,8 @@ def init_moe_weights(module, std):
     """The part of a text model's `_init_weights` that is about routers and experts."""
     if isinstance(module, LlavaModTopKRouter):
         initialization.normal_(module.weight, std=std)
+        if module.e_score_correction_bias is not None:
+            initialization.zeros_(module.e_score_correction_bias)
     elif isinstance(module, LlavaModExperts):
         for name, parameter in module.named_parameters():
             if name.endswith("_bias"):

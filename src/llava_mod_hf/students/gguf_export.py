@@ -9,6 +9,7 @@ import torch
 from llava_mod_hf.model.modeling_llava_mod import logit_transform
 from llava_mod_hf.students.gguf_tokenizer import add_tokenizer
 from llava_mod_hf.students.gguf_vision import add_vision, check_vision
+from llava_mod_hf.students.router_bias import BIAS, has_router_bias
 from llava_mod_hf.students.stock_export import expert_weights
 
 FILES = ("model.gguf", "mmproj.gguf")
@@ -178,9 +179,11 @@ def find_architecture(model):
         f"has the activation {getattr(text, 'hidden_act', None)}": getattr(text, "hidden_act", None) != "silu",
         "scales or caps its logits after the head": scale != 1.0 or cap is not None,
         "has a bias in its head": getattr(model.lm_head, "bias", None) is not None,
+        "chooses experts by a bias of its routers (`router_bias_update`)": has_router_bias(model),
     }
     if architecture is not None:
-        biases = {name.removesuffix(".bias") for name in language_model.state_dict() if name.endswith("bias")}
+        biases = {name for name in language_model.state_dict() if name.endswith("bias") and not name.endswith(BIAS)}
+        biases = {name.removesuffix(".bias") for name in biases}
         extra = sorted(name for name in biases if name.split(".", 2)[-1] not in architecture.biases)
         reasons[f"has biases, such as that of `{extra[0] if extra else ''}`,"] = bool(extra)
         rope = language_model.rotary_emb

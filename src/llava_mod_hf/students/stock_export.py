@@ -8,6 +8,7 @@ from transformers.initialization import no_init_weights
 
 from llava_mod_hf.model.configuration_llava_mod import MOE_DEFAULTS
 from llava_mod_hf.model.modeling_llava_mod import logit_transform
+from llava_mod_hf.students.router_bias import has_router_bias
 
 MERGES = ("uniform", "load")
 
@@ -90,7 +91,8 @@ def merge_experts(model, *, weights="uniform", loads=None):
             state[f"model.language_model.layers.{index}.mlp.{part}"] = merged.to(weight.dtype)
     text_config = copy.deepcopy(model.config.text_config)
     for name in MOE_DEFAULTS:
-        delattr(text_config, name)
+        if hasattr(text_config, name):
+            delattr(text_config, name)
     return _stock_llava(model, text_config, state)
 
 
@@ -119,7 +121,7 @@ def export_stock(model):
         ValueError: if the model is dense, or has no exact counterpart.
     """
     layers = _sparse_layers(model)
-    text_config = _stock_moe_config(model.config, layers)
+    text_config = _stock_moe_config(model, layers)
     state = _without_ffns(model, layers)
     width, like = text_config.hidden_size, model.lm_head.weight
     for index in layers:
@@ -162,10 +164,11 @@ def _without_ffns(model, layers):
     return {name: value for name, value in model.state_dict().items() if not name.startswith(prefixes)}
 
 
-def _stock_moe_config(config, layers):
+def _stock_moe_config(model, layers):
     """Config of the stock mixture of experts that computes what the student's language model does."""
-    text, kind = config.text_config, config.text_config.model_type
+    config, text, kind = model.config, model.config.text_config, model.config.text_config.model_type
     reasons = {
+        "chooses experts by a bias of its routers (`router_bias_update`)": has_router_bias(model),
         "keeps the dense FFN beside its experts (`use_residual`)": config.use_residual,
         "has sliding attention": getattr(text, "use_sliding_window", False)
         or (kind in ("llama", "mistral") and getattr(text, "sliding_window", None)),

@@ -114,6 +114,11 @@ def add_gumbel_second_expert(model):
             f"`gumbel_second_expert` is about top-2 routing, and this model has {len(routers)} routers with k of "
             f"{sorted({router.top_k for router in routers})}."
         )
+    if any(getattr(router, "e_score_correction_bias", None) is not None for router in routers):
+        raise ValueError(
+            "`gumbel_second_expert` chooses by the probabilities alone, and this model's routers have a bias for the "
+            "choice: leave it out, and `router_bias_update` too."
+        )
     return [router.register_forward_hook(_with_gumbel_second) for router in routers]
 
 

@@ -8,6 +8,7 @@ from llava_mod_hf.losses.divergences import check_divergence
 from llava_mod_hf.training.authors_behaviour import ReferenceCompat
 from llava_mod_hf.training.hub_options import HubOptions, check_hub
 from llava_mod_hf.training.lora_options import LoraOptions, check_lora
+from llava_mod_hf.training.router_balance import check_router_bias_update
 from llava_mod_hf.training.trainable import check_train_modules
 from llava_mod_hf.training.trainer_options import check_dependent_options, check_options, check_weights
 from llava_mod_hf.training.validation_options import ValidationOptions, check_validation, choose_direction
@@ -35,6 +36,10 @@ class MimicConfig(ValidationOptions, LoraOptions, HubOptions, SFTConfig):
         teacher_weights (`list[float]`, *optional*): w_i, one per teacher; 1 / teachers each by default.
         rows_per_chunk (`int`, *optional*, defaults to 256):
             Response positions that are projected at a time; two `(rows_per_chunk, vocabulary)` float32 tensors.
+        router_bias_update (`float`, *optional*, defaults to 0.0):
+            What each step adds to the bias of an expert that was chosen less often than the mean, and takes from that
+            of one chosen more often; the bias is of the choice alone, not of the gates (arXiv 2408.15664, which has
+            0.001). With it, `router_aux_loss_coef` may be 0. Students keep what bias they have.
         on_policy_share (`float`, *optional*, defaults to 0.0):
             Share of the batches whose answers the student writes itself, for the teachers to judge. Such a batch has
             no labels to trust: its only loss is the divergence (Agarwal et al., 2023, arXiv 2306.13649).
@@ -60,6 +65,7 @@ class MimicConfig(ValidationOptions, LoraOptions, HubOptions, SFTConfig):
     lm_weight: float = 0.0
     teacher_weights: list[float] | None = field(default=None)
     rows_per_chunk: int = 256
+    router_bias_update: float = 0.0
     on_policy_share: float = 0.0
     on_policy_max_new_tokens: int = 128
     share_vision_tower: bool = True
@@ -81,6 +87,7 @@ class MimicConfig(ValidationOptions, LoraOptions, HubOptions, SFTConfig):
         check_weights("`teacher_weights`", self.teacher_weights)
         check_divergence(self.divergence, temperature=self.temperature, jsd_beta=self.jsd_beta)
         ReferenceCompat(self.reference_compat, vocab_size=self.reference_vocab_size).check_divergence(self.divergence)
+        check_router_bias_update(self.router_bias_update, use_peft=self.use_peft)
         if self.rows_per_chunk < 1 or self.on_policy_max_new_tokens < 1:
             raise ValueError(
                 f"`rows_per_chunk` is {self.rows_per_chunk} and `on_policy_max_new_tokens` is "

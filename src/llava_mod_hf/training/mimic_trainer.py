@@ -187,7 +187,8 @@ class MimicTrainer(GroupedBatches, Validates, Watched, WholeConversations, SafeR
         inputs, labels, kl_labels = self.compat.mimic_positions(inputs, labels)
         count, mask = self._rows_that_count(len(labels)), inputs.get("attention_mask")
         with self.accelerator.autocast():  # the redirection goes around accelerate's own
-            router = {"output_router_logits": True} if self._has_router_term else {}
+            watched = self._has_router_term or self._router_balance is not None
+            router = {"output_router_logits": True} if watched else {}
             read_only(student.base_model, shift_for_next_token(labels)[0] | shift_for_next_token(kl_labels)[0])
             outputs = student.base_model(**inputs, **router, use_cache=False)
             # after the student, whose image features a teacher may take over
@@ -203,6 +204,7 @@ class MimicTrainer(GroupedBatches, Validates, Watched, WholeConversations, SafeR
         router = None
         if self._has_router_term:
             router = router_losses(outputs.router_logits, student.config.get_text_config(), mask)
+        if watched:
             self.note_routers(outputs.router_logits, inputs["input_ids"], mask, labels)
         unaligned = [0 if row.aligned is None else (~row.aligned).sum() for row in rows]
         return BatchTerms(terms, router, labels, count, unaligned)

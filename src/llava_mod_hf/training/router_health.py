@@ -3,10 +3,12 @@
 import logging
 
 import torch
+from accelerate.utils import is_peft_model
 from transformers import Trainer
 
 from llava_mod_hf.evaluation.expert_load import (
     MODALITIES,
+    choices_of,
     count_choices,
     has_collapsed,
     modalities,
@@ -14,6 +16,8 @@ from llava_mod_hf.evaluation.expert_load import (
     shares,
     sum_entropy,
 )
+from llava_mod_hf.students.router_bias import router_biases
+from llava_mod_hf.training.router_balance import RouterBalance
 from llava_mod_hf.training.run_lines import ROUTER_FILE, add_lines
 
 logger = logging.getLogger(__name__)
@@ -26,7 +30,7 @@ class RouterSums:
         self._sums = None
 
     @torch.no_grad()
-    def note(self, router_logits, top_k, tokens_are):
+    def note(self, router_logits, top_k, tokens_are, biases):
         """
         Adds a batch.
 
@@ -35,15 +39,21 @@ class RouterSums:
             top_k (`int`): experts that a token is sent to.
             tokens_are (`torch.LongTensor` of shape `(batch * sequence,)`): as
                 [`~llava_mod_hf.evaluation.expert_load.modalities`] says.
+            biases (`list`): of [`~llava_mod_hf.students.router_bias.router_biases`].
+
+        Returns:
+            `torch.LongTensor` of shape `(layers, experts)`: how often each expert was chosen.
         """
         router_logits = [logits.to(router_logits[0].device) for logits in router_logits]
         tokens_are = tokens_are.to(router_logits[0].device)
+        chosen, num_experts = choices_of(router_logits, top_k, biases), router_logits[0].shape[-1]
         found = (
-            count_choices(router_logits, top_k, tokens_are, len(MODALITIES)),
+            count_choices(chosen, num_experts, tokens_are, len(MODALITIES)),
             sum_entropy(router_logits, tokens_are, len(MODALITIES)).sum(1),
             (tokens_are < len(MODALITIES)).sum(),
         )
         self._sums = found if self._sums is None else [a + b for a, b in zip(self._sums, found, strict=True)]
+        return found[0].sum(1)
 
     def take(self, accelerator, tp_size=1):
         """
@@ -78,11 +88,17 @@ class WatchesRouters(Trainer):
     layer written to `router.jsonl` in its folder. They are of the logits that the router's losses are computed of, in
     all batches since the last log; with `gumbel_second_expert`, before its noise. The first log of routers that send
     all tokens to the same experts is a warning, too.
+
+    With `router_bias_update` the routers' biases are moved ([`~llava_mod_hf.training.router_balance.RouterBalance`]).
     """
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
         self._router_sums = RouterSums()
+        self._router_balance = None
+        if getattr(self.args, "router_bias_update", 0.0):
+            self._router_balance = RouterBalance(self)
+            self.add_callback(self._router_balance)
         self._told_collapse = False
 
     def note_routers(self, router_logits, input_ids, attention_mask, labels):
@@ -90,7 +106,13 @@ class WatchesRouters(Trainer):
         if self.model.training:
             config = self.model.config
             tokens_are = modalities(input_ids, attention_mask, labels != -100, config.image_token_index)
-            self._router_sums.note(router_logits, config.get_text_config().num_experts_per_tok, tokens_are)
+            top_k, biases = config.get_text_config().num_experts_per_tok, router_biases(self._plain_student())
+            choices = self._router_sums.note(router_logits, top_k, tokens_are, biases)
+            if self._router_balance is not None:
+                self._router_balance.note(choices)
+
+    def _plain_student(self):
+        return self.model.get_base_model() if is_peft_model(self.model) else self.model
 
     def log(self, logs, start_time=None):
         found = self._router_sums.take(self.accelerator, self.get_tp_size()) if "loss" in logs else None
@@ -113,7 +135,7 @@ class WatchesRouters(Trainer):
             self._told_collapse = True
             logger.warning(
                 "At step %d the routers of layers %s send all tokens to the same %d of their experts, so that the "
-                "others learn nothing: give a larger `router_aux_loss_coef`.",
+                "others learn nothing: give `router_bias_update`, or a larger `router_aux_loss_coef`.",
                 self.state.global_step,
                 ", ".join(collapsed),
                 top_k,

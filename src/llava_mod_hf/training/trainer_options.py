@@ -70,7 +70,8 @@ READ_HERE_OF = {
     "adapt": "chat_template_path completion_only_loss assistant_only_loss",
     "mimic": "average_tokens_across_devices router_aux_loss_coef completion_only_loss assistant_only_loss "
     "ddp_find_unused_parameters divergence temperature jsd_beta kl_weight lm_weight teacher_weights rows_per_chunk "
-    "on_policy_share on_policy_max_new_tokens share_vision_tower shard_teacher reference_compat reference_vocab_size",
+    "on_policy_share on_policy_max_new_tokens share_vision_tower shard_teacher reference_compat reference_vocab_size "
+    "router_bias_update",
     "prefer": "router_aux_loss_coef loss_type loss_weights beta label_smoothing ld_alpha sync_ref_model reference "
     "kto_reference_compat share_prefix",
 }
