@@ -140,6 +140,7 @@ def test_a_task_lists_the_figures_of_its_measure(path):
     ("options", "message"),
     [
         ({"measure": "multiple_choice"}, "`multiple_choice` counts several rows together"),
+        ({"measure": "mmhal"}, "`mmhal` asks a judge, which a harness does not bring along"),
         ({"measure": "bleu"}, "`measures` names `bleu`, which there is not"),
         ({"measure": "vqa_accuracy"}, "Row 0 has no `answers`, which the measure `vqa_accuracy` reads"),
         ({"max_rows": 3}, "`rows` has the unknown key `max_rows`: the keys are dataset_name"),

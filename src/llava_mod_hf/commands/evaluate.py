@@ -7,6 +7,7 @@ from pathlib import Path
 
 from accelerate import PartialState
 
+from llava_mod_hf.commands.judge_options import JudgeArguments, judge_of, unasked
 from llava_mod_hf.commands.parts import unmarked, written_down
 from llava_mod_hf.data.arguments import DataArguments
 from llava_mod_hf.data.load import load_rows
@@ -23,7 +24,11 @@ from llava_mod_hf.publishing.provenance import RESULTS_FILE
 from llava_mod_hf.teachers.divergence import kl_to_live_teacher
 from llava_mod_hf.training.run_folder import write_json
 
-OPTIONS = ("data.arguments:DataArguments", "commands.evaluate:EvaluateCommand")
+OPTIONS = (
+    "data.arguments:DataArguments",
+    "commands.evaluate:EvaluateCommand",
+    "commands.judge_options:JudgeArguments",
+)
 
 NEEDED = ("prompt", "completion")
 
@@ -102,7 +107,7 @@ class EvaluateCommand:
         return (model.to(PartialState().device) if self.device is None else model), processor
 
 
-def run(data_args: DataArguments, args: EvaluateCommand):
+def run(data_args: DataArguments, args: EvaluateCommand, judge_args: JudgeArguments):
     """
     Measures a model, its teacher and the blind baseline on the same test questions.
 
@@ -118,7 +123,10 @@ def run(data_args: DataArguments, args: EvaluateCommand):
         raise ValueError("`datasets` are several, and measures are of one: give `dataset_name`, one after the other.")
     if data_args.streaming:
         raise ValueError("`streaming` is true, and measures are of all rows: leave it out.")
-    synonyms = Synonyms.read(args.synonyms) if args.synonyms else None
+    needed = {
+        "synonyms": Synonyms.read(args.synonyms) if args.synonyms else None,
+        "judge": judge_args.make(args.measures, output_file, args.device),
+    }
     dropped = written_down(data_args, output_file.with_suffix(""))
     options = {"columns": NEEDED, "seed": args.seed, "dropped": dropped}
     training = _training_rows(data_args, args, options)
@@ -127,7 +135,7 @@ def run(data_args: DataArguments, args: EvaluateCommand):
     rows, texts = asked_rows(rows, data_args, measures=args.measures, prompt_suffix=args.prompt_suffix)
     rows = rows.add_column(PLACE, list(range(len(rows))))
     for name in args.measures:  # before hours of answers
-        units(name, texts, [""] * len(texts), synonyms=synonyms)
+        units(name, texts, [""] * len(texts), **{**needed, "judge": unasked})
     model, processor = args.load(args.model, args.dtype)
     rows = unmarked(rows, processor, data_args, dropped, NEEDED)
     teacher_results = divergence = None
@@ -140,7 +148,7 @@ def run(data_args: DataArguments, args: EvaluateCommand):
     def measured(scores, given):
         if not has_kinds:
             del scores["exact_match_by_kind"]
-        found = measure(args.measures, texts, given, synonyms=synonyms)
+        found = measure(args.measures, texts, given, **needed)
         return {**scores, "measures": found} if found else scores
 
     def answered(role, model, processor):
@@ -171,10 +179,10 @@ def run(data_args: DataArguments, args: EvaluateCommand):
         "expert_load": loads_of(used),
         "routers": used,
         "num_questions": len(rows),
-        "setup": setup_of(model, processor, rows, data_args, args),
+        "setup": setup_of(model, processor, rows, data_args, args) | judge_of(needed["judge"]),
     }
     if others is not None:
-        compared = measure(args.measures, texts, given, others, synonyms=synonyms)
+        compared = measure(args.measures, texts, given, others, **needed)
         results["against"] = {"answers": args.against, "measures": compared}
     write_json(output_file, results)
     logger.warning("Exact match %.3f; everything is in `%s`.", results["student"]["exact_match"], output_file)

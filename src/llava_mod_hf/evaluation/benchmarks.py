@@ -7,6 +7,7 @@ from llava_mod_hf.evaluation.intervals import intervals_of, paired_test
 from llava_mod_hf.evaluation.metrics.anls import Anls
 from llava_mod_hf.evaluation.metrics.chair import Chair, ObjectHalBench
 from llava_mod_hf.evaluation.metrics.exact_match import ExactMatch
+from llava_mod_hf.evaluation.metrics.mmhal import PROMPT, Mmhal
 from llava_mod_hf.evaluation.metrics.multiple_choice import MultipleChoice
 from llava_mod_hf.evaluation.metrics.pope import PopeBenchmark
 from llava_mod_hf.evaluation.metrics.relaxed_match import RelaxedMatch
@@ -24,12 +25,17 @@ class Benchmark(NamedTuple):
             set → the metric's inputs but the predictions. It raises a `KeyError` of the column that is missing.
         prepare (`Callable`, *optional*): rows (`datasets.Dataset`) and their texts → those that are asked instead.
         options (`tuple[str, ...]`, *optional*): what the metric takes besides: `synonyms`.
+        judged (`Callable[[dict, str], tuple]`, *optional*): of a measure whose last input is a judge's verdict: a row
+            and an answer → what fills in the judge's prompt. It raises a `KeyError` as `read` does.
+        prompt (`str`, *optional*): that prompt.
     """
 
     metric: type
     read: Callable
     prepare: Callable | None = None
     options: tuple = ()
+    judged: Callable | None = None
+    prompt: str | None = None
 
 
 def answers_of(row):
@@ -47,6 +53,17 @@ def _things(row):
     return ([*(row.get("objects") or ()), *(row.get("captions") or ())] or [row["answer"]],)
 
 
+def _mmhal(row, answer):
+    """What is in the picture, where that is known, the question, the reference and the answer."""
+    shows = row.get("image_content") or row.get("objects") or []
+    return (
+        ", ".join([shows] if isinstance(shows, str) else shows) or "(no list)",
+        row["question"],
+        row["answer"],
+        answer,
+    )
+
+
 BENCHMARKS = {
     "exact_match": Benchmark(ExactMatch, lambda row: (answers_of(row),)),
     "vqa_accuracy": Benchmark(VqaAccuracy, _annotators),
@@ -58,6 +75,7 @@ BENCHMARKS = {
     "pope": Benchmark(PopeBenchmark, lambda row: (row["answer"], row.get("category") or row["kind"])),
     "chair": Benchmark(Chair, _things, options=("synonyms",)),
     "object_halbench": Benchmark(ObjectHalBench, _things, options=("synonyms",)),
+    "mmhal": Benchmark(Mmhal, lambda row: (row.get("question_type") or row["kind"],), judged=_mmhal, prompt=PROMPT),
 }
 
 
@@ -120,29 +138,34 @@ def counted(name, rows, given, **options):
         name (`str`): of [`BENCHMARKS`].
         rows (`list[dict]`): with all their columns but the pictures.
         given (`list[str]`): an answer to each.
-        options: of the metric, those that it takes.
+        options: of the metric, those that it takes; `judge` of one that is judged, as
+            [`~llava_mod_hf.evaluation.verdict_file.Verdicts`].
 
     Raises:
         ValueError: if a row has not what the measure reads.
     """
     benchmark = BENCHMARKS[name]
     metric = benchmark.metric(keep_in_memory=True)
-    inputs = {key: [] for key in metric.inputs}
+    inputs, filled = {key: [] for key in metric.inputs}, []
     for number, (row, answer) in enumerate(zip(rows, given, strict=True)):
         try:
             values = (answer, *benchmark.read(row))
+            if benchmark.judged:
+                filled.append(benchmark.judged(row, answer))
         except KeyError as error:
             raise ValueError(
                 f"Row {number} has no `{error.args[0]}`, which the measure `{name}` reads: docs/judging.md says what "
                 "for."
             ) from error
-        for key, value in zip(metric.inputs, values, strict=True):
+        for key, value in zip(metric.inputs, values, strict=not benchmark.judged):
             if not (isinstance(value, str) or (isinstance(value, list) and all(isinstance(v, str) for v in value))):
                 raise ValueError(
                     f"Row {number} gives the measure `{name}` {value!r:.80} for its {key}: give texts, as "
                     "docs/judging.md says."
                 )
             inputs[key].append(value)
+    if benchmark.judged:
+        inputs[metric.inputs[-1]] = options["judge"](benchmark.prompt, filled)
     return metric.units(inputs=inputs, **{key: options[key] for key in benchmark.options})
 
 

@@ -71,6 +71,8 @@ def load(*, measure, default_rows, rows=None, **others):
     check_names([measure])
     if BENCHMARKS[measure].prepare:
         raise ValueError(f"`{measure}` counts several rows together, and a harness scores each alone: use `evaluate`.")
+    if BENCHMARKS[measure].judged:
+        raise ValueError(f"`{measure}` asks a judge, which a harness does not bring along: use `evaluate`.")
     rows = rows or {}
     data_args, own = read_options(rows if "dataset_name" in rows else {**default_rows, **rows})
     if own["synonyms"] and "synonyms" not in BENCHMARKS[measure].options:

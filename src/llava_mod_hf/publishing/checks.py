@@ -24,7 +24,7 @@ NOT_OURS = {".git", ".cache"}  # kept by git and by huggingface_hub's downloads;
 # what a run keeps for itself: they hold paths and words of rows, the names of event logs that of the host
 LEFT_BEHIND = re.compile(
     r"checkpoint-\d+(/.*)?|training_args\.bin|run\.json|"
-    r"([^/]*\.)?(dropped_rows|examples|router|(teacher_)?answers)\.jsonl|"
+    r"([^/]*\.)?(dropped_rows|examples|router|verdicts|(teacher_)?answers)\.jsonl|"
     r"report(_routers)?\.(html|png)|(.*/)?events\.out\.tfevents\.[^/]*"
 )
 
