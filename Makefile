@@ -70,29 +70,6 @@ $(LLAMA_CPP)/pictures: tests/helpers/llama_cpp_pictures.cpp $(LLAMA_CPP)
 test-gguf: $(LLAMA_CPP)/pictures
 	LLAMA_CPP=$(LLAMA_CPP) PYTHONPATH=$(LLAMA_CPP)/python $(BIN)/python -m pytest -q -m '' tests/students/test_gguf_*.py
 
-# In folders of their own: PyTorch takes other ways where onnxscript is installed, and npm's packages are 500 MB.
-ONNX := $(VENV)/onnx
-TRANSFORMERS_JS := $(VENV)/transformers-js
-TRANSFORMERS_JS_VERSION := 4.3.2
-
-$(ONNX): $(VENV)/.installed
-	rm -rf $@
-	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps -c constraints.txt --target $@ \
-		onnx onnx-ir onnxruntime onnxscript ml_dtypes flatbuffers
-
-# onnxruntime-node's own script would fetch the part for GPUs.
-$(TRANSFORMERS_JS):
-	rm -rf $@
-	mkdir -p $@.part
-	cd $@.part && ONNXRUNTIME_NODE_INSTALL=skip npm install --silent --no-audit --no-fund --prefix . \
-		@huggingface/transformers@$(TRANSFORMERS_JS_VERSION)
-	mv $@.part $@
-
-# Fails where a library is missing; `MARKS="-m ''"` runs the slow ones too.
-test-onnx: $(ONNX) $(TRANSFORMERS_JS)
-	PYTHONPATH=$(ONNX) TRANSFORMERS_JS=$(TRANSFORMERS_JS) LLAVA_MOD_TARGET=onnx $(BIN)/python -m pytest -q $(MARKS) \
-		tests/students/test_onnx_export.py
-
 # In a folder of its own: transformers and accelerate import it in every process where it is installed.
 DEEPSPEED := $(VENV)/deepspeed
 
@@ -136,6 +113,29 @@ $(DEMO): $(VENV)/.installed
 test-demo: $(DEMO)
 	PYTHONPATH=$(DEMO) NEEDS_BROWSER=1 SCREENSHOTS=$(SCREENSHOTS) $(BIN)/python -m pytest -q -m '' \
 		tests/talking/test_page.py tests/publishing/test_card_page.py
+
+# In folders of their own: PyTorch takes other ways where onnxscript is installed, and npm's packages are 500 MB.
+ONNX := $(VENV)/onnx
+TRANSFORMERS_JS := $(VENV)/transformers-js
+TRANSFORMERS_JS_VERSION := 4.3.2
+
+$(ONNX): $(VENV)/.installed
+	rm -rf $@
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps -c constraints.txt --target $@ \
+		onnx onnx-ir onnxruntime onnxscript ml_dtypes flatbuffers
+
+# onnxruntime-node's own script would fetch the part for GPUs.
+$(TRANSFORMERS_JS):
+	rm -rf $@
+	mkdir -p $@.part
+	cd $@.part && ONNXRUNTIME_NODE_INSTALL=skip npm install --silent --no-audit --no-fund --prefix . \
+		@huggingface/transformers@$(TRANSFORMERS_JS_VERSION)
+	mv $@.part $@
+
+# Fails where a library is missing; `MARKS="-m ''"` runs the slow ones too, among them the page in Chromium.
+test-onnx: $(ONNX) $(TRANSFORMERS_JS) $(DEMO)
+	PYTHONPATH=$(ONNX):$(DEMO) TRANSFORMERS_JS=$(TRANSFORMERS_JS) NEEDS_ONNX=1 NEEDS_BROWSER=1 SCREENSHOTS=$(SCREENSHOTS) \
+		$(BIN)/python -m pytest -q $(MARKS) tests/students/test_onnx_export.py tests/students/test_web_export.py
 
 test-all: setup test-quantisation test-gguf test-harnesses test-launched test-demo
 	$(MAKE) test-onnx MARKS="-m ''"

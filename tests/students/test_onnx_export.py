@@ -1,8 +1,6 @@
 """A student as ONNX graphs: answers in onnxruntime and in transformers.js beside PyTorch's."""
 
-import importlib.util
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +12,7 @@ from transformers import CONFIG_MAPPING, LlavaImageProcessorPil
 
 from helpers import tiny
 from helpers.models import assert_same_logits
+from helpers.onnx_cases import different, libraries_or_skip, transformers_js_or_skip
 from llava_mod_cli import main
 from llava_mod_hf import (
     LlavaModConfig,
@@ -24,23 +23,18 @@ from llava_mod_hf import (
 )
 from llava_mod_hf.data import easy_vqa
 from llava_mod_hf.publishing.fresh_process import conversation
-from llava_mod_hf.students.onnx_export import FAMILIES, NEEDS, export_onnx
+from llava_mod_hf.students.onnx_export import FAMILIES, export_onnx
 from llava_mod_hf.students.onnx_reader import OnnxStudent
+from llava_mod_hf.students.onnx_weights import DTYPES
 
 ROOT = Path(__file__).parents[2]
 LENGTH = 6  # tokens of an answer
-
-
-def needed(there, what):
-    """Skips, but not in `make test-onnx`, which installs everything."""
-    if not there:
-        (pytest.fail if os.environ.get("LLAVA_MOD_TARGET") == "onnx" else pytest.skip)(f"{what}: `make test-onnx`")
+GRAPHS = ("vision_encoder", "embed_tokens", "decoder_model_merged")
 
 
 @pytest.fixture(autouse=True, scope="module")
 def libraries():
-    missing = [name for name in NEEDS if importlib.util.find_spec(name) is None]
-    needed(not missing, f"{', '.join(missing)} not installed")
+    libraries_or_skip()
 
 
 @pytest.fixture(scope="module")
@@ -68,17 +62,6 @@ def student_of(tokenizer, kind, layers, rank=None, **fields):
         for parameter in dense.parameters():  # not the norms: float32 would be too coarse for what comes of them
             parameter.mul_(3 if parameter.ndim > 1 else 1)
     return dense if layers is None else different(upcycle(dense, layers=layers, expert_rank=rank))
-
-
-def different(model):
-    generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for layer in model.config.moe_layers:
-            block = model.model.language_model.layers[layer].mlp
-            block.gate.weight.normal_(generator=generator)
-            for parameter in block.experts.parameters():
-                parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.3 * parameter.std().clamp(min=0.1))
-    return model.eval()
 
 
 def embedded(kind):
@@ -122,7 +105,7 @@ def exported(tokenizer, processor, tmp_path_factory):
             )
             folder = tmp_path_factory.mktemp("onnx") / "student"
             before = {name: value.clone() for name, value in model.state_dict().items()}
-            export_onnx(model, its_processor, folder)
+            export_onnx(model, its_processor, folder, dtypes=tuple(DTYPES) if case == "sparse" else ("fp32",))
             assert before.keys() == model.state_dict().keys()  # left unchanged
             assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
             made[case] = model, its_processor, folder
@@ -184,20 +167,58 @@ def test_answers_in_onnxruntime_are_those_of_torch(exported, rows, case):
             assert choices == []
 
 
+def transformers_js_answers(folder, rows, job_file, **options):
+    modules = transformers_js_or_skip()
+    rows = [row | {"image": str(row["image"])} for row in rows]
+    job_file.write_text(json.dumps({"rows": rows, "max_new_tokens": LENGTH, **options}))
+    script = ROOT / "tests/helpers/transformers_js.mjs"
+    ran = subprocess.run(["node", script, modules, folder, job_file], capture_output=True, text=True, timeout=200)
+    assert ran.returncode == 0, ran.stderr
+    return json.loads(ran.stdout)
+
+
 @pytest.mark.parametrize("case", CASES, ids=name_of)
 @torch.no_grad()
 def test_answers_in_transformers_js_are_those_of_torch(exported, rows, case, tmp_path):
-    modules = Path(os.environ.get("TRANSFORMERS_JS", ROOT / ".venv/transformers-js")).resolve()
-    needed((modules / "node_modules").is_dir(), "transformers.js is not installed")
     model, processor, folder = exported(case)
-    job = {"rows": [row | {"image": str(row["image"])} for row in rows], "max_new_tokens": LENGTH}
-    (tmp_path / "rows.json").write_text(json.dumps(job))
-    script = ROOT / "tests/helpers/transformers_js.mjs"
-    ran = subprocess.run(
-        ["node", script, modules, folder, tmp_path / "rows.json"], capture_output=True, text=True, timeout=120
-    )
-    assert ran.returncode == 0, ran.stderr
-    assert json.loads(ran.stdout) == torch_answers(model, processor, rows)
+    assert transformers_js_answers(folder, rows, tmp_path / "rows.json") == torch_answers(model, processor, rows)
+
+
+# at most as large, of float32's files, and as far off, of the largest logit: what was measured, and some room
+LIGHTER = {"fp16": (0.6, 5e-3), "q8": (0.4, 0.1), "q4": (0.3, 0.5)}
+
+
+@pytest.mark.parametrize("dtype", LIGHTER)
+@torch.no_grad()
+def test_lighter_weights(exported, rows, dtype, tmp_path):
+    import onnx
+
+    model, processor, folder = exported("sparse")
+    reader, answers = OnnxStudent(folder, dtype=dtype, threads=1), torch_answers(model, processor, rows)
+    size, gap = LIGHTER[dtype]
+    files = {kind: [folder / f"onnx/{name}{end}.onnx" for name in GRAPHS] for kind, end in DTYPES.items()}
+    weigh = {kind: sum(path.stat().st_size for path in paths) for kind, paths in files.items()}
+    assert weigh[dtype] < size * weigh["fp32"]
+
+    same, largest, difference = 0, 0.0, 0.0
+    for row, answer in zip(rows, answers, strict=True):
+        inputs = inputs_of(processor, [row])
+        arrays = {name: value.numpy() for name, value in inputs.items()}
+        logits = model(**inputs).logits.numpy()
+        largest = max(largest, np.abs(logits).max())
+        difference = max(difference, np.abs(reader.logits(**arrays) - logits).max())
+        same += reader.generate(**arrays, max_new_tokens=LENGTH)[0][0].tolist() == answer
+    assert 1e-5 < difference / largest < gap
+    assert same >= (20 if dtype == "fp16" else 17)
+    again = transformers_js_answers(folder, rows, tmp_path / "rows.json", dtype=dtype)
+    assert sum(found == answer for found, answer in zip(again, answers, strict=True)) >= (20 if dtype == "fp16" else 17)
+
+    graph = onnx.load(folder / f"onnx/decoder_model_merged{DTYPES[dtype]}.onnx").graph
+    routers = [tensor for tensor in graph.initializer if tensor.name.endswith(".gate.weight")]
+    assert len(routers) == 2 and {tensor.data_type for tensor in routers} == {onnx.TensorProto.FLOAT}
+    kinds = {value.name: value.type.tensor_type.elem_type for value in (*graph.input, *graph.output)}
+    whole = {name for name, kind in kinds.items() if kind != onnx.TensorProto.FLOAT}
+    assert whole == {"attention_mask", "position_ids", "num_logits_to_keep", "expert_choices"}
 
 
 def test_no_weight_is_stored_or_copied_twice(exported):
@@ -205,7 +226,7 @@ def test_no_weight_is_stored_or_copied_twice(exported):
     import onnx
 
     model, _, folder = exported("sparse")
-    sizes = {path.stem: path.stat().st_size for path in (folder / "onnx").iterdir()}
+    sizes = {name: (folder / f"onnx/{name}.onnx").stat().st_size for name in GRAPHS}
     parameters = 4 * sum(parameter.numel() for parameter in model.parameters())
     table = 4 * model.get_input_embeddings().weight.numel()  # beside the graph of the head that it is tied to
     assert parameters + table < sum(sizes.values()) < parameters + table + 300_000
@@ -262,6 +283,7 @@ def test_the_command(exported, tmp_path, capsys):
     for part in (model, processor):
         part.save_pretrained(tmp_path / "student")
     argv = ["export", "--model", str(tmp_path / "student"), "--output_dir", str(tmp_path / "onnx"), "--form", "onnx"]
+    argv += ["--onnx_dtypes", "fp32", "fp16", "q8", "q4"]
     assert main(argv) == 0, capsys.readouterr().err
     files = {path.relative_to(folder) for path in folder.rglob("*")}
     assert {path.relative_to(tmp_path / "onnx") for path in (tmp_path / "onnx").rglob("*")} == files
@@ -269,6 +291,12 @@ def test_the_command(exported, tmp_path, capsys):
     assert graphs[0] == graphs[1]
     assert main(argv) == 2
     assert "is there already: give a new or empty folder" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("dtypes", [[], ["q5"], ["q8", "q8"]])
+def test_kinds_of_weights_are_checked(make_student, processor, tmp_path, dtypes):
+    with pytest.raises(ValueError, match="give one or more of fp32, fp16, q8, q4, each once"):
+        export_onnx(make_student(), processor, tmp_path / "new", dtypes=dtypes)
 
 
 def test_what_cannot_be_exported_is_refused(exported, make_student, tokenizer, processor, tmp_path, monkeypatch):

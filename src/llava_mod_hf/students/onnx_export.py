@@ -10,7 +10,7 @@ from PIL import Image
 from transformers import PreTrainedTokenizerBase
 
 from llava_mod_hf.students.onnx_graphs import graphs
-from llava_mod_hf.students.onnx_weights import save_graph
+from llava_mod_hf.students.onnx_weights import DTYPES, write_graph
 
 # transformers.js 4.3.2, `src/configs.js`: language models whose number of layers it finds, if a student can have them.
 FAMILIES = (
@@ -24,7 +24,7 @@ IMAGE_PROCESSORS = ("CLIPImageProcessor", "SiglipImageProcessor", "ViTImageProce
 NEEDS = ("onnx", "onnxscript", "onnxruntime")
 
 
-def export_onnx(model, processor, folder):
+def export_onnx(model, processor, folder, *, dtypes=("fp32",)):
     """
     Writes what transformers.js 4 loads with `AutoModelForImageTextToText` and `AutoProcessor`.
 
@@ -32,13 +32,16 @@ def export_onnx(model, processor, folder):
         model (`PreTrainedModel`): a LLaVA in float32: a student, dense or sparse, or a stock one; left unchanged.
         processor (`ProcessorMixin`): its processor.
         folder (`str` or `Path`): must not exist, or be empty.
+        dtypes (`Sequence[str]`, *optional*, defaults to `("fp32",)`):
+            Files of which weights to write, of `fp32`, `fp16`, `q8` and `q4`
+            ([`~llava_mod_hf.students.onnx_weights.write_graph`]); the first is loaded where nobody asks for another.
 
     Raises:
-        ValueError: if the folder has files, a library is missing, or transformers.js has no such language model, image
-            processor or tokenizer.
+        ValueError: if the folder has files, a kind of weights is unknown or named twice, a library is missing, or
+            transformers.js has no such language model, image processor or tokenizer.
     """
     folder = Path(folder)
-    check_can_write(folder)
+    check_can_write(folder, dtypes)
     _check_model(model)
     _check_processor(processor)
     blank = processor.image_processor(images=Image.new("RGB", (64, 64)), return_tensors="pt")["pixel_values"]
@@ -48,8 +51,8 @@ def export_onnx(model, processor, folder):
     (unfinished / "onnx").mkdir(parents=True)
     try:
         for name, proto in graphs(model, blank.shape[1:]):
-            external |= save_graph(proto, unfinished / "onnx" / f"{name}.onnx")
-        _write_config(model, unfinished, external)
+            external |= write_graph(proto, unfinished / "onnx", name, dtypes)
+        _write_config(model, unfinished, dtypes, external)
         _write_processor(processor, unfinished, blank.shape[-2:], _number_of_features(model, blank))
         if folder.exists():
             folder.rmdir()
@@ -58,14 +61,17 @@ def export_onnx(model, processor, folder):
         shutil.rmtree(unfinished, ignore_errors=True)
 
 
-def check_can_write(folder):
+def check_can_write(folder, dtypes):
     """
     Raises:
-        ValueError: if the folder has files, or a library that writes graphs is not installed.
+        ValueError: if the folder has files, a kind of weights is unknown or named twice, or a library that writes
+            graphs is not installed.
     """
     folder = Path(folder)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ValueError(f"`{folder}` is there already: give a new or empty folder as `output_dir`.")
+    if not dtypes or len(set(dtypes)) < len(dtypes) or not set(dtypes) <= set(DTYPES):
+        raise ValueError(f"`onnx_dtypes` is {list(dtypes)}: give one or more of {', '.join(DTYPES)}, each once.")
     missing = [name for name in NEEDS if importlib.util.find_spec(name) is None]
     if missing:
         raise ValueError(
@@ -116,13 +122,13 @@ def _number_of_features(model, pixel_values):
     return len(model.model.get_image_features(pixel_values, return_dict=True).pooler_output[0])
 
 
-def _write_config(model, folder, external):
+def _write_config(model, folder, dtypes, external):
     values = model.config.to_dict()
     for name in ("auto_map", "dtype", "_name_or_path"):
         values.pop(name, None)
     values |= {"model_type": "llava", "architectures": ["LlavaForConditionalGeneration"]}
     # what a browser would load otherwise is `q8`, whether the file is there or not
-    values["transformers.js_config"] = {"dtype": "fp32"}
+    values["transformers.js_config"] = {"dtype": dtypes[0]}
     if external:
         values["transformers.js_config"]["use_external_data_format"] = external
     _write_json(folder / "config.json", values)

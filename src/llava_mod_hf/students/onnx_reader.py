@@ -6,6 +6,8 @@ from pathlib import Path
 import numpy as np
 from transformers import AutoProcessor, GenerationConfig
 
+from llava_mod_hf.students.onnx_weights import DTYPES
+
 
 class OnnxStudent:
     """
@@ -13,17 +15,18 @@ class OnnxStudent:
 
     Args:
         folder (`str` or `Path`).
+        dtype (`str`, *optional*, defaults to `"fp32"`): which files of weights.
         threads (`int`, *optional*): of onnxruntime; by default as many as there are cores.
     """
 
-    def __init__(self, folder, *, threads=None):
+    def __init__(self, folder, *, dtype="fp32", threads=None):
         import onnxruntime
 
         folder = Path(folder)
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = threads or 0
         self.sessions = {
-            name: onnxruntime.InferenceSession(folder / "onnx" / f"{name}.onnx", options)
+            name: onnxruntime.InferenceSession(folder / "onnx" / f"{name}{DTYPES[dtype]}.onnx", options)
             for name in ("vision_encoder", "embed_tokens", "decoder_model_merged")
         }
         self.config = json.loads((folder / "config.json").read_text())
