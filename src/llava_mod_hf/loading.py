@@ -163,8 +163,9 @@ def load_model_and_processor(
         `tuple[PreTrainedModel, ProcessorMixin]`.
 
     Raises:
-        ValueError: as in [`load_whole`], and if it is no vision-language model, the folder has no processor, only a
-            tokenizer, the device is not there or has no room, or the quantisation is unknown or not installed.
+        ValueError: as in [`load_whole`], and if it is no vision-language model, or one with code that may not run; if
+            the folder has no processor, only a tokenizer; if the device is not there or has no room, or the
+            quantisation is unknown or not installed.
     """
     path = resolve(name)
     try:
@@ -185,7 +186,11 @@ def load_model_and_processor(
             f"`{name}` has no room{where} ({_reason(error)}): give a larger or an emptier one, or a smaller `dtype`."
         ) from error
     except ValueError as error:
-        if "Unrecognized configuration class" not in str(error):  # transformers' words, before a page of names
+        if "argument `trust_remote_code=True`" in str(error):  # transformers' words, over several lines
+            raise ValueError(
+                f"`{name}` brings code of its own: read it, and give `trust_remote_code: true` if it may run."
+            ) from error
+        if "Unrecognized configuration class" not in str(error):  # its words before a page of names
             raise
         raise ValueError(f"`{name}` is no vision-language model, by its `config.json`: give one.") from error
     except (AssertionError, RuntimeError) as error:  # PyTorch asserts that it was built for a device

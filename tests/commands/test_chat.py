@@ -1,6 +1,7 @@
 """`llava-mod chat` through a pipe: answers, options, and one sentence for each mistake."""
 
 import io
+import json
 import shutil
 
 import pytest
@@ -92,6 +93,16 @@ def test_a_model_without_a_processor(chat, tmp_path):
 def test_a_model_that_sees_nothing(chat):
     message = refused(chat, "embedded:tiny-student-lm")
     assert "`embedded:tiny-student-lm` is no vision-language model" in message
+
+
+def test_code_of_a_model_does_not_run_unasked(chat, tmp_path):
+    """And the line that is a question is not taken for an answer to transformers' own."""
+    code = {"AutoConfig": "strange.Config", "AutoModelForImageTextToText": "strange.Model"}
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "strange", "auto_map": code}))
+    (tmp_path / "strange.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\n")
+    message = refused(chat, tmp_path, lines="y\n")
+    assert "brings code of its own: read it, and give `trust_remote_code: true` if it may run" in message
+    assert not (tmp_path / "ran").exists()
 
 
 def test_an_option_without_an_effect(chat):

@@ -1,6 +1,11 @@
 """The page of `llava-mod demo` in a real browser: upload, ask, read the answer; and a picture that is none."""
 
+import os
 import re
+import signal
+import subprocess
+import sys
+import urllib.request
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -133,6 +138,22 @@ def test_nothing_is_told_and_nothing_shared(address, page):
 
     assert not analytics.analytics_enabled() and not page.analytics_enabled
     assert page.share is False and page.share_url is None and not page.run_history
+
+
+def test_the_command_serves_the_page_without_a_network_until_it_is_ended(page):
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONUNBUFFERED": "1"}
+    command = [sys.executable, "-m", "llava_mod_cli", "demo", "embedded:tiny-teacher", "--port", "0"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env=environment)
+    try:
+        address = re.fullmatch(
+            r"The page is at (http://127\.0\.0\.1:\d+/); Ctrl-C ends it\.\n", process.stdout.readline()
+        )
+        with urllib.request.urlopen(address[1]) as answer:
+            assert answer.status == 200 and b"embedded:tiny-teacher" in answer.read()
+        process.send_signal(signal.SIGINT)
+        assert process.wait(SECONDS) == 0
+    finally:
+        process.kill()
 
 
 def test_a_port_that_is_taken(address, models):
