@@ -268,3 +268,28 @@ def test_a_push_goes_where_it_is_told(run, hub):
     repo = hub.repos[REPO]
     assert (repo.private, repo.gated, repo.tags) == (True, "manual", {"v1": repo.branches["prefer"]})
     assert "README.md" in repo.branches["prefer"].files and "README.md" not in repo.branches["main"].files
+
+
+def test_the_stages_of_a_family_are_in_one_collection(hub, run, capsys):
+    for name in ("tiny-a", "tiny-b", "tiny-a"):
+        assert publish(run, "--push_to", f"me/{name}", "--collection", "Tiny students", "--private", "true") == 0
+    ((slug, told),) = hub.collections.items()
+    assert slug.startswith("me/tiny-students-") and told["private"]
+    assert [(item["type"], item["id"]) for item in told["items"]] == [("model", "me/tiny-a"), ("model", "me/tiny-b")]
+    assert told["items"][0]["note"] == {"text": "The last stage was prefer."}
+
+
+@pytest.mark.parametrize(
+    ("step", "status", "advice"), [("collection", 403, "give another"), ("item", 500, "publish again")]
+)
+def test_a_collection_that_fails_leaves_the_push(hub, run, capsys, step, status, advice):
+    hub.fail[step] = status
+    message = refused(capsys, run, "--push_to", REPO, "--collection", "Tiny students")
+    assert f"`{REPO}` is pushed, and could not be put into the collection `Tiny students` of `me`" in message
+    assert advice in message and len(hub.repos[REPO].commits()) == 2
+
+
+def test_a_collection_without_a_push(capsys, run):
+    assert "`collection` is 'Tiny students', which does nothing without `push_to`" in refused(
+        capsys, run, "--collection", "Tiny students"
+    )

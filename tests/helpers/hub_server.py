@@ -100,6 +100,7 @@ class HubServer:
         fail (`dict[str, int | str]`): step → status with which it fails from now on; `"drop"` closes the connection
             without an answer, `"html"` answers 200 with a page. Steps: `validate`, `create`, `branch`, `info`,
             `preupload`, `batch`, `put`, `verify`, `commit`, `resolve`.
+        collections (`dict[str, dict]`): slug → what the client is told of it.
         faults ([`~helpers.hub_faults.Faults`], *optional*): what fails now and then, on top of that.
         readers (`set[str]`): tokens that may read and not write.
         requests (`list[tuple[str, str]]`): method and path of each request.
@@ -110,7 +111,7 @@ class HubServer:
     def __init__(self, token="hf_" + "w" * 34):
         self.token, self.readers = token, set()
         self.repos, self.lfs, self.fail, self.requests, self.bodies, self.ranges = {}, {}, {}, [], [], []
-        self.faults = None
+        self.faults, self.collections = None, {}
         self.lock = threading.Lock()
 
     def __enter__(self):
@@ -294,6 +295,33 @@ def _create(request, **_):
     repo = request.hub.repos[repo_id] = Repo(private=given.get("visibility") == "private")
     repo.commit("main", "initial commit", [], {".gitattributes": Blob(GITATTRIBUTES)})
     return {"url": url, "name": repo_id}
+
+
+@route("POST", "/api/collections", "collection", write=True)
+def _create_collection(request, **_):
+    given = request._json()
+    slug = f"{given['namespace']}/{re.sub(r'[^a-z0-9]+', '-', given['title'].lower())}-0123456789abcdef"
+    if slug in request.hub.collections:
+        raise Refusal(409, message="Collection already exists", body={"slug": slug})
+    told = {"slug": slug, "title": given["title"], "owner": {"name": given["namespace"]}, "private": given["private"]}
+    told |= {"items": [], "lastUpdated": "2026-01-01T00:00:00.000Z", "position": 0, "theme": "blue", "upvotes": 0}
+    request.hub.collections[slug] = told
+    return told
+
+
+@route("GET", r"/api/collections/(?P<slug>[^/]+/[^/]+)")
+def _collection(request, slug, **_):
+    return request.hub.collections[slug]
+
+
+@route("POST", r"/api/collections/(?P<slug>[^/]+/[^/]+)/items", "item", write=True)
+def _add_item(request, slug, **_):
+    given, items = request._json(), request.hub.collections[slug]["items"]
+    if any(item["id"] == given["item"]["id"] for item in items):
+        raise Refusal(409, message="Item is already in the collection")
+    note = {"text": given["note"]} if "note" in given else None
+    items.append({"_id": str(len(items)), **given["item"], "position": len(items), "note": note})
+    return request.hub.collections[slug]
 
 
 @route("DELETE", "/api/repos/delete", write=True)

@@ -118,7 +118,3 @@ def test_a_checkpoint_that_asks_for_sampling_is_not_asked(conversation):
     conversation.model.generation_config.do_sample = True
     conversation.model.generation_config.temperature = 50.0
     assert said(conversation).tokens == expected
-
-
-def test_the_streamer_is_transformers_own():
-    assert answers.TextIteratorStreamer.__module__ == "transformers.generation.streamers"

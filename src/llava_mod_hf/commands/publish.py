@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from llava_mod_hf.publishing.destination import check_names
+from llava_mod_hf.publishing.family import add_to_collection
 from llava_mod_hf.publishing.harness_results import read_harness_results
 from llava_mod_hf.publishing.provenance import RESULTS_FILE, RUN_FILE, gather_facts, read_fields, stage_runs
 from llava_mod_hf.publishing.push import push_checkpoint
@@ -29,6 +30,7 @@ class PublishCommand:
         mirror (`bool`, *optional*, defaults to `False`): delete the repository's files that others put there.
         tag (`str`, *optional*): name for the commit, which stays when others follow.
         gated (`str`, *optional*): `auto` or `manual`: who downloads has to ask, and is let in at once or by you.
+        collection (`str`, *optional*): title of the owner's collection that it is put into, made if there is none.
         license (`str`, *optional*, defaults to `"apache-2.0"`): of the weights.
         harness_results (`list[str]`, *optional*): results of lm-eval and lmms-eval, files or folders, for the card.
     """
@@ -41,12 +43,15 @@ class PublishCommand:
     mirror: bool = False
     tag: str | None = None
     gated: str | None = None
+    collection: str | None = None
     license: str = "apache-2.0"
     harness_results: list[str] | None = None
 
     def __post_init__(self):
         check_names(revision=self.revision, tag=self.tag, gated=self.gated)
-        unread = [name for name in PUSHED if getattr(self, name) not in (None, False) and not self.push_to]
+        unread = [
+            name for name in (*PUSHED, "collection") if getattr(self, name) not in (None, False) and not self.push_to
+        ]
         if unread:
             raise ValueError(
                 f"`{unread[0]}` is {getattr(self, unread[0])!r}, which does nothing without `push_to`: give that too, "
@@ -80,4 +85,8 @@ def run(args: PublishCommand):
     if args.push_to:
         commit = push_checkpoint(folder, args.push_to, **{name: getattr(args, name) for name in PUSHED})
         logger.warning("Pushed `%s` to %s.", folder, commit.commit_url)
+        if args.collection:
+            note = f"The last stage was {list(runs)[-1]}."
+            address = add_to_collection(commit.repo_url.repo_id, args.collection, private=args.private, note=note)
+            logger.warning("It is in the collection %s.", address)
     return folder

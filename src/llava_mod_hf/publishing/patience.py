@@ -15,7 +15,7 @@ PASSING = {408, 429, 500, 502, 503, 504}  # what it tries again, too
 
 # Not among them: where the parts of a push go to (`preupload`, `lfs`). The client has then tried for long already.
 ASKED_ONCE = re.compile(
-    r"/api/(validate-yaml|repos/create|(models|datasets)/[^/]+/[^/]+(/(auth-check|commit|branch|tag|revision)/.+|/refs|/settings)?)$"
+    r"/api/(validate-yaml|repos/create|collections(/[^/]+/[^/]+/items)?|(models|datasets)/[^/]+/[^/]+(/(auth-check|commit|branch|tag|revision)/.+|/refs|/settings)?)$"
 )
 
 logger = logging.getLogger(__name__)
