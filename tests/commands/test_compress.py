@@ -8,6 +8,7 @@ from transformers import AutoModelForImageTextToText
 
 from helpers.retyped import retyped
 from llava_mod_cli import main
+from llava_mod_hf import load_model_and_processor
 from llava_mod_hf.publishing.card import render_card
 from llava_mod_hf.publishing.provenance import gather_facts
 
@@ -73,7 +74,7 @@ def test_the_second_time_is_added_to_the_note(student, results, tmp_path):
 def test_weights_of_8_bits_load_again(student, results, tmp_path):
     pytest.importorskip("torchao", reason="torchao is not installed: `make test-quantisation` installs it")
     assert compress(student, tmp_path / "out", num_experts=3, results=results, bits=8) == 0
-    model = AutoModelForImageTextToText.from_pretrained(tmp_path / "out")
+    model, _ = load_model_and_processor(str(tmp_path / "out"))
     assert model.model.language_model.layers[0].mlp.experts.down_proj.qdata.dtype == torch.int8
     assert model.get_input_embeddings().weight.dtype == torch.float32
     (step,) = steps_of(tmp_path / "out")
