@@ -50,10 +50,9 @@ def llama_cpp_answers(folder, rows, processor):
 
     asked = []
     for row in rows:
-        prompt = processor.apply_chat_template(
-            [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": row["question"]}]}],
-            add_generation_prompt=True,
-        )
+        first, *later = row["prompt"]
+        turns = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": first["content"]}]}, *later]
+        prompt = processor.apply_chat_template(turns, add_generation_prompt=True)
         asked.append((prompt, row["images"][0]))
     files = [folder / "model.gguf", folder / "mmproj.gguf"]
     answers = llama_cpp.picture_answers(files, asked, folder, steps=64)
