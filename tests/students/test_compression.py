@@ -99,6 +99,16 @@ def test_low_rank_and_residual_experts_are_dropped(make_student, processor, fiel
         assert torch.equal(value, old if whole else old[done["kept"][0]]), name
 
 
+def test_biases_of_the_choice_stay_with_their_experts(make_student):
+    student = retyped(make_student, "llama", moe_layers=[0, 2], router_bias=True)
+    biases = torch.tensor([0.1, 0.2, 0.3, 0.4])
+    for layer in (0, 2):
+        block(student, layer).gate.e_score_correction_bias.copy_(biases)
+    smaller, done = compress_experts(student, loads=LOADS, num_experts=2)
+    for layer, kept in done["kept"].items():
+        assert torch.equal(block(smaller, layer).gate.e_score_correction_bias, biases[kept])
+
+
 REFUSED = [
     ({"num_experts": 4}, "give 2 to 3"),
     ({"num_experts": 1}, "give 2 to 3"),
