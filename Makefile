@@ -37,7 +37,7 @@ $(QUANTISATION): $(VENV)/.installed
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps -c constraints.txt --target $@ torchao bitsandbytes
 
 test-quantisation: $(QUANTISATION)
-	PYTHONPATH=$(QUANTISATION) $(BIN)/python -m pytest -q tests/students/test_quantisation.py
+	PYTHONPATH=$(QUANTISATION) $(BIN)/python -m pytest -q tests/students/test_quantisation.py tests/commands/test_compress.py
 
 # Prebuilt llama.cpp for Linux on x86-64, without the builds for GPUs, and the package that writes its files. What reads
 # pictures is not among the binaries: it is compiled, about a minute, from the sources of the same release.

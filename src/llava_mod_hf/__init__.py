@@ -14,6 +14,7 @@ _LAZY = {
     "PreferenceConfig": "training.preference_config",
     "PreferenceTrainer": "training.preference_trainer",
     "build_student": "students.build",
+    "compress_experts": "students.compression",
     "convert_checkpoint": "students.conversion",
     "export_gguf": "students.gguf_export",
     "export_stock": "students.stock_export",

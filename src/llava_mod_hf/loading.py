@@ -168,13 +168,15 @@ def load_model_and_processor(
             quantisation is unknown or not installed.
     """
     path = resolve(name)
+    # an explicit `None` would hide what the checkpoint says of its own weights
+    quantised = {} if quantization is None else {"quantization_config": quantization_config(quantization)}
     try:
         model = load_whole(
             AutoModelForImageTextToText,
             path,
             dtype=dtype,
             attn_implementation=attn_implementation,
-            quantization_config=quantization_config(quantization),
+            **quantised,
             device_map=device,
             trust_remote_code=trust_remote_code,
         )

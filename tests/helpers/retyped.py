@@ -22,7 +22,11 @@ def different_experts(model):
 def retyped(make_student, text_model_type, **fields):
     """A student like those of `make_student`, with other fields of its text config."""
     values = make_student(moe_layers=[0, 2], text_model_type=text_model_type).config.to_dict()
-    moe = {name: fields.pop(name) for name in ("moe_layers", "use_residual", "expert_rank") if name in fields}
+    moe = {
+        name: fields.pop(name)
+        for name in ("moe_layers", "use_residual", "expert_rank", "router_bias")
+        if name in fields
+    }
     values["text_config"] |= fields
     values["tie_word_embeddings"] = fields.get("tie_word_embeddings", True)  # the wrapper's decides
     values.pop("auto_map")

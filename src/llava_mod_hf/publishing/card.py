@@ -55,6 +55,7 @@ class CardFacts:
         measured (`dict`, *optional*): How: what is recorded of [`SETUP`].
         routers (`dict`, *optional*): What `llava-mod evaluate` counted of them: `layers`, `collapsed`.
         recipe_text (`str`, *optional*): The resolved recipe, YAML.
+        compression (`list[dict]`, *optional*): What `llava-mod compress` did, step by step.
         has_processor (`bool`, *optional*, defaults to `True`): Whether one is beside the model.
         names ([`PublicNames`], *optional*): Tells names of this machine from Hub ids.
     """
@@ -74,6 +75,7 @@ class CardFacts:
     measured: dict = field(default_factory=dict)
     routers: dict = field(default_factory=dict)
     recipe_text: str | None = None
+    compression: list = field(default_factory=list)
     has_processor: bool = True
     names: PublicNames = field(default_factory=PublicNames)
 
@@ -193,6 +195,7 @@ def render_card(facts, config, *, loss_figure=None, router_figure=None, sizes=()
         has_teacher=bool(facts.teachers),
         harness_figures=[(figure, names.public(figure.dataset or "–")) for figure in facts.harness_figures],
         recipe_text=(facts.recipe_text or "").strip(),
+        compression=facts.compression,
         made_from=[(role, names.public(name)) for role, name in made_from],
         datasets=[names.public(name) for name in facts.datasets],
         eval_dataset=names.public(facts.eval_dataset) if facts.eval_dataset else None,

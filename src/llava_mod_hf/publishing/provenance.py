@@ -14,6 +14,8 @@ RUN_FILE = "run.json"
 
 RESULTS_FILE = "results.json"
 
+COMPRESSION_FILE = "compression.json"  # what `llava-mod compress` did, step by step
+
 RECIPE_FILE = "recipe.yaml"
 
 PROCESSOR_FILES = ("processor_config.json", "preprocessor_config.json")
@@ -65,9 +67,20 @@ def stage_runs(checkpoint, **fields):
     return runs
 
 
+def compression_steps(checkpoint):
+    """
+    What `llava-mod compress` did to a checkpoint, `list[dict]`, one for each time; none of others.
+
+    Raises:
+        ValueError: if its note is damaged.
+    """
+    path = Path(checkpoint, COMPRESSION_FILE)
+    return read_fields(path, steps=list)["steps"] if path.is_file() else []
+
+
 def gather_facts(checkpoint, repo_id, *, license=None, harness_figures=()):
     """
-    What is known of a checkpoint, from the `run.json` of its stages and the `results.json` of `llava-mod evaluate`.
+    What is known of a checkpoint: `run.json` of its stages, `results.json` of `llava-mod evaluate`, `compression.json`.
 
     Args:
         checkpoint (`str` or `Path`): A folder; without these files nothing is known.
@@ -113,6 +126,7 @@ def gather_facts(checkpoint, repo_id, *, license=None, harness_figures=()):
         measured=_measured(results),
         routers=results.get("routers") or {},
         recipe_text=yaml.safe_dump_all(recipes, sort_keys=False) if recipes else None,
+        compression=compression_steps(checkpoint),
         has_processor=any((checkpoint / name).is_file() for name in PROCESSOR_FILES),
         names=names,
     )

@@ -70,7 +70,7 @@ def merge_experts(model, *, weights="uniform", loads=None):
         ValueError: if the model is dense, `loads` is missing, does not fit or is given in vain, a dense FFN is kept
             beside the experts, or stock LLaVA does not compute what the family does after the last layer.
     """
-    layers = _sparse_layers(model)
+    layers = sparse_layers(model)
     if weights not in MERGES:
         raise ValueError(f"`weights` is {weights!r}: give one of {', '.join(MERGES)}.")
     if (loads is not None) != (weights == "load"):
@@ -80,7 +80,7 @@ def merge_experts(model, *, weights="uniform", loads=None):
             "The student keeps the dense FFN beside the experts (`use_residual`), in shares that differ by token: "
             "there is no average."
         )
-    shares = _check_loads(loads, model) if loads is not None else {}
+    shares = check_loads(loads, model) if loads is not None else {}
 
     state = _without_ffns(model, layers)
     for index in layers:
@@ -120,7 +120,7 @@ def export_stock(model):
     Raises:
         ValueError: if the model is dense, or has no exact counterpart.
     """
-    layers = _sparse_layers(model)
+    layers = sparse_layers(model)
     text_config = _stock_moe_config(model, layers)
     state = _without_ffns(model, layers)
     width, like = text_config.hidden_size, model.lm_head.weight
@@ -138,14 +138,26 @@ def export_stock(model):
     return _stock_llava(model, text_config, state)
 
 
-def _sparse_layers(model):
+def sparse_layers(model):
+    """
+    The layers with experts.
+
+    Raises:
+        ValueError: if there are none.
+    """
     layers = getattr(model.config, "moe_layers", [])
     if not layers:
         raise ValueError(f"The {type(model).__name__} has no experts: it is dense already.")
     return layers
 
 
-def _check_loads(loads, model):
+def check_loads(loads, model):
+    """
+    Loads by layer as `results.json` of `llava-mod evaluate` has them, or Python: `dict[int, torch.DoubleTensor]`.
+
+    Raises:
+        ValueError: if they are of other layers or another number of experts than the model's, or do not sum to 1.
+    """
     layers, num_experts = model.config.moe_layers, model.config.num_experts
     loads = {int(layer): torch.tensor(share, dtype=torch.float64) for layer, share in loads.items()}
     fits = sorted(loads) == layers and all(
