@@ -26,6 +26,7 @@ from llava_mod_hf.publishing.fresh_process import conversation
 from llava_mod_hf.students.onnx_export import FAMILIES, export_onnx
 from llava_mod_hf.students.onnx_reader import OnnxStudent
 from llava_mod_hf.students.onnx_weights import DTYPES
+from llava_mod_hf.students.router_bias import add_router_bias, router_biases
 
 ROOT = Path(__file__).parents[2]
 LENGTH = 6  # tokens of an answer
@@ -68,6 +69,9 @@ def embedded(kind):
     model, processor = load_model_and_processor("embedded:tiny-teacher")
     if kind == "sparse":
         model = different(upcycle(model, layers="alternate"))
+        add_router_bias(model)
+        for bias in router_biases(model):
+            bias.copy_(torch.tensor([0.4, 0.0, -0.2, 0.0]))
     elif kind == "merged":
         model = merge_experts(different(upcycle(model, layers="alternate")))
     return model.eval(), processor
@@ -138,7 +142,10 @@ def torch_answers(model, processor, rows):
 def chosen_experts(model, inputs):
     """`(batch, sequence, layers, k)`, sorted."""
     logits = model(**inputs, output_router_logits=True).router_logits
-    chosen = torch.stack([layer.topk(model.config.num_experts_per_tok).indices for layer in logits], dim=1)
+    layers = [model.model.language_model.layers[index] for index in model.config.moe_layers]
+    biases = [getattr(layer.mlp.gate, "e_score_correction_bias", None) for layer in layers]
+    scores = [layer.softmax(dim=-1) + (0 if bias is None else bias) for layer, bias in zip(logits, biases, strict=True)]
+    chosen = torch.stack([score.topk(model.config.num_experts_per_tok).indices for score in scores], dim=1)
     return chosen.view(*inputs["input_ids"].shape, *chosen.shape[1:]).sort().values
 
 
@@ -162,7 +169,7 @@ def test_answers_in_onnxruntime_are_those_of_torch(exported, rows, case):
         if getattr(model.config, "moe_layers", []):
             prompt = torch.tensor(choices[0]).sort().values
             assert torch.equal(prompt[torch.tensor(seen)], chosen_experts(model, inputs)[torch.tensor(seen)])
-            assert len(prompt.unique()) == 4
+            assert len(prompt.unique()) > 2
         else:
             assert choices == []
 

@@ -70,9 +70,11 @@ def _halved(proto):
     from onnxruntime.transformers.float16 import DEFAULT_OP_BLOCK_LIST, convert_float_to_float16
 
     kept = set(_kept(proto))
-    logits = {name for node in proto.graph.node if node.name in kept for name in node.output}
-    # the softmax of a router's logits as well: in half precision two experts may have the same share
-    kept |= {node.name for node in proto.graph.node if logits & set(node.input)}
+    # and what comes of a router's logits, their softmax and the bias that is added to it: in half precision two experts
+    # may have the same share
+    for _ in range(2):
+        made = {name for node in proto.graph.node if node.name in kept for name in node.output}
+        kept |= {node.name for node in proto.graph.node if made & set(node.input)}
     return convert_float_to_float16(
         copy.deepcopy(proto),
         keep_io_types=True,
