@@ -79,6 +79,18 @@ def test_a_stage_that_is_ready(folder, capsys):
     assert logging.getLogger("llava_mod_hf").level == logging.NOTSET
 
 
+def test_batches_of_tokens(folder, capsys):
+    budget = {"max_tokens_per_batch": 80, "train_sampling_strategy": "group_by_length"}
+    path = recipe(folder, per_device_train_batch_size=None, **budget)
+    _, found, text = check(path, "--processes", "2", capsys=capsys)
+    lengths = found["rows"]["tokens"]
+    assert 2 * lengths["most"] <= 80 < 3 * lengths["least"], "two rows of four at a time"
+    assert (found["steps"]["steps"], found["steps"]["rows_per_step"]) == (3, 4)
+    assert "of batches of up to 2 rows and 80 tokens are padding" in text
+    _, rows_found, _ = check(recipe(folder), "--processes", "2", capsys=capsys)
+    assert found["memory"]["whole"] > rows_found["memory"]["whole"], "of 80 tokens, not of twice the longest row"
+
+
 def test_the_counts_are_those_of_the_student(folder, capsys):
     student, _ = build_student(*MODELS.values())
     _, found, _ = check(recipe(folder), capsys=capsys)

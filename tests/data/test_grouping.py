@@ -14,7 +14,7 @@ from transformers import Trainer, TrainerCallback
 from trl import SFTConfig, SFTTrainer
 
 from llava_mod_hf.data.fitting import fit_rows
-from llava_mod_hf.data.grouping import GroupedBatches, ModalityLengthSampler
+from llava_mod_hf.data.grouping import GroupedBatches, ModalityLengthSampler, TokenBatches
 
 RNG = random.Random(0)
 LENGTHS = [RNG.randrange(10, 500) for _ in range(403)]
@@ -67,6 +67,63 @@ def test_two_processes_take_batches_of_one_kind_at_the_same_time():
     together = [a + b for a, b in zip(first, second, strict=True)]
     assert sum(len({HAS_IMAGES[i] for i in batch}) > 1 for batch in together) <= 2
     assert spread(together) < 0.5 * spread(list(BatchSampler(range(len(LENGTHS)), 2 * size, drop_last=False)))
+
+
+def token_batches(budget, *, processes=1, epoch=0, seed=0, lengths=LENGTHS, has_images=HAS_IMAGES):
+    """Of each process."""
+    samplers = [
+        TokenBatches(lengths, has_images, budget=budget, processes=processes, process=i, seed=seed, epoch=lambda: epoch)
+        for i in range(processes)
+    ]
+    found = [list(sampler) for sampler in samplers]
+    assert [len(batches) for batches in found] == [len(sampler) for sampler in samplers] == [len(found[0])] * processes
+    return found
+
+
+@pytest.mark.parametrize("processes", [1, 2, 5])
+@pytest.mark.parametrize("budget", [500, 2000, 7777, 10**6])
+def test_batches_of_tokens_have_every_row_once_and_no_more_tokens_than_they_may(budget, processes):
+    of_each = token_batches(budget, processes=processes)
+    batches = list(itertools.chain(*of_each))
+    assert sorted(itertools.chain(*batches)) == list(range(len(LENGTHS)))
+    assert all(len(batch) * max(LENGTHS[i] for i in batch) <= budget for batch in batches)
+    assert all(len({HAS_IMAGES[i] for i in batch}) == 1 for batch in batches)
+    steps = [list(itertools.chain(*step)) for step in zip(*of_each, strict=True)]
+    assert sum(len({HAS_IMAGES[i] for i in step}) > 1 for step in steps) <= 1
+    assert max(LENGTHS) == max(LENGTHS[i] for i in steps[0])
+    if budget < 10**6:
+        firsts = [max(LENGTHS[i] for i in step) for step in steps[1:]]
+        assert firsts != sorted(firsts, reverse=True)
+
+
+def test_batches_of_tokens_are_full():
+    """Of as few batches as whole budgets make, but for what rounding and the two modalities leave over."""
+    (batches,) = token_batches(4000)
+    padded = [len(batch) * max(LENGTHS[i] for i in batch) for batch in batches]
+    assert sum(LENGTHS) / sum(padded) > 0.9
+    assert len(batches) <= 1.15 * sum(LENGTHS) / 4000 + 2
+
+
+def test_batches_of_tokens_depend_on_seed_and_epoch_and_are_as_many_in_each():
+    def drawn(**options):
+        return [tuple(sorted(batch)) for batch in token_batches(3000, processes=2, **options)[1]]
+
+    assert drawn() == drawn()
+    others = [drawn(), drawn(epoch=1), drawn(epoch=2), drawn(seed=7)]
+    assert len({len(batches) for batches in others}) == 1
+    assert len({tuple(batches) for batches in others}) == 4
+    assert len({frozenset(batches) for batches in others}) == 4, "not the same batches in another order"
+
+
+def test_a_row_comes_twice_only_where_there_are_too_few():
+    (first,), (second,), (third,) = token_batches(20, processes=3, lengths=[10, 20], has_images=[True, True])
+    assert sorted([first, second, third]) == [[0], [1], [1]] or sorted([first, second, third]) == [[0], [0], [1]]
+    assert token_batches(20, processes=2, lengths=[10, 10], has_images=[True, True]) in ([[[0]], [[1]]], [[[1]], [[0]]])
+
+
+def test_a_row_longer_than_a_batch_is_refused():
+    with pytest.raises(ValueError, match="A row has 20 tokens, and `max_tokens_per_batch` is 19: give at least"):
+        token_batches(19, lengths=[10, 20], has_images=[True, True])
 
 
 class GroupedTrainer(GroupedBatches, SFTTrainer):
@@ -162,3 +219,7 @@ def test_the_parents_methods_are_as_they_were():
     assert list(inspect.signature(Trainer._get_train_sampler).parameters) == ["self", "train_dataset"]
     assert list(inspect.signature(Trainer._get_eval_sampler).parameters) == ["self", "eval_dataset"]
     assert "self._train_batch_size" in inspect.getsource(Trainer.get_train_dataloader)
+    # a sampler of whole batches of one process, known by this class alone
+    loader = inspect.getsource(Trainer._get_dataloader)
+    assert "if isinstance(sampler, BatchRebalanceSampler):" in loader and '["batch_sampler"] = sampler' in loader
+    assert "prepared_bs.num_processes = 1" in loader

@@ -22,6 +22,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor, TrainerCall
 from llava_mod_hf import LlavaModForConditionalGeneration, MimicConfig, MimicTrainer
 from llava_mod_hf.commands.pretrain import image_processor
 from llava_mod_hf.data import easy_vqa
+from llava_mod_hf.data.fitting import fit_rows
 from llava_mod_hf.students.router_bias import router_biases
 from llava_mod_hf.teachers.sharded import shard_layers, whole
 
@@ -46,6 +47,9 @@ EVALUATED = (7, 6)
 TEMPERATURE, KL_WEIGHT, LM_WEIGHT = 2.0, 0.7, 0.5
 
 TERMS = {"temperature": TEMPERATURE, "kl_weight": KL_WEIGHT, "lm_weight": LM_WEIGHT}
+
+# two batches of eight rows for each of two processes, in one step
+TOKENS = {"batch": 8, "max_tokens_per_batch": 80, "train_sampling_strategy": "group_by_length", "accumulation": 2}
 
 EVERYTHING = ["vision_tower", "adaptor", "language_model"]
 
@@ -207,7 +211,7 @@ def sharded_gradients(folder, processor):
 def train(folder, *modes):
     """
     `modes`: `plain` with and without the router aux, `other` processor, `text` alone, `adaptor` alone, `eval`uation of
-    a number of rows that does not divide, `balance` of the routers, `fsdp2`.
+    a number of rows that does not divide, `balance` of the routers, `fsdp2`, batches of a number of `tokens`.
     """
     processor = AutoProcessor.from_pretrained(folder / "student")
     gradients = {}
@@ -246,6 +250,8 @@ def train(folder, *modes):
         elif mode == "balance":
             trainer = keep(mode, "teacher", router_bias_update=0.25, train_modules=["adaptor"])
             gradients[mode] = router_biases(trainer.accelerator.unwrap_model(trainer.model))
+        elif mode == "tokens":
+            trainer = keep(mode, "teacher", dataset=fit_rows(rows(count=8), processor, max_length=None)[0], **TOKENS)
         elif mode == "adaptor":  # which the first process's rows do not reach
             trainer = keep(mode, "teacher", dataset=half_text_rows(), train_modules=["adaptor"])
         else:

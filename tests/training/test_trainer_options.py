@@ -53,6 +53,7 @@ VALUES = {
     "temperature": 2.0,
     "teacher_weights": [0.5],
     "share_vision_tower": False,
+    "max_tokens_per_batch": 512,
 }
 
 # what leaves an option unread, where the default of another is what makes it read
@@ -129,6 +130,7 @@ def test_what_another_option_makes_read_is_taken_with_it(stage, name):
         "discopop_tau": {"loss_type": ["sigmoid", "discopop"]},
         "ref_model_mixup_alpha": {"sync_ref_model": True, "reference": "self"},
         "ref_model_sync_steps": {"sync_ref_model": True, "reference": "self"},
+        "max_tokens_per_batch": {"train_sampling_strategy": "group_by_length"},
     }.get(name, {})
     assert other or name in WITHOUT
     value = value_of(stage, name)

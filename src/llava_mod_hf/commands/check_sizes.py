@@ -43,13 +43,15 @@ class SizesOfStage:
         if "rows" not in self.found:
             return
         args = self.args
-        batch = args.per_device_train_batch_size * args.gradient_accumulation_steps * self.processes
+        budget = getattr(args, "max_tokens_per_batch", None)
+        rows = args.per_device_train_batch_size * self.processes if budget is None else len(self.rows) / self.batches
+        batch = rows * args.gradient_accumulation_steps
         steps = args.max_steps if args.max_steps > 0 else math.ceil(len(self.rows) / batch * args.num_train_epochs)
         seen = min(steps * batch, len(self.rows) * args.num_train_epochs) if args.max_steps <= 0 else steps * batch
         tokens = sum(self.rows[LENGTH][:]) / len(self.rows) * seen
         self._tell(
             "steps",
-            f"{steps:,} of {batch} rows: {amount(tokens)} tokens",
+            f"{steps:,} of {batch:,.0f} rows: {amount(tokens)} tokens",
             steps=steps,
             rows_per_step=batch,
             tokens=tokens,
@@ -60,6 +62,8 @@ class SizesOfStage:
             return
         args, longest = self.args, self.found["rows"]["tokens"]["most"]
         sequences = args.per_device_train_batch_size * (2 if self.stage == "prefer" else 1)
+        if getattr(args, "max_tokens_per_batch", None) is not None:
+            sequences = args.max_tokens_per_batch / longest
         images = (self.student.config.image_seq_length or 0) * max(self.rows[NUM_IMAGES][:], default=0)
         supervised = self.found["rows"].get("supervised", 1.0) * sequences * longest
         rows = min(args.rows_per_chunk, math.ceil(supervised)) if self.stage == "mimic" else 0

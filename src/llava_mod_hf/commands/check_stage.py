@@ -24,7 +24,8 @@ from llava_mod_hf.commands.parts import (
     settings_of_teacher,
 )
 from llava_mod_hf.data.conversations import AnswersCollator, supervises_answers
-from llava_mod_hf.data.fitting import LENGTH
+from llava_mod_hf.data.fitting import LENGTH, NUM_IMAGES
+from llava_mod_hf.data.grouping import TokenBatches
 from llava_mod_hf.data.load import image_root, load_rows
 from llava_mod_hf.data.row_files import files_of
 from llava_mod_hf.loading import resolve
@@ -230,13 +231,26 @@ class StageCheck(SizesOfStage):
         )  # fmt: skip
         if before > len(rows):
             self._tell("", f"{before - len(rows):,} are left out: too long, nothing to learn, or malformed")
-        batch = self.args.per_device_train_batch_size
-        order = torch.randperm(len(self.rows), generator=torch.Generator().manual_seed(0)).tolist()
-        drawn = [self.rows[LENGTH][i] for i in order[: 1000 * batch]]
-        padded = sum(max(part) * len(part) for part in (drawn[i : i + batch] for i in range(0, len(drawn), batch)))
-        share = 1 - sum(drawn) / padded
-        self._tell("", f"{share:.0%} of a batch of {batch} are padding, in random order", padding=share)
+        self._padding()
         self._supervised()
+
+    def _padding(self):
+        batch, budget = self.args.per_device_train_batch_size, getattr(self.args, "max_tokens_per_batch", None)
+        lengths = self.rows[LENGTH][:]
+        if budget is None:
+            order = torch.randperm(len(lengths), generator=torch.Generator().manual_seed(0)).tolist()
+            batches = [order[i : i + batch] for i in range(0, len(order[: 1000 * batch]), batch)]
+            told = f"of a batch of {batch} are padding, in random order"
+        else:
+            has_images = [count > 0 for count in self.rows[NUM_IMAGES]]
+            batches = list(
+                TokenBatches(lengths, has_images, budget=budget, processes=self.processes, seed=0, epoch=lambda: 0)
+            )
+            told = f"of batches of up to {max(map(len, batches))} rows and {budget:,} tokens are padding"
+            self.batches = len(batches)  # of a process in an epoch
+        padded = sum(max(lengths[row] for row in rows) * len(rows) for rows in batches)
+        share = 1 - sum(lengths[row] for rows in batches for row in rows) / padded
+        self._tell("", f"{share:.0%} {told}", padding=share)
 
     def _collator(self):
         if self.stage == "prefer":

@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 
 from trl import SFTConfig
 
+from llava_mod_hf.training.batch_options import BatchOptions, check_batches
 from llava_mod_hf.training.hub_options import HubOptions, check_hub
 from llava_mod_hf.training.lora_options import LoraOptions, check_lora
 from llava_mod_hf.training.trainable import check_train_modules
@@ -12,12 +13,13 @@ from llava_mod_hf.training.validation_options import ValidationOptions, check_va
 
 
 @dataclass
-class AdaptConfig(ValidationOptions, LoraOptions, HubOptions, SFTConfig):
+class AdaptConfig(BatchOptions, ValidationOptions, LoraOptions, HubOptions, SFTConfig):
     """
     [`~trl.SFTConfig`] of the adaptor stage.
 
-    The options of [`~llava_mod_hf.training.lora_options.LoraOptions`], of
-    [`~llava_mod_hf.training.validation_options.ValidationOptions`] and of
+    The options of [`~llava_mod_hf.training.batch_options.BatchOptions`],
+    [`~llava_mod_hf.training.lora_options.LoraOptions`],
+    [`~llava_mod_hf.training.validation_options.ValidationOptions`] and
     [`~llava_mod_hf.training.hub_options.HubOptions`] are options of it too.
 
     Args:
@@ -33,6 +35,7 @@ class AdaptConfig(ValidationOptions, LoraOptions, HubOptions, SFTConfig):
         super().__post_init__()
         check_dependent_options(self, "adapt")
         check_train_modules(self.train_modules)
+        check_batches(self)
         check_lora(self)
         check_validation(self)
         check_hub(self)

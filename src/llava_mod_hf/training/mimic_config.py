@@ -6,6 +6,7 @@ from trl import SFTConfig
 
 from llava_mod_hf.losses.divergences import check_divergence
 from llava_mod_hf.training.authors_behaviour import ReferenceCompat
+from llava_mod_hf.training.batch_options import BatchOptions, check_batches
 from llava_mod_hf.training.hub_options import HubOptions, check_hub
 from llava_mod_hf.training.lora_options import LoraOptions, check_lora
 from llava_mod_hf.training.router_balance import check_router_bias_update
@@ -15,14 +16,15 @@ from llava_mod_hf.training.validation_options import ValidationOptions, check_va
 
 
 @dataclass
-class MimicConfig(ValidationOptions, LoraOptions, HubOptions, SFTConfig):
+class MimicConfig(BatchOptions, ValidationOptions, LoraOptions, HubOptions, SFTConfig):
     """
     [`~trl.SFTConfig`] with the weights of the mimic loss.
 
         L = kl_weight · Σ_i w_i · D(teacher_i, student) + lm_weight · CE(labels) + router_aux_loss_coef · router aux
 
-    The options of [`~llava_mod_hf.training.lora_options.LoraOptions`], of
-    [`~llava_mod_hf.training.validation_options.ValidationOptions`] and of
+    The options of [`~llava_mod_hf.training.batch_options.BatchOptions`],
+    [`~llava_mod_hf.training.lora_options.LoraOptions`],
+    [`~llava_mod_hf.training.validation_options.ValidationOptions`] and
     [`~llava_mod_hf.training.hub_options.HubOptions`] are options of it too.
 
     Args:
@@ -80,6 +82,7 @@ class MimicConfig(ValidationOptions, LoraOptions, HubOptions, SFTConfig):
         super().__post_init__()
         check_dependent_options(self, "mimic")
         check_train_modules(self.train_modules)
+        check_batches(self)
         check_lora(self)
         check_validation(self)
         check_hub(self)

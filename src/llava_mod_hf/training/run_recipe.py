@@ -145,7 +145,8 @@ def check_same_recipe(checkpoint, recipe):
 def _same_rows(then, processes, now):
     """How another number of processes reads as many rows a step, if it can."""
     steps, batch = (then.get(name) for name in ("gradient_accumulation_steps", "per_device_train_batch_size"))
-    if processes == now or steps is None or batch is None or steps * processes % now:
+    by_rows = then.get("max_tokens_per_batch") is None
+    if processes == now or steps is None or batch is None or steps * processes % now or not by_rows:
         return ""
     return (
         f" (`gradient_accumulation_steps: {steps * processes // now}` then keeps the {batch * steps * processes} rows "

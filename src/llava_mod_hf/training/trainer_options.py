@@ -67,11 +67,11 @@ READ_HERE += "lora_target_modules lora_target_parameters lora_modules_to_save te
 READ_HERE += "early_stopping_patience early_stopping_threshold hub_tag hub_gated"
 
 READ_HERE_OF = {
-    "adapt": "chat_template_path completion_only_loss assistant_only_loss",
+    "adapt": "chat_template_path completion_only_loss assistant_only_loss max_tokens_per_batch",
     "mimic": "average_tokens_across_devices router_aux_loss_coef completion_only_loss assistant_only_loss "
     "ddp_find_unused_parameters divergence temperature jsd_beta kl_weight lm_weight teacher_weights rows_per_chunk "
     "on_policy_share on_policy_max_new_tokens share_vision_tower shard_teacher reference_compat reference_vocab_size "
-    "router_bias_update",
+    "router_bias_update max_tokens_per_batch",
     "prefer": "router_aux_loss_coef loss_type loss_weights beta label_smoothing ld_alpha sync_ref_model reference "
     "kto_reference_compat share_prefix",
 }
@@ -111,6 +111,8 @@ REFUSED = (
 
 # (of which trainers, options, what makes them read, whether that is so)
 DEPENDENT = (
+    (SFT, "max_tokens_per_batch", "`train_sampling_strategy: group_by_length`",
+     lambda args: args.train_sampling_strategy == "group_by_length"),
     (ALL, "activation_offloading", "an accelerator",
      lambda args: torch.accelerator.is_available() and not args.use_cpu),
     (("mimic",), "divergence temperature teacher_weights share_vision_tower shard_teacher", "`kl_weight`",
