@@ -137,7 +137,25 @@ test-onnx: $(ONNX) $(TRANSFORMERS_JS) $(DEMO)
 	PYTHONPATH=$(ONNX):$(DEMO) TRANSFORMERS_JS=$(TRANSFORMERS_JS) NEEDS_ONNX=1 NEEDS_BROWSER=1 SCREENSHOTS=$(SCREENSHOTS) \
 		$(BIN)/python -m pytest -q $(MARKS) tests/students/test_onnx_export.py tests/students/test_web_export.py
 
-test-all: setup test-quantisation test-gguf test-harnesses test-launched test-demo
+# In a folder of its own, as nothing but the site needs it.
+MKDOCS := $(VENV)/mkdocs
+
+$(MKDOCS): $(VENV)/.installed
+	rm -rf $@
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps -c constraints.txt --target $@ \
+		mkdocs mkdocs-material mkdocs-material-extensions mkdocs-get-deps ghp-import mergedeep pyyaml_env_tag watchdog \
+		backrefs babel colorama paginate pymdown-extensions markdown platformdirs
+
+# The pages as a site, runs/site/index.html; a link or a heading that is not there ends it.
+.PHONY: docs test-docs
+docs test-docs: export NO_MKDOCS_2_WARNING := 1
+docs: $(MKDOCS)
+	PYTHONPATH=$(MKDOCS) $(BIN)/python -m mkdocs build --strict --quiet
+
+test-docs: $(MKDOCS)
+	PYTHONPATH=$(MKDOCS) LLAVA_MOD_TARGET=docs $(BIN)/python -m pytest -q tests/test_site.py
+
+test-all: setup test-docs test-quantisation test-gguf test-harnesses test-launched test-demo
 	$(MAKE) test-onnx MARKS="-m ''"
 	$(BIN)/python -m pytest -q $(WORKERS) -m ''
 	$(MAKE) test-lowest test-newest
