@@ -280,7 +280,8 @@ def test_the_stages_of_a_family_are_in_one_collection(hub, run, capsys):
 
 
 @pytest.mark.parametrize(
-    ("step", "status", "advice"), [("collection", 403, "give another"), ("item", 500, "publish again")]
+    ("step", "status", "advice"),
+    [("collection", 403, "give another"), ("item", 500, "publish again"), ("item", 429, "publish again")],
 )
 def test_a_collection_that_fails_leaves_the_push(hub, run, capsys, step, status, advice):
     hub.fail[step] = status

@@ -79,5 +79,10 @@ def test_the_card_is_what_it_should_look_like(browser, tmp_path):
     sizes = browser.execute_script("return Array.from(document.images).map(image => image.naturalWidth)")
     assert len(sizes) == 2 and min(sizes) > 300
     assert "in brackets 95 % intervals" in shown and "questions of the test split of embedded:scenes" in shown
+    assert (
+        "safetensors, F32" in shown
+        and "not recorded" not in shown
+        and "not measured" not in shown.replace("– is not", "")
+    )
     assert not requested(browser)
     assert screenshot(browser, "card.png", tmp_path).stat().st_size > 50_000

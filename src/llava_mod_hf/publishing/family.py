@@ -3,7 +3,7 @@
 from huggingface_hub import HfApi
 from huggingface_hub.errors import HfHubHTTPError
 
-from llava_mod_hf.publishing.patience import NO_ANSWER, patiently
+from llava_mod_hf.publishing.patience import NO_ANSWER, PASSING, patiently
 
 
 def add_to_collection(repo_id, title, *, private=False, note=None):
@@ -29,7 +29,7 @@ def add_to_collection(repo_id, title, *, private=False, note=None):
         patiently(api.add_collection_item, found.slug, repo_id, "model", note=note, exists_ok=True)
     except NO_ANSWER as error:
         answered = isinstance(error, HfHubHTTPError)
-        refused = answered and error.response.status_code < 500
+        refused = answered and error.response.status_code < 500 and error.response.status_code not in PASSING
         reason = " ".join(str((error.server_message if answered else None) or error).split())[:300]
         raise (ValueError if refused else ConnectionError)(
             f"`{repo_id}` is pushed, and could not be put into the collection `{title}` of `{owner}` ({reason}): "
