@@ -1,13 +1,17 @@
 """
 Time of the mixture-of-experts block against transformers' own experts and a dense FFN, as ratios within one run.
 
-    python benchmarks/moe_block.py [--tokens 704 4096 1] [--threads 2] [--json]
+    python benchmarks/moe_block.py [--tokens 704 4096 1] [--threads 2] [--clock cpu] [--json]
+    python benchmarks/moe_block.py --expert-rank 8
 
 At Qwen2-0.5B's sizes by default. `ours` is the block of a student as it is built by default; `eager` and `grouped_mm`
 are transformers' own implementations of the same experts behind the same router, with the same weights; the floor is
 one dense FFN on k times the rows, the arithmetic that k experts per token cannot do without. One token is decoded,
 forward without gradient; more are trained on, forward and backward. The implementations take turns, so that whatever
-else the machine does meets them all alike, and the medians are compared.
+else the machine does meets them all alike, and the medians are compared. `--clock cpu` counts the seconds of all
+threads, which other work on the machine changes less.
+
+Experts of a low rank (`--expert-rank`) share a dense FFN, and their floor is that FFN, once for each token.
 """
 
 import argparse
@@ -49,6 +53,7 @@ def default_block(args):
         moe_layers=[0],
         num_experts=args.experts,
         num_experts_per_tok=args.top_k,
+        expert_rank=args.expert_rank,
     )
     model = LlavaModForConditionalGeneration._from_config(config, dtype=getattr(torch, args.dtype))
     return model.model.language_model.layers[0].mlp
@@ -75,6 +80,12 @@ def implementations(args):
         SimpleNamespace(hidden_size=args.hidden, intermediate_size=args.intermediate, hidden_act="silu")
     ).to(getattr(torch, args.dtype))
 
+    parameters = [*block.parameters(), *dense.parameters()]
+    if args.expert_rank is not None:
+        for part in (block.experts.up_b, block.experts.down_b):
+            torch.nn.init.normal_(part, std=0.02)  # as after some training
+        return {"ours": block, "floor": dense}, parameters
+
     def behind_the_router(experts):
         def run(tokens):
             _, weights, index = block.gate(tokens)
@@ -87,37 +98,44 @@ def implementations(args):
         "eager": behind_the_router(stock_experts(block, args, "eager")),
         "grouped_mm": behind_the_router(stock_experts(block, args, "grouped_mm")),
         "floor": lambda tokens: dense(tokens.repeat_interleave(args.top_k, dim=0)),
-    }, [*block.parameters(), *dense.parameters()]
+    }, parameters
 
 
-def seconds(run, tokens, parameters):
+def seconds(run, tokens, parameters, clock):
     """Of one forward pass, and one backward pass where there is more than one token."""
     training = len(tokens) > 1
     for parameter in parameters:
         parameter.grad = None
     tokens = tokens.clone().requires_grad_(training)
     with torch.set_grad_enabled(training):
-        start = time.perf_counter()
+        start = clock()
         output = run(tokens)
         if training:
             output.sum().backward()
-        return time.perf_counter() - start
+        return clock() - start
 
 
 def measure(num_tokens, args):
     """Medians in seconds, and as ratios to the floor's."""
     torch.manual_seed(0)
     runs, parameters = implementations(args)
+    runs = {
+        name: run
+        for name, run in runs.items()
+        if name in (*(runs if args.only is None else args.only), "ours", "floor")
+    }
     tokens = torch.randn(num_tokens, args.hidden, dtype=getattr(torch, args.dtype))
     with torch.no_grad():
-        expected = runs["eager"](tokens)
-        for name in ("ours", "grouped_mm"):
+        alike = [name for name in runs if name != "floor"]
+        expected = runs[alike[-1]](tokens)
+        for name in alike[:-1]:
             torch.testing.assert_close(runs[name](tokens), expected, rtol=0, atol=0.02 * expected.abs().max().item())
     # at least `repetitions` turns, and at least `seconds` long: one token takes milliseconds
     times, start = {name: [] for name in runs}, time.perf_counter()
+    clock = time.process_time if args.clock == "cpu" else time.perf_counter
     while len(times["ours"]) < args.repetitions or time.perf_counter() - start < args.seconds:
         for name, run in runs.items():
-            times[name].append(seconds(run, tokens, parameters))
+            times[name].append(seconds(run, tokens, parameters, clock))
     medians = {name: statistics.median(values[1:]) for name, values in times.items()}  # the first warms up
     return {
         "tokens": num_tokens,
@@ -125,7 +143,7 @@ def measure(num_tokens, args):
         "repetitions": len(times["ours"]) - 1,
         "seconds": medians,
         "ratio_to_floor": {name: median / medians["floor"] for name, median in medians.items()},
-        "ours_to_better": medians["ours"] / min(medians["eager"], medians["grouped_mm"]),
+        "ours_to_better": medians["ours"] / min(medians[name] for name in alike[1:] or ["ours"]),
     }
 
 
@@ -136,6 +154,9 @@ def main(argv=None):
     parser.add_argument("--intermediate", type=int, default=4864, help="width of an expert, Qwen2-0.5B's by default")
     parser.add_argument("--experts", type=int, default=4)
     parser.add_argument("--top-k", type=int, default=2)
+    parser.add_argument("--expert-rank", type=int, help="experts of that rank; whole ones by default")
+    parser.add_argument("--only", nargs="*", choices=["eager", "grouped_mm"], help="beside ours and the floor")
+    parser.add_argument("--clock", choices=["wall", "cpu"], default="wall")
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
     parser.add_argument("--repetitions", type=int, default=6, help="turns, at least")
     parser.add_argument("--seconds", type=float, default=3.0, help="for each number of tokens, at least")

@@ -17,9 +17,11 @@ def test_moe_block(capsys):
     sizes = ["--hidden", "128", "--intermediate", "64", "--repetitions", "3", "--seconds", "0"]
     try:
         results = benchmark["main"](["--tokens", "8", "1", *sizes, "--threads", "1", "--json"])
+        low_rank = benchmark["main"](["--tokens", "8", *sizes, "--threads", "1", "--expert-rank", "2"])
     finally:
         torch.set_num_threads(threads)
-    assert json.loads(capsys.readouterr().out)["results"] == results
+    assert set(low_rank[0]["seconds"]) == {"ours", "floor"}
+    assert json.loads(capsys.readouterr().out.partition("\n}\n")[0] + "}")["results"] == results
     assert [(result["tokens"], result["work"]) for result in results] == [(8, "forward and backward"), (1, "forward")]
     for result in results:
         assert set(result["seconds"]) == {"ours", "eager", "grouped_mm", "floor"}

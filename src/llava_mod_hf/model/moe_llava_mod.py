@@ -248,18 +248,22 @@ class LlavaModLowRankExperts(nn.Module):
         self.down_b = nn.Parameter(torch.empty(config.num_experts, config.hidden_size, config.expert_rank))
 
     def forward(self, hidden_states, top_k_index, top_k_weights):
-        shared_up = torch.cat([self.shared.get_submodule(part)(hidden_states) for part in self.layout.first], dim=-1)
-        shared_inner = shared_up.new_zeros(hidden_states.shape[0], self.down_a.shape[-1])  # (tokens, I)
-        output = shared_up.new_zeros(hidden_states.shape)
+        shared = [self.shared.get_submodule(part)(hidden_states) for part in self.layout.first]
+        shared_inner = shared[0].new_zeros(hidden_states.shape[0], self.down_a.shape[-1])  # (tokens, I)
+        output = shared[0].new_zeros(hidden_states.shape)
         for expert in range(self.num_experts):
             token_idx, choice = torch.where(top_k_index == expert)
-            difference = F.linear(F.linear(hidden_states[token_idx], self.up_a[expert]), self.up_b[expert])
-            inner = shared_up[token_idx] + difference
+            low_rank = F.linear(hidden_states[token_idx], self.up_a[expert])  # (tokens, rank)
+            # into the copies that the choice of tokens makes: these are the wide tensors, and most of the time
+            inner = [
+                part[token_idx].addmm_(low_rank.to(part.dtype), up_b.to(part.dtype).T)
+                for part, up_b in zip(shared, self.up_b[expert].chunk(len(shared)), strict=True)
+            ]
             if self.layout.gated:
-                gate, up = inner.chunk(2, dim=-1)
+                gate, up = inner if len(inner) > 1 else inner[0].chunk(2, dim=-1)
                 inner = self.act_fn(gate) * up
             else:
-                inner = self.act_fn(inner)
+                inner = self.act_fn(inner[0])
             inner = inner * top_k_weights[token_idx, choice, None]
             difference = F.linear(F.linear(inner, self.down_a[expert]), self.down_b[expert])
             shared_inner.index_add_(0, token_idx, inner.to(shared_inner.dtype))
