@@ -97,7 +97,7 @@ test-harnesses: $(LM_EVAL) $(LMMS_EVAL)
 
 # The recipes' launch configurations on two CPU processes.
 test-launched: $(DEEPSPEED)
-	PYTHONPATH=$(DEEPSPEED) $(BIN)/python -m pytest -q -m '' tests/training/test_launched.py
+	PYTHONPATH=$(DEEPSPEED) $(BIN)/python -m pytest -q -m '' -k 'launched or two_processes' tests/training
 
 # In a folder of their own: Gradio asks for an older Pillow than constraints.txt has, and works with it.
 DEMO := $(VENV)/demo

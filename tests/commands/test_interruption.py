@@ -58,7 +58,14 @@ def losses(run):
     return [entry["loss"] for entry in run["log_history"] if "loss" in entry]
 
 
-@pytest.mark.parametrize("number", SIGNALS, ids=lambda number: number.name)
+# one signal of each stage is fast enough for every run
+@pytest.mark.parametrize(
+    "number",
+    [
+        pytest.param(number, id=number.name, marks=[pytest.mark.slow] * bool(place))
+        for place, number in enumerate(SIGNALS)
+    ],
+)
 @pytest.mark.parametrize("stage", STAGES)
 def test_a_signal_saves_a_checkpoint_and_the_run_goes_on_to_the_same_end(folders, tmp_path, sending, stage, number):
     run, trainer = STAGES[stage]

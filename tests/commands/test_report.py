@@ -4,6 +4,8 @@ import base64
 import json
 import re
 
+import pytest
+
 from helpers.stages import mimic
 from llava_mod_cli import main
 from llava_mod_hf.commands.report import SHOWN
@@ -155,6 +157,7 @@ def test_what_cannot_be_reported_is_refused_in_a_sentence(tmp_path, capsys):
         assert error.count("\n") == 1
 
 
+@pytest.mark.slow
 def test_what_a_stage_leaves_is_what_is_reported(folders, tmp_path):
     evaluated = {"eval_strategy": "steps", "eval_steps": 2, "test_split_size": 2, "eval_answers": 2}
     run = mimic(folders, tmp_path / "run", moe_layers=["alternate"], **evaluated)

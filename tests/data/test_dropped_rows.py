@@ -155,6 +155,7 @@ def test_a_worker_judges_a_small_stream_when_it_begins_anew(tmp_path):
         list(DataLoader(rows.remove_columns("images").repeat(2), batch_size=None, num_workers=1))
 
 
+@pytest.mark.slow
 def test_many_reasons_are_written_with_little_memory(tmp_path):
     count = 200_000
     rows = Dataset.from_dict({"x": range(count), "problem": [f"Row {n} {'long ' * 20}" for n in range(count)]})

@@ -124,6 +124,7 @@ print(max(*seen, own()) - before)
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="memory is read from /proc")
+@pytest.mark.slow
 def test_the_weights_are_never_twice_in_memory(make_checkpoint):
     sizes = {"hidden_size": 256, "intermediate_size": 1024, "num_attention_heads": 4, "vocab_size": 4000}
     folder, _, state = make_checkpoint("qwen2", moe=moe_fields([0, 1, 2], experts=8), **sizes)

@@ -50,6 +50,7 @@ def train(kind, student, teacher, processor, folder):
     trainer.save_model(folder)
 
 
+@pytest.mark.slow
 def test_a_trained_student_decodes_one_token_a_step_elsewhere(make_student, processor, tmp_path):
     folders = [tmp_path / kind for kind in ("adapt", "mimic", "prefer")]
     for folder in folders:

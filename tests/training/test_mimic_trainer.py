@@ -131,6 +131,7 @@ def test_two_processes_move_the_biases_of_routers_as_one_does(models, trainer_of
         assert ours.any() and torch.equal(ours, theirs)
 
 
+@pytest.mark.slow
 def test_two_processes_give_the_gradients_of_one(models, trainer_of, processor, saved):
     found = gradients_of_two_processes(saved, modes=["plain", "other", "text", "adaptor", "eval", "fsdp2"])
 

@@ -356,6 +356,7 @@ def test_lora(models, pair_trainer_of, reference):
     assert trainer.state.log_history[0]["loss"] == pytest.approx(loss.item(), rel=1e-4)
 
 
+@pytest.mark.slow
 def test_two_processes_have_the_gradients_of_one(models, pair_trainer_of, processor, tmp_path):
     student, teacher = models(())
     for name, model in (("student", student), ("teacher", teacher)):

@@ -135,9 +135,12 @@ def gather_facts(checkpoint, repo_id, *, license=None, harness_figures=()):
 
 
 def _measured(results):
-    """How a student was measured, as far as it is recorded, without names of this machine and words of rows."""
+    """
+    How a student was measured, as far as it is recorded, without names of this machine and words of rows: `evaluate`
+    tells it in `setup`, and a published `results.json` beside the figures.
+    """
     setup = results.get("setup") if isinstance(results.get("setup"), dict) else {}
-    given = {"num_questions": results.get("num_questions"), **setup}
+    given = {**results, **setup}
     found = {name: given[name] for name, kind in SETUP.items() if isinstance(given.get(name), kind)}
     return {name: without_paths(value) if isinstance(value, str) else value for name, value in found.items()}
 
