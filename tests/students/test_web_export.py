@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from huggingface_hub import ModelCard
 
 from helpers.browser import requested, screenshot, start_browser
 from helpers.onnx_cases import different, libraries_or_skip, transformers_js_or_skip
@@ -188,6 +189,8 @@ def test_the_page_takes_the_library_from_a_copy_or_from_the_cdn(make_student, pr
     assert settings["library"] == f"https://cdn.jsdelivr.net/npm/@huggingface/transformers@{TRANSFORMERS_JS}"
     assert settings["wasm"] is None and settings["dtypes"] == ["q4", "fp32"] and settings["moe_layers"] == [0, 2]
     assert f"TRANSFORMERS_JS_VERSION := {TRANSFORMERS_JS}\n" in (ROOT / "Makefile").read_text()
+    space = ModelCard.load(tmp_path / "online" / "README.md").data
+    assert space["sdk"] == "static" and (tmp_path / "online" / space["app_file"]).is_file()
 
     export_web(make_student(moe_layers=[]), processor, tmp_path / "offline", runtime=fake_runtime(tmp_path / "npm"))
     settings = settings_of(tmp_path / "offline")

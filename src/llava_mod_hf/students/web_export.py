@@ -13,10 +13,21 @@ TRANSFORMERS_JS = "4.3.2"
 WASM = ("ort-wasm-simd-threaded.asyncify.mjs", "ort-wasm-simd-threaded.asyncify.wasm")
 LIBRARY = "@huggingface/transformers/dist/transformers.min.js"
 
+# What a Space of the Hub is told of the folder.
+SPACE = """---
+title: Ask a picture
+sdk: static
+app_file: index.html
+---
+
+A vision-language model that answers in the browser. Written by `llava-mod export --form web`.
+"""
+
 
 def export_web(model, processor, folder, *, dtypes=("fp32",), runtime=None, max_new_tokens=128):
     """
-    Writes `index.html` and, in `model/`, what [`~llava_mod_hf.students.onnx_export.export_onnx`] writes.
+    Writes `index.html` and, in `model/`, what [`~llava_mod_hf.students.onnx_export.export_onnx`] writes; and a
+    `README.md` that makes a static Space of the folder.
 
     Any static server will do, a Space of the Hub too: no build step, and no request to anybody but the server and,
     without `runtime`, the CDN that has transformers.js.
@@ -53,6 +64,7 @@ def export_web(model, processor, folder, *, dtypes=("fp32",), runtime=None, max_
     page = files("llava_mod_hf.students").joinpath("web_page.html").read_text(encoding="utf-8")
     written = json.dumps(settings).replace("<", "\\u003c")  # inside a script element
     (folder / "index.html").write_text(page.replace("{{ settings }}", written), encoding="utf-8")
+    (folder / "README.md").write_text(SPACE, encoding="utf-8")
 
 
 def check_web(folder, dtypes, runtime):
