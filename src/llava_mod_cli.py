@@ -95,15 +95,24 @@ def main(argv=None):
             return importlib.import_module(command.module).run(rest)
         options = recipes.parse(command.groups(), rest, prog=f"llava-mod {name}", description=command.summary)
         importlib.import_module(command.module).run(*options)
+        _leave_processes()
     except SystemExit as end:
         if not hasattr(end, "message"):  # of a run that goes on when it is started again
             raise
+        _leave_processes()
         sys.stderr.write(f"llava-mod {name}: {end.message}\n")
         return end.code
     except (ValueError, OSError) as error:
         sys.stderr.write(f"llava-mod {name}: {error}\n")
         return 2
     return 0
+
+
+def _leave_processes():
+    """Ends what several processes talk through: its threads, left to the interpreter's end, may abort there."""
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ leaves CPU processes to DDP, so that they are said to be of the other kind.
 import os
 import sys
 
+import torch
 from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import DistributedType
 
@@ -27,6 +28,8 @@ if __name__ == "__main__":
         PartialState.__init__ = as_accelerators
     sys.argv[0] = "llava-mod"
     code = llava_mod_cli.main()
+    if torch.distributed.is_initialized():
+        sys.exit("The processes' group was not ended.")
     state = AcceleratorState()
     sys.stdout.write(f"{state.num_processes} processes as {state.distributed_type.value}\n")
     sys.exit(code)
