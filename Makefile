@@ -144,7 +144,8 @@ $(MKDOCS): $(VENV)/.installed
 	rm -rf $@
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps -c constraints.txt --target $@ \
 		mkdocs mkdocs-material mkdocs-material-extensions mkdocs-get-deps ghp-import mergedeep pyyaml_env_tag watchdog \
-		backrefs babel colorama paginate pymdown-extensions markdown platformdirs
+		backrefs babel colorama paginate pymdown-extensions markdown platformdirs \
+		mkdocstrings mkdocstrings-python mkdocs-autorefs griffelib
 
 # The pages as a site, runs/site/index.html; a link or a heading that is not there ends it.
 .PHONY: docs test-docs

@@ -2,9 +2,11 @@
 The site of these pages (`make docs`): README, recipes and CHANGELOG become pages too, and links go on between them.
 
 In the repository every link is that of a file, as GitHub follows it; here each becomes that of the page which that
-file has become. What is no page, such as a test, keeps its words and loses its link.
+file has become. What is no page, such as a test, keeps its words and loses its link. The reference is a page of the
+site alone, made of docstrings.
 """
 
+import ast
 import posixpath
 import re
 from pathlib import Path
@@ -12,6 +14,14 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 
 LINK = re.compile(r"(?<!`)\[([^\]]*)\]\(([^)#\s:]+)(#[^)\s]*)?\)")
+
+# What the docstrings of the trainers' configs name for the rest of their options.
+OPTIONS = [
+    "llava_mod_hf.training.batch_options.BatchOptions",
+    "llava_mod_hf.training.validation_options.ValidationOptions",
+    "llava_mod_hf.training.lora_options.LoraOptions",
+    "llava_mod_hf.training.hub_options.HubOptions",
+]
 
 CODE = re.compile(r"(```.*?```)", re.DOTALL)
 
@@ -61,6 +71,51 @@ def for_the_site(text, source, pages):
     return "".join(part if part.startswith("```") else LINK.sub(relinked, part) for part in parts)
 
 
+def public_names(root):
+    """
+    The public names of the package, and where each is defined, without its import.
+
+    Args:
+        root (`Path`): the repository.
+
+    Returns:
+        `dict[str, str]`: name → dotted path.
+    """
+    tree = ast.parse((root / "src" / "llava_mod_hf" / "__init__.py").read_text(encoding="utf-8"))
+    found = {}
+    for node in tree.body:
+        if isinstance(node, ast.ImportFrom):
+            found |= {alias.name: f"{node.module}.{alias.name}" for alias in node.names}
+        elif isinstance(node, ast.Assign) and node.targets[0].id == "_LAZY":
+            lazy = ast.literal_eval(node.value)
+            found |= {name: f"llava_mod_hf.{module}.{name}" for name, module in lazy.items()}
+    return found
+
+
+def reference_page(root):
+    """
+    The reference: trainers with their options first, then the model, then what makes and moves students.
+
+    Args:
+        root (`Path`): the repository.
+
+    Returns:
+        `str`: Markdown, in which mkdocstrings puts each docstring in its place.
+    """
+    names = public_names(root)
+    training = [name for name in names if name.endswith(("Config", "Trainer")) and not name.startswith("Llava")]
+    sections = {
+        "Training": [names[name] for name in training],
+        "Options that they share": OPTIONS,
+        "The model": [path for name, path in names.items() if name.startswith("Llava")],
+        "Functions": [path for name, path in names.items() if name not in training and not name.startswith("Llava")],
+    }
+    lines = ["# Reference", "", "What `from llava_mod_hf import …` gives, by its docstrings."]
+    for title, paths in sections.items():
+        lines += ["", f"## {title}", "", *(f"::: {path}\n" for path in paths)]
+    return "\n".join(lines)
+
+
 def on_config(config):
     """mkdocs': the recipes come into the navigation, and headings get the names that GitHub gives them."""
     from pymdownx.slugs import slugify
@@ -80,11 +135,14 @@ def on_files(files, config):
     for source, page in pages_of(ROOT).items():
         if not source.startswith("docs/"):
             files.append(File.generated(config, page, content=(ROOT / source).read_text(encoding="utf-8")))
+    files.append(File.generated(config, "reference.md", content=reference_page(ROOT)))
     return files
 
 
 def on_page_markdown(markdown, page, config, files):
     """mkdocs': turns the links of a page."""
     pages = pages_of(ROOT)
-    source = next(source for source, uri in pages.items() if uri == page.file.src_uri)
+    source = next((source for source, uri in pages.items() if uri == page.file.src_uri), None)
+    if source is None:
+        return markdown
     return for_the_site(markdown, source, pages)

@@ -1,4 +1,4 @@
-"""The pages as a site: all of them in its navigation, its links those of pages, and nothing loaded from elsewhere."""
+"""The pages as a site: all in its navigation, its links those of pages, a reference, and nothing from elsewhere."""
 
 import importlib.util
 import os
@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 import yaml
+
+import llava_mod_hf
 
 ROOT = Path(__file__).parents[1]
 
@@ -25,7 +27,7 @@ def test_every_page_is_in_the_navigation_once():
         for pages in section.values():
             listed += [pages] if isinstance(pages, str) else pages
     shown = [page for page in site_pages.pages_of(ROOT).values() if page.endswith(".md") and "/" not in page]
-    assert sorted(listed) == sorted(shown)
+    assert sorted(listed) == sorted([*shown, "reference.md"])
     assert {path.name for path in (ROOT / "docs").glob("*.md")} < set(listed)
 
 
@@ -50,22 +52,53 @@ def test_a_link_of_a_file_becomes_that_of_its_page(source, link, expected):
     assert site_pages.for_the_site(link, source, site_pages.pages_of(ROOT)) == expected
 
 
-def test_the_site_is_built_and_loads_nothing_from_elsewhere(tmp_path):
-    if importlib.util.find_spec("mkdocs") is None:
-        (pytest.fail if os.environ.get("LLAVA_MOD_TARGET") == "docs" else pytest.skip)("mkdocs: `make test-docs`")
-    argv = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(tmp_path / "site")]
+@pytest.fixture(scope="module")
+def site(tmp_path_factory):
+    """`dict[str, Path]`: the built pages by their folders."""
+    for name in ("mkdocs", "mkdocstrings"):
+        if importlib.util.find_spec(name) is None:
+            (pytest.fail if os.environ.get("LLAVA_MOD_TARGET") == "docs" else pytest.skip)(f"{name}: `make test-docs`")
+    folder = tmp_path_factory.mktemp("site")
+    argv = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(folder)]
     process = subprocess.run(argv, cwd=ROOT, capture_output=True, text=True)
     assert process.returncode == 0, process.stderr
-    pages = {
-        path.parent.relative_to(tmp_path / "site").as_posix(): path for path in tmp_path.rglob("site/**/index.html")
-    }
-    assert {".", "sharing", "recipes/tiny", "CHANGELOG"} <= pages.keys()
-    text = pages["."].read_text()
+    return {path.parent.relative_to(folder).as_posix(): path for path in folder.rglob("index.html")}
+
+
+def test_the_site_is_built_and_loads_nothing_from_elsewhere(site):
+    assert {".", "sharing", "recipes/tiny", "CHANGELOG"} <= site.keys()
+    text = site["."].read_text()
     assert 'href="own-data/"' in text and 'src="overview.svg"' in text
     loaded = [
         (name, found)
-        for name, path in pages.items()
+        for name, path in site.items()
         for found in re.findall(r"<(?:script|img|link)[^>]*(?:src|href)=\"?(https?://[^\" >]+)", path.read_text())
         if 'rel="canonical"' not in found
     ]
     assert loaded == []
+
+
+def test_the_reference_names_all_that_the_package_gives():
+    paths = re.findall(r"^::: (\S+)$", site_pages.reference_page(ROOT), re.MULTILINE)
+    assert len(paths) == len(set(paths))
+    names = site_pages.public_names(ROOT)
+    assert sorted(names) == sorted(llava_mod_hf.__all__)
+    assert set(names.values()) | set(site_pages.OPTIONS) == set(paths)
+    for name, path in names.items():
+        given = getattr(llava_mod_hf, name)
+        assert f"{given.__module__}.{given.__name__}" == path
+    bases = {base for name in ("MimicConfig", "PreferenceConfig") for base in getattr(llava_mod_hf, name).__mro__}
+    documented = {f"{base.__module__}.{base.__name__}" for base in bases if base.__name__.endswith("Options")}
+    assert documented == set(site_pages.OPTIONS)
+
+
+def test_the_reference_has_each_docstring_as_markdown(site):
+    text = site["reference"].read_text()
+    for path in [*site_pages.public_names(ROOT).values(), *site_pages.OPTIONS]:
+        _, found, rest = text.partition(f'id="{path}"')
+        assert found, path
+        contents = rest.split('<div class="doc doc-contents')[1]
+        assert re.search(r"<p>\S", contents.partition('class="doc doc-heading')[0]), path
+    assert "<li><strong>kl_weight</strong> (<code>float</code>, <em>optional</em>, defaults to 1.0).</li>" in text
+    assert "<p>The options of <code>BatchOptions</code>,\n" in text
+    assert "Args:" not in text and "Returns:" not in text and "Raises:" not in text and "[`" not in text
