@@ -384,6 +384,7 @@ def test_quickstart_refuses_a_folder_that_holds_something(capsys, tmp_path):
 @pytest.mark.skipif(
     not (loading.WEIGHTS / "tiny-teacher" / "config.json").is_file(), reason="needs the embedded weights"
 )
+@pytest.mark.slow
 def test_quickstart_refuses_too_little_time(capsys, tmp_path, monkeypatch):
     for name in ("HF_HUB_OFFLINE", "HF_HUB_DISABLE_TELEMETRY"):  # it sets them: put back afterwards
         monkeypatch.setenv(name, "1")

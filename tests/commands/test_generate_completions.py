@@ -159,6 +159,7 @@ def test_sampling_follows_seed_temperature_and_top_p(model, processor, rows):
     assert [{text for text, _ in each} for each in sample(top_p=1e-6)] == [{text} for text in greedy]
 
 
+@pytest.mark.slow
 def test_other_settings_models_and_rows_do_not_mix(folder, make_student, processor, tmp_path):
     run_generate_completions(data(max_samples=4), options(folder, tmp_path / "set"))
     for name, value in (("temperature", 0.5), ("max_new_tokens", 3), ("shard_size", 4), ("keep_unfinished", False)):

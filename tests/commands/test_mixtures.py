@@ -121,7 +121,14 @@ def test_both_front_doors_train_on_the_same_rows(folders, entries, tmp_path, mon
     assert all(mine[0].tobytes() == other[0].tobytes() for mine, other in pairs)
 
 
-@pytest.mark.parametrize("rows", ["all", "streamed", "streamed again and again"])
+@pytest.mark.parametrize(
+    "rows",
+    [
+        pytest.param("all", marks=pytest.mark.slow),
+        "streamed",
+        pytest.param("streamed again and again", marks=pytest.mark.slow),
+    ],
+)
 def test_a_run_that_is_taken_up_reads_the_same_rows_and_goes_on_counting(folders, entries, tmp_path, monkeypatch, rows):
     streaming, again = rows != "all", rows.endswith("again")
     # passes of 3 rows that end in the middle of a batch, and a stop in the second of them

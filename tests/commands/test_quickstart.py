@@ -156,6 +156,7 @@ def test_easy_vqa_is_as_it_was(easy_run, capsys):
     assert max(map(len, lines)) <= 80
 
 
+@pytest.mark.slow
 def test_an_interrupted_run_is_taken_up(run, tmp_path, monkeypatch):
     folder, summary = run
     again = tmp_path / "run"

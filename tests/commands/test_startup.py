@@ -39,6 +39,7 @@ found = [name for name in ("torch", "transformers", "trl", "numpy", "yaml", "lla
     assert llava_mod_cli.main(argv) == code
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("own", "expected"), [(None, True), ("", False)])
 def test_without_a_terminal_the_libraries_draw_no_bars(own, expected, monkeypatch):
     monkeypatch.delenv("TQDM_DISABLE", raising=False)
