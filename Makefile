@@ -109,10 +109,22 @@ $(DEMO): $(VENV)/.installed
 		safehttpx orjson brotli pydub pytz semantic-version tomlkit \
 		selenium trio trio-websocket wsproto outcome sniffio sortedcontainers websocket-client PySocks
 
+# In a folder of its own, as nothing but the site needs it.
+MKDOCS := $(VENV)/mkdocs
+
+$(MKDOCS): $(VENV)/.installed
+	rm -rf $@
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps -c constraints.txt --target $@ \
+		mkdocs mkdocs-material mkdocs-material-extensions mkdocs-get-deps ghp-import mergedeep pyyaml_env_tag watchdog \
+		backrefs babel colorama paginate pymdown-extensions markdown platformdirs \
+		mkdocstrings mkdocstrings-python mkdocs-autorefs griffelib
+
 # Pages in a real browser, Debian's: `apt-get install chromium chromium-driver`. `SCREENSHOTS=docs` renews its pictures.
-test-demo: $(DEMO)
+test-demo: $(DEMO) $(MKDOCS)
 	PYTHONPATH=$(DEMO) NEEDS_BROWSER=1 SCREENSHOTS=$(SCREENSHOTS) $(BIN)/python -m pytest -q -m '' \
 		tests/talking/test_page.py tests/publishing/test_card_page.py
+	PYTHONPATH=$(MKDOCS):$(DEMO) NEEDS_BROWSER=1 SCREENSHOTS=$(SCREENSHOTS) NO_MKDOCS_2_WARNING=1 \
+		$(BIN)/python -m pytest -q -m '' tests/test_site_page.py
 
 # In folders of their own: PyTorch takes other ways where onnxscript is installed, and npm's packages are 500 MB.
 ONNX := $(VENV)/onnx
@@ -136,16 +148,6 @@ $(TRANSFORMERS_JS):
 test-onnx: $(ONNX) $(TRANSFORMERS_JS) $(DEMO)
 	PYTHONPATH=$(ONNX):$(DEMO) TRANSFORMERS_JS=$(TRANSFORMERS_JS) NEEDS_ONNX=1 NEEDS_BROWSER=1 SCREENSHOTS=$(SCREENSHOTS) \
 		$(BIN)/python -m pytest -q $(MARKS) tests/students/test_onnx_export.py tests/students/test_web_export.py
-
-# In a folder of its own, as nothing but the site needs it.
-MKDOCS := $(VENV)/mkdocs
-
-$(MKDOCS): $(VENV)/.installed
-	rm -rf $@
-	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps -c constraints.txt --target $@ \
-		mkdocs mkdocs-material mkdocs-material-extensions mkdocs-get-deps ghp-import mergedeep pyyaml_env_tag watchdog \
-		backrefs babel colorama paginate pymdown-extensions markdown platformdirs \
-		mkdocstrings mkdocstrings-python mkdocs-autorefs griffelib
 
 # The pages as a site, runs/site/index.html; a link or a heading that is not there ends it.
 .PHONY: docs test-docs

@@ -1,16 +1,14 @@
 """The pages as a site: all in its navigation, its links those of pages, a reference, and nothing from elsewhere."""
 
 import importlib.util
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import yaml
 
 import llava_mod_hf
+from helpers.site import build_site
 
 ROOT = Path(__file__).parents[1]
 
@@ -55,14 +53,7 @@ def test_a_link_of_a_file_becomes_that_of_its_page(source, link, expected):
 @pytest.fixture(scope="module")
 def site(tmp_path_factory):
     """`dict[str, Path]`: the built pages by their folders."""
-    for name in ("mkdocs", "mkdocstrings"):
-        if importlib.util.find_spec(name) is None:
-            (pytest.fail if os.environ.get("LLAVA_MOD_TARGET") == "docs" else pytest.skip)(f"{name}: `make test-docs`")
-    folder = tmp_path_factory.mktemp("site")
-    argv = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(folder)]
-    process = subprocess.run(argv, cwd=ROOT, capture_output=True, text=True)
-    assert process.returncode == 0, process.stderr
-    return {path.parent.relative_to(folder).as_posix(): path for path in folder.rglob("index.html")}
+    return build_site(tmp_path_factory.mktemp("site"))
 
 
 def test_the_site_is_built_and_loads_nothing_from_elsewhere(site):
