@@ -143,7 +143,15 @@ def test_nothing_is_told_and_nothing_shared(address, page):
 def test_the_command_serves_the_page_without_a_network_until_it_is_ended(page):
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONUNBUFFERED": "1"}
     command = [sys.executable, "-m", "llava_mod_cli", "demo", "embedded:tiny-teacher", "--port", "0"]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env=environment)
+    process = subprocess.Popen(
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+        env=environment,
+        # what a shell starts in the background ignores it, and hands that on
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
     try:
         address = re.fullmatch(
             r"The page is at (http://127\.0\.0\.1:\d+/); Ctrl-C ends it\.\n", process.stdout.readline()
