@@ -1,23 +1,13 @@
 """The site in a real browser: its pages lead to each other, a search finds an option, and nobody else is asked."""
 
-import functools
-import threading
-from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import urlsplit
 
 import pytest
 
-from helpers.browser import requested, screenshot, start_browser
+from helpers.browser import browsing, requested, screenshot, served
 from helpers.site import build_site
 
 pytestmark = pytest.mark.slow
-
-SECONDS = 60  # for a page on a busy machine
-
-
-class Quiet(SimpleHTTPRequestHandler):
-    def log_message(self, *args):
-        """Not on standard error."""
 
 
 @pytest.fixture(scope="module")
@@ -25,19 +15,14 @@ def address(tmp_path_factory):
     """Where it is served."""
     folder = tmp_path_factory.mktemp("site")
     build_site(folder)
-    with ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Quiet, directory=str(folder))) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        yield f"http://127.0.0.1:{server.server_port}/"
-        server.shutdown()
+    with served(folder) as address:
+        yield address
 
 
 @pytest.fixture
 def browser(address, tmp_path):
-    browser = start_browser(tmp_path / "profile", width=1280, height=900)
-    browser.implicitly_wait(SECONDS)
-    browser.get(address)
-    yield browser
-    browser.quit()
+    with browsing(tmp_path / "profile", address) as browser:
+        yield browser
 
 
 def heading(browser):

@@ -1,13 +1,19 @@
 """A real headless Chromium for pages, and where its screenshots go."""
 
+import contextlib
+import functools
 import json
 import os
 import shutil
+import threading
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).parents[2]
+
+SECONDS = 60  # for a page on a busy machine
 
 # Chromium asks the network for things of its own at every start
 FLAGS = (
@@ -22,17 +28,46 @@ def lacking(what):
     pytest.fail(reason) if os.environ.get("NEEDS_BROWSER") else pytest.skip(reason)
 
 
-def start_browser(profile, *, width=1280, height=900):
+class Quiet(SimpleHTTPRequestHandler):
+    def log_message(self, *args):
+        """Not on standard error."""
+
+
+@contextlib.contextmanager
+def served(folder):
+    """The address of a static server of a folder."""
+    with ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Quiet, directory=str(folder))) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        try:
+            yield f"http://127.0.0.1:{server.server_port}/"
+        finally:
+            server.shutdown()
+
+
+@contextlib.contextmanager
+def browsing(profile, address=None, *, width=1280, height=900):
     """
-    A browser without a window.
+    A browser without a window, ended afterwards.
 
     Args:
         profile (`Path`): an empty folder.
+        address (`str`, *optional*): the page that is opened.
         width, height (`int`, *optional*): of its window, in pixels.
 
-    Returns:
-        `selenium.webdriver.Chrome`.
+    Yields:
+        `selenium.webdriver.Chrome`: of an address it waits as long as [`SECONDS`] for what is looked for.
     """
+    browser = _start(profile, width, height)
+    try:
+        if address is not None:
+            browser.implicitly_wait(SECONDS)
+            browser.get(address)
+        yield browser
+    finally:
+        browser.quit()
+
+
+def _start(profile, width, height):
     try:
         from selenium import webdriver
     except ImportError:

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from markdown_it import MarkdownIt
 
-from helpers.browser import requested, screenshot, start_browser
+from helpers.browser import browsing, requested, screenshot
 from llava_mod_cli import main
 
 pytestmark = pytest.mark.slow
@@ -50,14 +50,12 @@ def published(tmp_path_factory):
 @pytest.fixture
 def browser(published, tmp_path):
     """A browser at the card, its metadata left out as the Hub does."""
-    browser = start_browser(tmp_path / "profile", width=1000, height=3400)
     markdown = re.sub(r"\A---\n.*?\n---\n", "", (published / "README.md").read_text(), flags=re.DOTALL)
     html = MarkdownIt("commonmark").enable("table").render(markdown)
     page = published / "card.html"
     page.write_text(f'<!doctype html><meta charset="utf-8"><title>card</title><style>{STYLE}</style>{html}')
-    browser.get(page.as_uri())
-    yield browser
-    browser.quit()
+    with browsing(tmp_path / "profile", page.as_uri(), width=1000, height=3400) as browser:
+        yield browser
     page.unlink()
 
 

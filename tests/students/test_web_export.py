@@ -1,18 +1,14 @@
 """The page that asks a student about pictures, in a real Chromium: its answers, and whom it talks to."""
 
-import contextlib
 import copy
-import functools
-import http.server
 import json
-import threading
 from pathlib import Path
 
 import pytest
 import torch
 from huggingface_hub import ModelCard
 
-from helpers.browser import requested, screenshot, start_browser
+from helpers.browser import browsing, requested, screenshot, served
 from helpers.onnx_cases import different, libraries_or_skip, transformers_js_or_skip
 from llava_mod_cli import main
 from llava_mod_hf import load_model_and_processor, upcycle
@@ -38,28 +34,10 @@ def folder(student, tmp_path_factory):
     return folder
 
 
-class QuietHandler(http.server.SimpleHTTPRequestHandler):
-    def log_message(self, *args):
-        """Nothing."""
-
-
-@contextlib.contextmanager
-def served(folder):
-    """The address of a static server of a folder."""
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(QuietHandler, directory=folder))
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    try:
-        yield f"http://127.0.0.1:{server.server_port}/"
-    finally:
-        server.shutdown()
-        server.server_close()
-
-
 @pytest.fixture
 def browser(tmp_path):
-    browser = start_browser(tmp_path / "profile", width=820, height=900)
-    yield browser
-    browser.quit()
+    with browsing(tmp_path / "profile", width=820, height=900) as browser:
+        yield browser
 
 
 def wait_for(browser, condition, seconds=200):

@@ -12,7 +12,7 @@ from urllib.parse import urlsplit
 import pytest
 from PIL import Image
 
-from helpers.browser import lacking, requested, screenshot, start_browser
+from helpers.browser import SECONDS, browsing, lacking, requested, screenshot
 from llava_mod_hf.data import scene_rows
 from llava_mod_hf.loading import load_model_and_processor
 from llava_mod_hf.students.upcycling import upcycle
@@ -24,7 +24,6 @@ from llava_mod_hf.talking.sampling import Sampling
 pytestmark = pytest.mark.slow
 
 QUESTION = "describe the picture."
-SECONDS = 60  # for a page on a busy machine
 
 
 @pytest.fixture(scope="module")
@@ -58,11 +57,8 @@ def address(page):
 
 @pytest.fixture
 def browser(address, tmp_path):
-    browser = start_browser(tmp_path / "profile", width=1440, height=1080)
-    browser.implicitly_wait(SECONDS)
-    browser.get(address)
-    yield browser
-    browser.quit()
+    with browsing(tmp_path / "profile", address, width=1440, height=1080) as browser:
+        yield browser
 
 
 @pytest.fixture
