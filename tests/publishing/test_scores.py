@@ -2,7 +2,8 @@
 
 import pytest
 
-from llava_mod_hf.publishing.scores import Score, scores
+from llava_mod_hf.evaluation.benchmarks import BENCHMARKS
+from llava_mod_hf.publishing.scores import TITLES, Score, scores
 
 ONE = {"value": 0.5, "low": 0.4, "high": 0.6}
 
@@ -82,3 +83,16 @@ def test_a_figure_that_is_measured_twice_is_told_once_with_its_interval():
 def test_what_is_no_number_is_refused(part, value):
     with pytest.raises(ValueError, match=f"`anls` is {value}, not a finite number"):
         scores({"exact_match": 0.5, "measures": {"anls": {"anls": {**ONE, part: value}}}})
+
+
+def test_every_measure_has_a_title_and_what_is_unread_is_bad():
+    assert TITLES.keys() >= {
+        name for name, each in BENCHMARKS.items() if each.metric.__module__.startswith("llava_mod_hf")
+    }
+    judged = {"score": {"value": 2.5}, "hallucination_rate": {"value": 0.4}, "unread_verdicts": {"value": 0.1}}
+    found = scores({"exact_match": 0.5, "measures": {"mmhal": judged}})
+    assert [(score.label, score.arrow) for score in found.values()][1:] == [
+        ("MMHal: score, 0 to 6", "↑"),
+        ("MMHal: hallucination rate", "↓"),
+        ("MMHal: unread verdicts", "↓"),
+    ]

@@ -1,4 +1,4 @@
-"""`llava-mod export`: student → stock model, without its code."""
+"""`llava-mod export`: student → stock model, without its code, or files for another runtime."""
 
 import json
 from dataclasses import dataclass, field
@@ -65,18 +65,16 @@ def run(args: ExportCommand):
     dtype = "float32" if args.form in GRAPHS else "auto"
     model, processor = load_without_adapter(args.model, dtype=dtype, trust_remote_code=args.trust_remote_code)
     if args.form == "onnx":
-        return export_onnx(model, processor, args.output_dir, dtypes=dtypes)
-    if args.form == "web":
-        return export_web(model, processor, args.output_dir, dtypes=dtypes, runtime=args.runtime)
-    if args.form == "gguf":
+        export_onnx(model, processor, args.output_dir, dtypes=dtypes)
+    elif args.form == "web":
+        export_web(model, processor, args.output_dir, dtypes=dtypes, runtime=args.runtime)
+    elif args.form == "gguf":
         export_gguf(model, processor, args.output_dir, gguf_type=args.gguf_type or "f16")
-        return None
-    if args.form == "stock":
-        exported = export_stock(model)
+    elif args.form == "stock":
+        save_checkpoint(export_stock(model), processor, args.output_dir)
     else:
         loads = json.loads(Path(args.results).read_text()).get("expert_load", {}) if args.results else None
-        exported = merge_experts(model, weights=args.form, loads=loads)
-    save_checkpoint(exported, processor, args.output_dir)
+        save_checkpoint(merge_experts(model, weights=args.form, loads=loads), processor, args.output_dir)
 
 
 def _check_options(args):

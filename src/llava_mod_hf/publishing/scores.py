@@ -26,6 +26,7 @@ TITLES = {
     "pope": "POPE",
     "chair": "CHAIR",
     "object_halbench": "Object HalBench",
+    "mmhal": "MMHal",
 }
 
 # figure → where it is better; of all others up
@@ -40,6 +41,7 @@ DIRECTIONS = {
             "response_hallucination",
             "mention_hallucination",
             "unread_choices",
+            "unread_verdicts",
         ),
         "↓",
     ),
@@ -49,6 +51,7 @@ DIRECTIONS = {
 FIGURES = {
     "yes": "share of yes",
     "f1": "F1",
+    "score": "score, 0 to 6",  # of a judge
     "chair_s": LABELS["chair_s"].lower(),
     "chair_i": LABELS["chair_i"].lower(),
     "object_recall": LABELS["object_recall"].lower(),
