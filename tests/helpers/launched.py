@@ -1,8 +1,10 @@
 """
 The command line as one of several processes of `accelerate launch`, on a CPU; says at its end how they worked together.
 
-As `llava-mod`, with one difference: accelerate turns FSDP on where the processes have accelerators of their own, and
-leaves CPU processes to DDP, so that they are said to be of the other kind.
+As `llava-mod`, with two differences. Accelerate turns FSDP on where the processes have accelerators of their own, and
+leaves CPU processes to DDP, so that they are said to be of the other kind. DeepSpeed would compile operations of its
+own for CPUs, which takes minutes, and whoever is ended meanwhile leaves a lock at which all later processes wait: they
+speak by Gloo, as the others do.
 """
 
 import os
@@ -26,6 +28,10 @@ def as_accelerators(self, *args, **kwargs):
 if __name__ == "__main__":
     if os.environ.get("ACCELERATE_USE_FSDP"):
         PartialState.__init__ = as_accelerators
+    if os.environ.get("ACCELERATE_USE_DEEPSPEED"):
+        from deepspeed.ops import __compatible_ops__
+
+        __compatible_ops__["deepspeed_shm_comm"] = False
     sys.argv[0] = "llava-mod"
     code = llava_mod_cli.main()
     if torch.distributed.is_initialized():
