@@ -29,8 +29,8 @@ from llava_mod_hf.commands.quickstart_plan import EASY_VQA
 from llava_mod_hf.data import easy_vqa
 from llava_mod_hf.evaluation.answers import evaluate_blind, evaluate_model
 from llava_mod_hf.loading import load_model_and_processor
-from llava_mod_hf.training import run_folder
-from llava_mod_hf.training.run_folder import write_json
+from llava_mod_hf.training import output_folder
+from llava_mod_hf.training.output_folder import write_json
 
 BEFORE = ("adapt", "mimic_dense", "mimic_sparse")
 REFERENCES, LOSSES = ("teacher", "self"), ("sigmoid", "kto_pair", "margin")
@@ -47,9 +47,9 @@ LOGGED = ("loss", "margins/teacher", "margins/student", "margins/below", "kto/cl
 def student_of(seed, args):
     """Folder of the dense-to-sparse student of a seed, made if no finished quickstart is there."""
     folder = Path(args.runs.format(seed=seed))
-    if not (folder / "mimic_sparse" / run_folder.RUN_FILE).is_file():
+    if not (folder / "mimic_sparse" / output_folder.RUN_FILE).is_file():
         for name in BEFORE:
-            if not (folder / name / run_folder.RUN_FILE).is_file():
+            if not (folder / name / output_folder.RUN_FILE).is_file():
                 steps = args.steps or EASY_VQA.parse(name, folder, seed)[-1].max_steps
                 EASY_VQA.run(name, folder, seed, steps)
     return folder

@@ -32,7 +32,7 @@ from llava_mod_hf.loading import load_model_and_processor
 from llava_mod_hf.losses.divergences import divergence_rows, top_k_forward_kl
 from llava_mod_hf.losses.rows import shift_for_next_token
 from llava_mod_hf.teachers.cached_teacher import CachedTeacher
-from llava_mod_hf.training.run_folder import save_checkpoint
+from llava_mod_hf.training.output_folder import save_checkpoint
 
 TEACHER = "embedded:tiny-teacher"
 

@@ -20,7 +20,7 @@ from llava_mod_hf import load_model_and_processor
 from llava_mod_hf.losses.chunked_mimic import chunked_mimic_loss
 from llava_mod_hf.losses.divergences import divergence_rows
 from llava_mod_hf.losses.rows import Head, ProjectedRows
-from llava_mod_hf.training.run_folder import save_checkpoint
+from llava_mod_hf.training.output_folder import save_checkpoint
 
 ROOT = Path(__file__).parents[2]
 MIB = 2**20

@@ -13,7 +13,7 @@ from helpers.models import moe_blocks
 from helpers.preference_trainers import preference_trainer
 from llava_mod_hf import build_student, load_model_and_processor, recipes, upcycle
 from llava_mod_hf.commands.quickstart_plan import EASY_VQA
-from llava_mod_hf.training.run_folder import save_checkpoint
+from llava_mod_hf.training.output_folder import save_checkpoint
 
 LANGUAGE_MODEL = "embedded:tiny-student-lm"
 STEPS = 10

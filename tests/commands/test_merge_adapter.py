@@ -15,7 +15,7 @@ from llava_mod_cli import main
 from llava_mod_hf import LlavaModForConditionalGeneration
 from llava_mod_hf.commands import mimic as mimic_module
 from llava_mod_hf.loading import load_model_and_processor
-from llava_mod_hf.training import run_folder
+from llava_mod_hf.training import output_folder
 
 LORA = {"use_peft": True, "lora_r": 4, "learning_rate": 0.05}
 STAGES = {"mimic": mimic, "prefer": prefer}
@@ -102,7 +102,12 @@ def test_an_adapter_answers_by_its_folders_name(adapters, tmp_path):
 
 def test_what_makes_an_adapter_loadable_is_moved_in_place_last(sparse, tmp_path, monkeypatch):
     moved, replace = [], os.replace
-    monkeypatch.setattr(run_folder.os, "replace", lambda *paths: (moved.append(Path(paths[1]).name), replace(*paths)))
+
+    def move(*paths):
+        moved.append(Path(paths[1]).name)
+        replace(*paths)
+
+    monkeypatch.setattr(output_folder.os, "replace", move)
     mimic(sparse, tmp_path, **LORA, max_steps=1)
     assert moved[-2:] == ["adapter_config.json", "run.json"]
     (tmp_path / "run.json").unlink()

@@ -5,7 +5,7 @@ import pytest
 from helpers.load_cases import COLUMNS, load, write
 from helpers.templates import CONVERSATIONS, REWRITING, as_row, assistant, expanded, templated, user
 from helpers.tiny import make_student
-from llava_mod_hf.commands.parts import fit_to_recipe
+from llava_mod_hf.commands.stage_parts import fit_to_recipe
 from llava_mod_hf.data.arguments import DataArguments, PromptArguments
 from llava_mod_hf.training.adapt_config import AdaptConfig
 

@@ -79,6 +79,21 @@ found = {
     assert found["missing"] == []
 
 
+def test_what_neither_trains_nor_reads_rows_loads_nothing_for_it():
+    found = in_a_process(
+        """
+import importlib, llava_mod_cli
+known = llava_mod_cli.commands()
+for name in ("info", "convert", "export", "compress", "upcycle", "publish", "report"):
+    known[name].groups()
+    importlib.import_module(known[name].module)
+heavy = ("datasets", "pandas", "evaluate", "trl.trainer.sft_trainer", "transformers.trainer")
+found = [name for name in heavy if name in sys.modules]
+"""
+    )
+    assert found == []
+
+
 def test_a_new_command_is_one_file(tmp_path, monkeypatch, capsys):
     (tmp_path / "measure_twice.py").write_text(
         '"""`llava-mod measure-twice`: then cut."""\n\nOPTIONS = ("a:B", "c:D")\n'

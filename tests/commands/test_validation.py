@@ -11,7 +11,7 @@ from helpers import stages
 from helpers.stages import StopsAt, adapt, mimic, prefer
 from llava_mod_cli import main
 from llava_mod_hf.commands import mimic as mimic_module
-from llava_mod_hf.commands import parts
+from llava_mod_hf.commands import stage_parts
 from llava_mod_hf.data.arguments import DataArguments
 from llava_mod_hf.data.easy_vqa import image_paths
 
@@ -71,9 +71,9 @@ def test_a_stage_is_evaluated_on_rows_held_out(folders, tmp_path, stage):
 @pytest.mark.parametrize("stage", ONE_FAST)
 def test_without_that_on_the_data_sets_test_split(folders, tmp_path, monkeypatch, data, stage):
     data(max_eval_samples=5)
-    read, load = [], parts.load_rows
+    read, load = [], stage_parts.load_rows
     monkeypatch.setattr(
-        parts,
+        stage_parts,
         "load_rows",
         lambda args, **kwargs: read.append((kwargs["split"], args.max_samples)) or load(args, **kwargs),
     )
@@ -149,7 +149,7 @@ def test_a_file_is_never_evaluated_on_what_it_trains(tmp_path, data, conversatio
         with pytest.raises(
             ValueError, match="has no rows apart from those that are trained on: give `test_split_size`"
         ):
-            parts.load_eval_rows(stages.data_arguments(), config_of(stage, tmp_path), ())
+            stage_parts.load_eval_rows(stages.data_arguments(), config_of(stage, tmp_path), ())
 
 
 def test_a_mixture_is_evaluated_on_a_data_set_of_its_own(folders, tmp_path, data, conversations):
@@ -160,9 +160,9 @@ def test_a_mixture_is_evaluated_on_a_data_set_of_its_own(folders, tmp_path, data
         with pytest.raises(
             ValueError, match=r"`.*a.json`, `.*b.json` has no rows apart from those that are trained on"
         ):
-            parts.load_eval_rows(stages.data_arguments(), config_of("mimic", tmp_path), ())
+            stage_parts.load_eval_rows(stages.data_arguments(), config_of("mimic", tmp_path), ())
     data(**mixture, eval_dataset_name=conversations("c.json", ["c?"] * 3))
-    rows = parts.load_eval_rows(stages.data_arguments(), config_of("mimic", tmp_path), ("prompt",))
+    rows = stage_parts.load_eval_rows(stages.data_arguments(), config_of("mimic", tmp_path), ("prompt",))
     assert len(rows) == 3
     assert all("c?" in str(prompt) for prompt in rows["prompt"])
     data(**mixture)

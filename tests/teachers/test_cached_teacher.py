@@ -28,7 +28,7 @@ from helpers.cached_teacher_cases import (
 from helpers.ddp_gradients import assert_gradients_close, raw_gradients
 from llava_mod_hf import MimicTrainer
 from llava_mod_hf.commands import mimic, parts
-from llava_mod_hf.commands.parts import settings_of_teacher
+from llava_mod_hf.commands.stage_parts import settings_of_teacher
 from llava_mod_hf.data import easy_vqa
 from llava_mod_hf.fingerprints import row_key, weights_hash
 from llava_mod_hf.loading import load_model_and_processor

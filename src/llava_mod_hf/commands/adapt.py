@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from llava_mod_hf.commands.parts import fit_to_recipe, load_eval_rows, refuse_adapter_of_new_student
+from llava_mod_hf.commands.stage_parts import fit_to_recipe, load_eval_rows, refuse_adapter_of_new_student
 from llava_mod_hf.data.load import load_rows
 from llava_mod_hf.students.build import build_student
 from llava_mod_hf.training.adapt_trainer import AdaptTrainer

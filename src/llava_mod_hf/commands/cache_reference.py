@@ -12,7 +12,7 @@ from trl.trainer.utils import add_fused_lm_head
 
 from llava_mod_hf.commands.arguments import DistillArguments
 from llava_mod_hf.commands.cache_teacher import ShardArguments, load_for_cache, write_cache
-from llava_mod_hf.commands.parts import settings_of_teacher
+from llava_mod_hf.commands.stage_parts import settings_of_teacher
 from llava_mod_hf.data.arguments import DataArguments
 from llava_mod_hf.fingerprints import row_key
 from llava_mod_hf.losses.preference_losses import response_sums

@@ -13,7 +13,13 @@ from tqdm.auto import tqdm
 from trl.chat_template_utils import get_training_chat_template, has_generation_markers
 
 from llava_mod_hf.commands.arguments import DistillArguments, UpcycleArguments
-from llava_mod_hf.commands.parts import fit_to_recipe, load_eval_rows, load_teacher, settings_of_teacher, written_down
+from llava_mod_hf.commands.stage_parts import (
+    fit_to_recipe,
+    load_eval_rows,
+    load_teacher,
+    settings_of_teacher,
+    written_down,
+)
 from llava_mod_hf.data.arguments import DataArguments
 from llava_mod_hf.data.conversations import AnswersCollator, supervises_answers
 from llava_mod_hf.data.load import load_rows

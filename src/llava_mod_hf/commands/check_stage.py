@@ -16,8 +16,8 @@ from trl.trainer.dpo_trainer import DataCollatorForVisionPreference
 from llava_mod_hf.commands.arguments import UpcycleArguments
 from llava_mod_hf.commands.check_sizes import SizesOfStage, amount
 from llava_mod_hf.commands.info import experts_of, recipe_chain, upcycled_config
-from llava_mod_hf.commands.parts import (
-    check_experts,
+from llava_mod_hf.commands.parts import check_experts
+from llava_mod_hf.commands.stage_parts import (
     fit_to_recipe,
     load_eval_rows,
     refuse_adapter_of_new_student,
@@ -35,7 +35,7 @@ from llava_mod_hf.teachers.cached_teacher import CachedTeacher
 from llava_mod_hf.teachers.live_teacher import LiveTeacher
 from llava_mod_hf.teachers.reference_model import CachedReference, own_reading
 from llava_mod_hf.training.given import given
-from llava_mod_hf.training.run_folder import check_output_dir
+from llava_mod_hf.training.output_folder import check_output_dir
 from llava_mod_hf.training.trainer_options import check_libraries
 
 PICTURES = 1000  # that are opened, unless all are asked for

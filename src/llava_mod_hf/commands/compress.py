@@ -11,7 +11,7 @@ from llava_mod_hf.commands.parts import load_without_adapter
 from llava_mod_hf.publishing.provenance import COMPRESSION_FILE, compression_steps
 from llava_mod_hf.students.compression import compress_experts
 from llava_mod_hf.students.quantisation import bytes_in_memory, load_quantised, quantization_config
-from llava_mod_hf.training.run_folder import check_output_dir, copy_records, save_checkpoint, write_json
+from llava_mod_hf.training.output_folder import check_output_dir, copy_records, save_checkpoint, write_json
 
 OPTIONS = ("commands.compress:CompressCommand",)
 

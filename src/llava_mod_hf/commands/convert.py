@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 
 from llava_mod_hf.students.conversion import convert_checkpoint
-from llava_mod_hf.training.run_folder import check_output_dir, save_checkpoint
+from llava_mod_hf.training.output_folder import check_output_dir, save_checkpoint
 
 OPTIONS = ("commands.convert:ConvertCommand",)
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from accelerate import PartialState
 
 from llava_mod_hf.commands.judge_options import JudgeArguments, judge_of, unasked
-from llava_mod_hf.commands.parts import unmarked, written_down
+from llava_mod_hf.commands.stage_parts import unmarked, written_down
 from llava_mod_hf.data.arguments import DataArguments
 from llava_mod_hf.data.load import load_rows
 from llava_mod_hf.evaluation.answer_file import answers_for, answers_path, ask
@@ -22,7 +22,7 @@ from llava_mod_hf.evaluation.setup import identity_of, setup_of
 from llava_mod_hf.loading import load_model_and_processor
 from llava_mod_hf.publishing.provenance import RESULTS_FILE
 from llava_mod_hf.teachers.divergence import kl_to_live_teacher
-from llava_mod_hf.training.run_folder import write_json
+from llava_mod_hf.training.output_folder import write_json
 
 OPTIONS = (
     "data.arguments:DataArguments",

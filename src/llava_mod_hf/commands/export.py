@@ -9,7 +9,7 @@ from llava_mod_hf.students.gguf_export import check_gguf, export_gguf
 from llava_mod_hf.students.onnx_export import export_onnx
 from llava_mod_hf.students.stock_export import MERGES, export_stock, merge_experts
 from llava_mod_hf.students.web_export import check_web, export_web
-from llava_mod_hf.training.run_folder import check_output_dir, save_checkpoint
+from llava_mod_hf.training.output_folder import check_output_dir, save_checkpoint
 
 GRAPHS = ("onnx", "web")
 FORMS = ("stock", *MERGES, "gguf", *GRAPHS)

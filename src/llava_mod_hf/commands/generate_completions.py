@@ -10,7 +10,7 @@ from accelerate import PartialState
 from datasets import Dataset, Features, Image, List
 from pyarrow.parquet import read_metadata
 
-from llava_mod_hf.commands.parts import unmarked, written_down
+from llava_mod_hf.commands.stage_parts import unmarked, written_down
 from llava_mod_hf.data.arguments import PromptArguments
 from llava_mod_hf.data.load import MESSAGES, image_root, load_rows
 from llava_mod_hf.data.marks import find_mark, marks_of

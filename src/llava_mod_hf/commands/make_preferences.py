@@ -17,7 +17,7 @@ from llava_mod_hf.commands.generate_completions import (
     shard_seed,
     write_answers,
 )
-from llava_mod_hf.commands.parts import unmarked, written_down
+from llava_mod_hf.commands.stage_parts import unmarked, written_down
 from llava_mod_hf.data.arguments import PromptArguments
 from llava_mod_hf.data.formats import check_answer, text_of
 from llava_mod_hf.data.load import MESSAGES, image_root

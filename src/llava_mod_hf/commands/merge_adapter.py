@@ -11,7 +11,7 @@ from safetensors import safe_open
 from llava_mod_hf.commands.parts import load_without_adapter
 from llava_mod_hf.loading import resolve
 from llava_mod_hf.training.hub_pushes import ADAPTER_FILE
-from llava_mod_hf.training.run_folder import check_output_dir, copy_records, save_checkpoint
+from llava_mod_hf.training.output_folder import check_output_dir, copy_records, save_checkpoint
 
 OPTIONS = ("commands.merge_adapter:MergeAdapterCommand",)
 

@@ -1,13 +1,12 @@
 """`llava-mod mimic`: distil the teacher, dense-to-dense or dense-to-sparse."""
 
-from llava_mod_hf.commands.parts import (
-    check_experts,
+from llava_mod_hf.commands.parts import check_experts, upcycle_student
+from llava_mod_hf.commands.stage_parts import (
     fit_to_recipe,
     load_eval_rows,
     load_student,
     load_teacher_or_cache,
     refuse_adapter_of_new_student,
-    upcycle_student,
 )
 from llava_mod_hf.data.load import load_rows
 from llava_mod_hf.teachers.cached_teacher import CachedTeacher

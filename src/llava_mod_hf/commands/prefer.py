@@ -1,6 +1,6 @@
 """`llava-mod prefer`: preference distillation with the teacher as reference."""
 
-from llava_mod_hf.commands.parts import fit_to_recipe, load_eval_rows, load_student, load_teacher_or_cache
+from llava_mod_hf.commands.stage_parts import fit_to_recipe, load_eval_rows, load_student, load_teacher_or_cache
 from llava_mod_hf.data.load import load_rows
 from llava_mod_hf.teachers.reference_model import CachedReference
 from llava_mod_hf.training.preference_trainer import PreferenceTrainer

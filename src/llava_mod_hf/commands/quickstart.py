@@ -32,8 +32,8 @@ from llava_mod_hf.publishing import fresh_process
 from llava_mod_hf.publishing.provenance import RESULTS_FILE
 from llava_mod_hf.students.parameter_counts import student_parameters
 from llava_mod_hf.students.upcycling import upcycle
-from llava_mod_hf.training import run_folder
-from llava_mod_hf.training.run_folder import write_json
+from llava_mod_hf.training import output_folder
+from llava_mod_hf.training.output_folder import write_json
 
 OPTIONS = ("commands.quickstart:QuickstartArguments",)
 
@@ -103,7 +103,7 @@ def run(args):
     runs = {}
     for name, stage in world.stages.items():
         console.rule(f"[bold]{name}[/]: {steps[name]} {'prompts' if stage.by_rows else 'steps'}")
-        finished = output_dir / name / run_folder.RUN_FILE
+        finished = output_dir / name / output_folder.RUN_FILE
         if finished.is_file():
             runs[name] = json.loads(finished.read_text())
         else:

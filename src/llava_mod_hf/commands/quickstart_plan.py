@@ -15,7 +15,7 @@ from llava_mod_hf.commands.arguments import DistillArguments, StudentArguments, 
 from llava_mod_hf.data import easy_vqa, scene_rows
 from llava_mod_hf.data.arguments import DataArguments, PromptArguments
 from llava_mod_hf.students.build import build_student
-from llava_mod_hf.training import run_folder
+from llava_mod_hf.training import output_folder
 from llava_mod_hf.training.adapt_config import AdaptConfig
 from llava_mod_hf.training.mimic_config import MimicConfig
 from llava_mod_hf.training.preference_config import PreferenceConfig
@@ -104,7 +104,7 @@ class World:
         result = stage.run(*self.parse(name, output_dir, seed, *more))
         if stage.by_rows:
             result = {"stage": name, "seconds": time.perf_counter() - start, **result}
-            run_folder.write_json(output_dir / name / run_folder.RUN_FILE, result)
+            output_folder.write_json(output_dir / name / output_folder.RUN_FILE, result)
         return result
 
     @property
@@ -240,6 +240,6 @@ def seconds_per_step(world, seed):
     with tempfile.TemporaryDirectory() as folder:
         parts = world.parse("adapt", Path(folder), seed)[1]
         model, processor = build_student(parts.vision_tower, parts.language_model, seed=seed)
-        run_folder.save_checkpoint(model, processor, Path(folder, "mimic_dense"))
+        output_folder.save_checkpoint(model, processor, Path(folder, "mimic_dense"))
         console.rule("[bold]how fast is this machine?[/]")
         return world.run("mimic_sparse", Path(folder), seed, CALIBRATION_STEPS)["seconds_per_step"]

@@ -8,7 +8,7 @@ from pathlib import Path
 from llava_mod_hf.publishing.router_figure import ALL, draw_routers
 from llava_mod_hf.publishing.run_figure import draw_runs, is_curve
 from llava_mod_hf.publishing.summary_page import data_uri, fill_template
-from llava_mod_hf.training.progress import TOKENS
+from llava_mod_hf.training.logs import TOKENS
 from llava_mod_hf.training.run_history import read_run
 
 OPTIONS = ("commands.report:ReportCommand",)

@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 
 from llava_mod_hf.commands.arguments import UpcycleArguments
 from llava_mod_hf.commands.parts import load_without_adapter, upcycle_student
-from llava_mod_hf.training.run_folder import check_output_dir, copy_records, save_checkpoint
+from llava_mod_hf.training.output_folder import check_output_dir, copy_records, save_checkpoint
 
 OPTIONS = ("commands.arguments:UpcycleArguments", "commands.upcycle:UpcycleCommand")
 

@@ -8,6 +8,8 @@ import torch
 from llava_mod_hf.losses.chunked_mimic import MimicTerms
 from llava_mod_hf.losses.rows import shift_for_next_token
 
+TOKENS = "num_tokens"  # of all processes, as TRL's trainers count them and ours
+
 
 def kind_of_logs(logs):
     """

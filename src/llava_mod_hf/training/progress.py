@@ -6,7 +6,7 @@ import time
 
 from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback
 
-from llava_mod_hf.training.logs import kind_of_logs
+from llava_mod_hf.training.logs import TOKENS, kind_of_logs
 
 # what is logged, its short name, and how it is written
 FIGURES = {
@@ -15,7 +15,6 @@ FIGURES = {
     "learning_rate": "lr {:.2e}",
     "tokens_per_second": "{:,.0f} tokens/s",
 }
-TOKENS = "num_tokens"  # of all processes, as TRL's trainers count them and ours
 
 # parts of an evaluation's logs that tell how long it took
 COST = ("_runtime", "_per_second", "_num_tokens")

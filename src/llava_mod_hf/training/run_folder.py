@@ -1,23 +1,24 @@
 """The folder of a run: begun, interrupted, taken up again, finished."""
 
-import json
-import os
-import shutil
 import time
 from dataclasses import dataclass
 from pathlib import Path
 
 from llava_mod_hf.data.dropped_rows import FILE, DroppedRows
 from llava_mod_hf.data.mixture import count_sources
-from llava_mod_hf.publishing.provenance import RECIPE_FILE, RUN_FILE
+from llava_mod_hf.publishing.provenance import RUN_FILE
 from llava_mod_hf.training.checkpoints import chosen_checkpoint
-from llava_mod_hf.training.hub_pushes import ADAPTER_FILE, UNFINISHED
+from llava_mod_hf.training.output_folder import (
+    check_output_dir,
+    clear_unfinished,
+    move_checkpoint,
+    told_when_not_written,
+    unfinished_folder,
+    write_json,
+)
 from llava_mod_hf.training.progress import StepTimer
 from llava_mod_hf.training.run_recipe import Recipe, check_same_recipe, recipe_of, write_recipe
-from llava_mod_hf.training.safe_run import clear_unfinished, told_when_not_written, unfinished_folder
 from llava_mod_hf.training.trainer_options import check_libraries
-
-CONFIGS = ("config.json", ADAPTER_FILE)  # of a model, or of an adapter: without either nothing can be loaded
 
 
 @dataclass
@@ -54,21 +55,6 @@ def start_run(*groups):
         clear_unfinished(args.output_dir)
     dropped = DroppedRows(Path(args.output_dir, FILE), max_share=groups[0].max_bad_rows, writes=args.process_index == 0)
     return BegunRun(recipe, checkpoint, dropped)
-
-
-def check_output_dir(folder):
-    """
-    Raises:
-        ValueError: if the folder holds a finished run, which training again would overwrite, or a model that no run of
-            this package was about to write.
-    """
-    folder = Path(folder)
-    if (folder / RUN_FILE).is_file():
-        raise ValueError(f"`{folder}` holds a finished run: give another `output_dir`, or remove it.")
-    if any((folder / name).is_file() for name in CONFIGS) and not (folder / UNFINISHED).is_dir():
-        raise ValueError(
-            f"`{folder}` holds a model that would be overwritten: give a new or empty folder as `output_dir`."
-        )
 
 
 def train_and_save(trainer, stage, begun):
@@ -118,7 +104,7 @@ def train_and_save(trainer, stage, begun):
         if trainer.is_world_process_zero():
             write_recipe(begun.recipe, folder)
             write_json(folder / RUN_FILE, run)
-            _move_checkpoint(folder, output_dir)
+            move_checkpoint(folder, output_dir)
     if trainer.args.push_to_hub:
         trainer.push_to_hub()
     return run
@@ -138,34 +124,3 @@ def rows_of_each(trainer):
     there = count_sources(rows) if hasattr(rows, "__len__") else {}
     read = zip(trainer.rows_read.names, trainer.rows_read.counts, strict=True)
     return {"datasets": {name: {"rows": there.get(name), "read": count} for name, count in read}}
-
-
-def save_checkpoint(model, processor, folder):
-    """Writes weights, their code and the processor; the folder cannot be loaded before it is whole."""
-    with unfinished_folder(folder) as temporary:
-        model.save_pretrained(temporary)
-        processor.save_pretrained(temporary)
-        _move_checkpoint(temporary, Path(folder))
-
-
-def copy_records(source, target):
-    """What a card tells of a student's making, to what was made of it without training; nothing where it has none."""
-    for record in (RECIPE_FILE, RUN_FILE):
-        if (Path(source) / record).is_file():
-            shutil.copyfile(Path(source) / record, Path(target) / record)
-
-
-def _move_checkpoint(source, target):
-    # nothing loads a folder without one of the first, and none is finished without `run.json`: they come last
-    last = (*CONFIGS, RUN_FILE)
-    for path in sorted(source.iterdir(), key=lambda path: last.index(path.name) if path.name in last else -1):
-        if path.is_dir():
-            shutil.rmtree(target / path.name, ignore_errors=True)
-        os.replace(path, target / path.name)
-
-
-def write_json(path, value):
-    """Writes a JSON file at once: it is whole or not there."""
-    temporary = path.with_name(path.name + ".part")
-    temporary.write_text(json.dumps(value, indent=1, default=str) + "\n")
-    os.replace(temporary, path)

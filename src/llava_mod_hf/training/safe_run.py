@@ -1,11 +1,8 @@
 """What all trainers of this package do about a run's folder, its Hub repository and its end."""
 
-import contextlib
-import shutil
 from pathlib import Path
 
 from datasets import IterableDataset
-from safetensors import SafetensorError
 from transformers import TrainerCallback
 from transformers.trainer_utils import HubStrategy, TrainOutput
 from transformers.utils import PushInProgress
@@ -17,8 +14,9 @@ from llava_mod_hf.teachers.protocol import row_sets
 from llava_mod_hf.teachers.sharded import of_its_own_class
 from llava_mod_hf.training.checkpoints import STATE_FILE, chosen_checkpoint
 from llava_mod_hf.training.finite_steps import FiniteSteps
-from llava_mod_hf.training.hub_pushes import UNFINISHED, destination_of, push_model
+from llava_mod_hf.training.hub_pushes import destination_of, push_model
 from llava_mod_hf.training.interruption import Interruption
+from llava_mod_hf.training.output_folder import told_when_not_written, unfinished_folder
 from llava_mod_hf.training.rows_read import CountsRows
 from llava_mod_hf.training.run_recipe import Recipe, check_same_recipe, resolved_options, write_processes, write_recipe
 
@@ -193,45 +191,3 @@ class SafeRun(CountsRows):
     # TRL's card names no base model and another task; `llava-mod publish` writes ours, from measured results.
     def create_model_card(self, *args, **kwargs):
         pass
-
-
-@contextlib.contextmanager
-def told_when_not_written(folder):
-    """Says in one sentence that the disk is full, or what else went wrong when a folder was written."""
-    try:
-        yield
-    except (OSError, SafetensorError, RuntimeError) as error:
-        # PyTorch and the tokenizers have words of their own for it
-        written = isinstance(error, OSError | SafetensorError) or "PytorchStreamWriter" in str(error)
-        if isinstance(error, ConnectionError) or not (written or "os error" in str(error)):
-            raise
-        raise OSError(
-            f"`{folder}` could not be written ({' '.join(str(error).split())}): make room, and start again; the run "
-            "goes on from its last whole checkpoint."
-        ) from error
-
-
-@contextlib.contextmanager
-def unfinished_folder(folder, writes=True):
-    """
-    A folder inside another for what is not whole yet; what an earlier run left of it goes.
-
-    Args:
-        folder (`str` or `Path`): created if missing.
-        writes (`bool`): whether this process is one of those that write, and clean up.
-    """
-    temporary = Path(folder, UNFINISHED)
-    if writes:
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True)
-    try:
-        yield temporary
-    finally:
-        if writes:
-            shutil.rmtree(temporary, ignore_errors=True)
-
-
-def clear_unfinished(folder):
-    """Removes what a killed run had not written to the end."""
-    for path in Path(folder).glob(f"{UNFINISHED}*"):
-        shutil.rmtree(path)
