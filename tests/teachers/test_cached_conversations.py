@@ -5,7 +5,7 @@ import pytest
 from helpers.cached_teacher_cases import ALL, mimic_config, read
 from helpers.load_cases import write
 from helpers.templates import picture
-from llava_mod_hf.commands import cache_teacher, mimic, parts
+from llava_mod_hf.commands import cache_teacher, mimic, stage_parts
 from llava_mod_hf.commands.arguments import DistillArguments, UpcycleArguments
 from llava_mod_hf.data.arguments import DataArguments
 
@@ -56,7 +56,7 @@ def test_one_pass_a_row_for_each_answer_and_a_cache_give_the_same_losses(recipe,
     assert len(written) == len(TURNS)
     if teacher == "foreign":  # the ends of turns differ, and have no numbers
         assert [flags.count(False) for flags in written["aligned"]] == [len(texts) // 2 for texts in TURNS]
-    monkeypatch.setattr(parts, "load_teacher", lambda *_: pytest.fail("the teacher was loaded"))
+    monkeypatch.setattr(stage_parts, "load_teacher", lambda *_: pytest.fail("the teacher was loaded"))
     cached = mimic.run(*recipe("cached", teacher, folder))
     assert losses(whole) == [cached["first_loss"], cached["last_loss"]]
     with pytest.raises(ValueError, match="lacks 5 of 6 rows that were looked for, first row 0, whose words"):

@@ -27,7 +27,7 @@ from helpers.cached_teacher_cases import (
 )
 from helpers.ddp_gradients import assert_gradients_close, raw_gradients
 from llava_mod_hf import MimicTrainer
-from llava_mod_hf.commands import mimic, parts
+from llava_mod_hf.commands import mimic, stage_parts
 from llava_mod_hf.commands.stage_parts import settings_of_teacher
 from llava_mod_hf.data import easy_vqa
 from llava_mod_hf.fingerprints import row_key, weights_hash
@@ -88,7 +88,7 @@ def test_the_stage_trains_from_a_cache_with_no_teacher_in_memory(models, caches,
         return mimic.run(*groups)
 
     live = run(tmp_path / "live", None)
-    monkeypatch.setattr(parts, "load_teacher", lambda *_: pytest.fail("the teacher was loaded"))
+    monkeypatch.setattr(stage_parts, "load_teacher", lambda *_: pytest.fail("the teacher was loaded"))
     cached = run(tmp_path / "cached", str(caches["teacher"]))
     for key in ("first_loss", "last_loss"):
         assert cached[key] == pytest.approx(live[key], abs=1e-5)

@@ -14,7 +14,7 @@ import llava_mod_cli
 from helpers.ddp_gradients import RUN, assert_gradients_close, raw_gradients, sharpened
 from helpers.preference_trainers import log_probabilities, uneven
 from llava_mod_hf import PreferenceConfig, PreferenceTrainer
-from llava_mod_hf.commands import cache_reference, parts, prefer
+from llava_mod_hf.commands import cache_reference, prefer, stage_parts
 from llava_mod_hf.commands.arguments import DistillArguments
 from llava_mod_hf.commands.cache_reference import ReferenceCommand
 from llava_mod_hf.commands.cache_reference import run as run_cache_reference
@@ -155,7 +155,7 @@ def test_precomputed_and_live_have_the_same_loss_and_gradients(models, caches, t
 def test_the_stage_trains_from_a_cache_with_no_teacher_in_memory(models, caches, tmp_path, monkeypatch):
     options = {"max_steps": 2, "learning_rate": 1e-2, "loss_type": ["kto_pair"]}
     live = prefer.run(*groups(models, None, tmp_path / "live", **options))
-    monkeypatch.setattr(parts, "load_teacher", lambda *_: pytest.fail("the teacher was loaded"))
+    monkeypatch.setattr(stage_parts, "load_teacher", lambda *_: pytest.fail("the teacher was loaded"))
     cached = prefer.run(*groups(models, caches["teacher"], tmp_path / "cached", **options))
     for figure in ("first_loss", "last_loss"):
         assert cached[figure] == pytest.approx(live[figure], abs=1e-5)
