@@ -75,20 +75,35 @@ class VisionCache:
             return None
         narrow = _autocast_dtype(pixel_values.device.type)
         folder = self.folder / content_hash([self.encoder_name(encoder), list(layers), str(narrow)])
-        keys = picture_keys(pixel_values)
+        keys, device = picture_keys(pixel_values), pixel_values.device
         places = {}
         for place, key in enumerate(keys):
             places.setdefault(key, place)
-        found = {key: self._read(folder, key, layers) for key in places}
-        missing = [key for key, states in found.items() if states is None]
+        kind = self._kind_of(folder)
+        found = {} if kind is None else self._read(folder, places, layers, kind)
+
+        def encode(wanted):
+            few = pixel_values if len(wanted) == len(keys) else pixel_values[[places[key] for key in wanted]]
+            states = tower(few, **kwargs).hidden_states
+            states = [_narrowed(states[layer].detach(), narrow) for layer in layers]
+            # in the order of memory: another one is another way through a matrix product, which rounds otherwise
+            transposed = states[0].stride(-1) != 1
+            states = [each.transpose(1, 2) for each in states] if transposed else states
+            made = {key: [each[row] for each in states] for row, key in enumerate(wanted)}
+            return made, _kind(layers, states[0][0], transposed)
+
+        missing = [key for key in places if key not in found]
         if missing:
-            few = pixel_values if len(missing) == len(keys) else pixel_values[[places[key] for key in missing]]
-            made = tower(few, **kwargs).hidden_states
-            made = [_narrowed(made[layer].detach(), narrow) for layer in layers]
-            found |= {key: [states[row] for states in made] for row, key in enumerate(missing)}
+            made, new = encode(missing)
+            if found and new["transposed"] != kind["transposed"]:
+                missing = [*places]
+                made, new = encode(missing)
+            found, kind = {**found, **made}, new
             if encoder is tower:  # else in the teacher's dtype, and the student has kept it already
-                self._keep(folder, layers, {key: found[key] for key in missing})
-        together = [torch.stack([found[key][i].to(pixel_values.device) for key in keys]) for i in range(len(layers))]
+                self._keep(folder, made, layers, kind)
+        together = [torch.stack([found[key][i].to(device if missing else "cpu") for key in keys]).to(device)
+                    for i in range(len(layers))]  # fmt: skip
+        together = [states.transpose(1, 2) for states in together] if kind["transposed"] else together
         if encoder is not tower:
             together = [_narrowed(states.to(tower.dtype), narrow) for states in together]
         return dict(zip(layers, together, strict=True))
@@ -100,33 +115,44 @@ class VisionCache:
             self._names[encoder] = versions, content_hash([vision_config_hash(encoder), tensors_hash(encoder)])
         return self._names[encoder][1]
 
-    def _read(self, folder, key, layers):
-        """`list[torch.Tensor]`, one a layer, or `None` if there is no whole file of the right kind."""
-        try:
-            kind = self._kinds.get(folder) or json.loads((folder / KIND_FILE).read_text(encoding="utf-8"))
-            self._kinds[folder] = kind
-            with safe_open(_file(folder, key), framework="pt") as file:
-                states = [file.get_tensor(str(layer)) for layer in layers]
-        except (OSError, ValueError, SafetensorError):
-            return None
-        return states if all(_kind(layers, each) == kind for each in states) else None
+    def _kind_of(self, folder):
+        """What the files of an encoder's folder have to hold, or `None` if nobody has said it."""
+        if folder not in self._kinds:
+            try:
+                kind = json.loads((folder / KIND_FILE).read_text(encoding="utf-8"))
+                self._kinds[folder] = kind if kind.keys() == _kind((), torch.empty(0), False).keys() else None
+            except (OSError, ValueError, AttributeError):
+                return None
+        return self._kinds[folder]
 
-    def _keep(self, folder, layers, found):
+    def _read(self, folder, keys, layers, kind):
+        """`{picture: a tensor a layer}` of those pictures that have a whole file of the right kind."""
+        found = {}
+        for key in keys:
+            try:
+                with safe_open(_file(folder, key), framework="pt") as file:
+                    states = [file.get_tensor(str(layer)) for layer in layers]
+            except (OSError, SafetensorError):
+                continue
+            if all(_kind(layers, each, kind["transposed"]) == kind for each in states):
+                found[key] = states
+        return found
+
+    def _keep(self, folder, made, layers, kind):
         if not self._writes:
             return
         try:
-            for key, states in found.items():
+            if self._kinds.get(folder) != kind:
+                with _moved_into(folder / KIND_FILE) as path:
+                    path.write_text(json.dumps(kind) + "\n", encoding="utf-8")
+                self._kinds[folder] = kind
+            for key, states in made.items():
                 size = sum(each.nbytes for each in states)
                 if shutil.disk_usage(self.folder).free < RESERVE + size:
                     raise OSError(f"{RESERVE / 1e9:.1f} GB of the disk are left for the rest")
-                tensors = {str(layer): each.cpu().contiguous() for layer, each in zip(layers, states, strict=True)}
-                kind = _kind(layers, states[0])
-                if self._kinds.get(folder) != kind:
-                    with _moved_into(folder / KIND_FILE) as path:
-                        path.write_text(json.dumps(kind) + "\n", encoding="utf-8")
-                    self._kinds[folder] = kind
                 with _moved_into(_file(folder, key)) as path:
-                    save_file(tensors, path)
+                    tensors = zip(layers, states, strict=True)
+                    save_file({str(layer): each.cpu().contiguous() for layer, each in tensors}, path)
         except (OSError, SafetensorError) as error:
             self._writes = False
             logger.warning(
@@ -236,8 +262,9 @@ def _narrowed(states, dtype):
     return states if dtype is None or states.dtype.itemsize <= dtype.itemsize else states.to(dtype)
 
 
-def _kind(layers, states):
-    return {"layers": list(layers), "dtype": str(states.dtype).removeprefix("torch."), "shape": list(states.shape)}
+def _kind(layers, states, transposed):
+    dtype, shape = str(states.dtype).removeprefix("torch."), list(states.shape)
+    return {"layers": list(layers), "dtype": dtype, "shape": shape, "transposed": transposed}
 
 
 def _file(folder, key):
