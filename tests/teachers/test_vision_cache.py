@@ -175,10 +175,13 @@ def test_changed_weights_are_another_encoder(make_model, tmp_path):
     plain.model.vision_tower.load_state_dict(tower.state_dict())
     found, encoded = outputs(model, pixels)
     assert encoded == 1 and found.equal(outputs(plain, pixels)[0])
+    assert outputs(model.bfloat16(), pixels)[1] == 1  # it casts the same pixels itself
+    model.float()
+    assert outputs(model, pixels)[1] == 1, "rounded weights are other weights"
     tower.config.layer_norm_eps = 0.1
     keep_features(VisionCache(tmp_path), model)
     assert outputs(model, pixels)[1] == 1
-    assert len([*tmp_path.iterdir()]) == 3
+    assert len([*tmp_path.iterdir()]) == 5
 
 
 def test_two_that_write_the_same_leave_whole_files(make_model, tmp_path):

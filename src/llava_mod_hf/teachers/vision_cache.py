@@ -110,9 +110,10 @@ class VisionCache:
 
     def encoder_name(self, encoder):
         """A hash of what has an influence on an encoder's features: its config, and its weights in their precision."""
-        versions = [weight._version for weight in encoder.parameters()]  # whoever loads others into it raises these
-        if self._names.get(encoder, (None,))[0] != versions:
-            self._names[encoder] = versions, content_hash([vision_config_hash(encoder), tensors_hash(encoder)])
+        # whoever loads other weights into it, or casts them, changes one of these
+        state = [(weight._version, weight.data_ptr(), weight.dtype) for weight in encoder.parameters()]
+        if self._names.get(encoder, (None,))[0] != state:
+            self._names[encoder] = state, content_hash([vision_config_hash(encoder), tensors_hash(encoder)])
         return self._names[encoder][1]
 
     def _kind_of(self, folder):
