@@ -184,6 +184,12 @@ def test_changed_weights_are_another_encoder(make_model, tmp_path):
     assert len([*tmp_path.iterdir()]) == 5
 
 
+def test_models_that_read_other_layers_keep_their_own(make_model, tmp_path):
+    models, pixels = [make_model(vision_feature_layer=layer) for layer in (-2, -1)], pictures(2)
+    keep_features(VisionCache(tmp_path), *models)
+    assert [outputs(model, pixels)[1] for model in models * 2] == [2, 2, 0, 0]
+
+
 def test_two_that_write_the_same_leave_whole_files(make_model, tmp_path):
     pixels = pictures(16)
     models = [make_model() for _ in range(2)]
