@@ -5,11 +5,13 @@ Tokens per second of a dense-to-sparse step: forward and backward pass of one ba
     python benchmarks/mimic_step.py --size qwen2-0.5b [--layers 24]
     python benchmarks/mimic_step.py --size qwen2-1.5b --layers 4
 
-One student, four ways, taken in turns in one process; medians. `--clock cpu` counts the seconds of all threads,
+One student, five ways, taken in turns in one process; medians. `--clock cpu` counts the seconds of all threads,
 which other work on the machine changes less.
 
 - `live`: `MimicTrainer` with the teacher in memory;
 - `cached`: `MimicTrainer` with the teacher's 32 most likely tokens, which `llava-mod cache-teacher` would have read;
+- `both`: the same, with the frozen encoder's features on disk (`vision_cache`), which an earlier epoch or stage has
+  written: a hash of each picture and the reading of its file are part of the time;
 - `authors`: full logits of student and teacher at all positions, experts one after the other, both vision towers run;
 - `sft`: no teacher; the student's cross-entropy at the supervised positions.
 
@@ -19,12 +21,13 @@ sizes; one row of 704 tokens, 576 of them an image's, 64 supervised. Collation i
 
 `products` are the multiplications and additions of the step's matrix products, counted by torch over transformers'
 `eager` experts: what the authors' way has more of them is the speed that they alone allow (`their limit`), and `vision`
-is the encoder's share, which a cache of its features saves.
+is the encoder's share, which `both` saves.
 """
 
 import argparse
 import json
 import statistics
+import tempfile
 import time
 
 import torch
@@ -40,6 +43,8 @@ from llava_mod_hf.model.moe_llava_mod import router_losses
 from llava_mod_hf.students.build import build_student
 from llava_mod_hf.students.upcycling import upcycle
 from llava_mod_hf.teachers.kept_answers import top_k_log_probs
+from llava_mod_hf.teachers.unique_images import keep_features
+from llava_mod_hf.teachers.vision_cache import VisionCache
 from llava_mod_hf.training.trainable import set_trainable
 
 TEACHER = "embedded:tiny-teacher"
@@ -122,8 +127,8 @@ def authors_step(student, teacher, batch, aux_coef, autocast):
     (kl + lm + aux_coef * aux).backward()
 
 
-def contenders(args):
-    """`{name: function of no arguments}`, each of which does one step."""
+def contenders(args, folder):
+    """`{name: function of no arguments}`, each of which does one step; features of pictures are kept in `folder`."""
     student, teacher, processor, batch = (tiny_models if args.size == "tiny" else qwen_models)(args)
     set_trainable(student, None)
     rows = easy_vqa.load("mixture", "train").select(range(64))
@@ -149,6 +154,13 @@ def contenders(args):
         trainer.teachers, trainer.teacher_weights, trainer.args.kl_weight = teachers, [1.0] * len(teachers), kl_weight
         trainer.training_step(student, dict(batch), torch.tensor(len(targets)))
 
+    cache = VisionCache(folder)
+
+    def both():
+        keep_features(cache, student)
+        step([remembered], 1.0)
+        keep_features(None, student)
+
     def authors():
         default = student.config.get_text_config()._experts_implementation
         student.set_experts_implementation("eager")
@@ -160,9 +172,11 @@ def contenders(args):
     steps = {
         "live": lambda: step([live], 1.0),
         "cached": lambda: step([remembered], 1.0),
+        "both": both,
         "authors": authors,
         "sft": lambda: step([], 0.0),
     }
+    both()  # writes the features
     return steps, student, batch["attention_mask"].sum().item()
 
 
@@ -191,7 +205,13 @@ def main():
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
-    steps, student, tokens = contenders(args)
+    with tempfile.TemporaryDirectory() as folder:
+        measure(args, folder)
+
+
+def measure(args, folder):
+    """Prints what `main` is asked for."""
+    steps, student, tokens = contenders(args, folder)
     products = count_products(steps, student)
     seconds = {name: [] for name in steps}
     clock = time.process_time if args.clock == "cpu" else time.perf_counter

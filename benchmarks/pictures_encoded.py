@@ -1,5 +1,6 @@
 """
-Time of the frozen vision encoder where pictures of a batch are the same: encoded once, and as often as they come.
+Time of the frozen vision encoder where pictures of a batch are the same: encoded once, as often as they come, and where
+their features are on disk (`vision_cache`), with the hash of each picture and the reading of its file.
 
     python benchmarks/pictures_encoded.py [--layers 4] [--images 8] [--rounds 3]
 
@@ -10,13 +11,15 @@ seconds, which other work on the machine changes less.
 
 import argparse
 import statistics
+import tempfile
 import time
 
 import torch
 from transformers import CLIPVisionConfig, Qwen2Config
 
 from llava_mod_hf import LlavaModConfig, LlavaModForConditionalGeneration
-from llava_mod_hf.teachers.unique_images import encode_once
+from llava_mod_hf.teachers.unique_images import encode_once, keep_features
+from llava_mod_hf.teachers.vision_cache import VisionCache
 
 SIZE, PATCH = 336, 14
 
@@ -57,15 +60,16 @@ def batch_of(images, different):
     return {"input_ids": ids, "pixel_values": pixels}
 
 
-def measure(args):
-    """`{different pictures: (seconds encoded once, seconds as often as they come)}`."""
-    plain = make_student(args.layers)
-    once = make_student(args.layers)
-    once.load_state_dict(plain.state_dict())
+def measure(args, folder):
+    """`{different pictures: seconds encoded once, as often as they come, and read from a folder}`."""
+    plain, once, kept = (make_student(args.layers) for _ in range(3))
+    for model in (once, kept):
+        model.load_state_dict(plain.state_dict())
     encode_once(once)
+    keep_features(VisionCache(folder), kept)
     found = {}
     for different in sorted({args.images, args.images // 2, 1}, reverse=True):
-        batch, times = batch_of(args.images, different), {once: [], plain: []}
+        batch, times = batch_of(args.images, different), {once: [], plain: [], kept: []}
         for _ in range(args.rounds + 1):
             for model, seconds in times.items():
                 start = time.process_time()
@@ -85,10 +89,11 @@ def main(argv=None):
     args = parser.parse_args(argv)
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
-    print(f"| different of {args.images} pictures | seconds | × as often as they come |")
-    print("|---:|---:|---:|")
-    for different, (once, plain) in measure(args).items():
-        print(f"| {different} | {once:.2f} | {once / plain:.2f} |")
+    print(f"| different of {args.images} pictures | seconds | × as often as they come | from disk, seconds |")
+    print("|---:|---:|---:|---:|")
+    with tempfile.TemporaryDirectory() as folder:
+        for different, (once, plain, kept) in measure(args, folder).items():
+            print(f"| {different} | {once:.2f} | {once / plain:.2f} | {kept:.3f} |")
 
 
 if __name__ == "__main__":

@@ -21,6 +21,7 @@ OPTIONS = [
     "llava_mod_hf.training.validation_options.ValidationOptions",
     "llava_mod_hf.training.lora_options.LoraOptions",
     "llava_mod_hf.training.hub_options.HubOptions",
+    "llava_mod_hf.training.vision_options.VisionOptions",
 ]
 
 CODE = re.compile(r"(```.*?```)", re.DOTALL)

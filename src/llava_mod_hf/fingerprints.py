@@ -91,12 +91,20 @@ def _without_volatile(value):
 
 def model_hash(model):
     """A hash of a model in memory, whatever it was loaded from: its config, and its tensors in their precision."""
-    tensors = {
+    return content_hash([config_hash(model.config), _tensors_of(model)])
+
+
+def tensors_hash(module):
+    """A hash of a module's tensors in memory, in their precision."""
+    return content_hash(_tensors_of(module))
+
+
+def _tensors_of(module):
+    return {
         name: _tensor_parts(tensor.detach().cpu())
-        for name, tensor in model.state_dict().items()
+        for name, tensor in module.state_dict().items()
         if isinstance(tensor, torch.Tensor)
     }
-    return content_hash([config_hash(model.config), tensors])
 
 
 # --- rows ---

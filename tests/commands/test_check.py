@@ -188,6 +188,27 @@ def test_a_disk_and_a_gpu_that_are_too_small(folder, capsys, monkeypatch):
     assert code == 1 and "Checkpoints take" in found["to_mend"][0]
 
 
+def test_what_a_cache_of_image_features_takes(folder, capsys, monkeypatch):
+    rows = json.loads((folder / "rows.json").read_text())
+    rows[3]["image"] = "0.png"
+    (folder / "rows.json").write_text(json.dumps(rows))
+    cache = folder / "features"
+    code, found, text = check(recipe(folder, vision_cache=str(cache)), capsys=capsys)
+    student, _ = build_student(*MODELS.values())
+    width = student.config.vision_config.hidden_size
+    assert (code, found["features"]["pictures"], found["features"]["bytes"]) == (0, 3, 3 * 16 * width * 2)
+    assert f"3 pictures of {16 * width * 2 / 1000:.1f} kB: " in text and not cache.exists()
+    code, found, _ = check(mimic(folder, vision_cache=str(cache)), capsys=capsys)
+    assert (code, found["features"]["bytes"]) == (0, 3 * 16 * width * 2), "the teacher has the same encoder"
+    code, found, _ = check(mimic(folder, vision_cache=str(cache), use_peft=True), capsys=capsys)
+    assert code == 0
+    monkeypatch.setattr("llava_mod_hf.teachers.vision_cache.RESERVE", 2**60)
+    code, found, _ = check(recipe(folder, vision_cache=str(cache)), capsys=capsys)
+    assert code == 1 and "`vision_cache` takes" in found["to_mend"][0]
+    code, found, _ = check(recipe(folder), capsys=capsys)
+    assert code == 0 and "features" not in found
+
+
 def test_the_stage_is_told_by_the_recipe(folder):
     names = ("1_adapt", "2_mimic_dense", "3_mimic_sparse", "4_prefer")
     told = [stage_of(str(ROOT / "recipes" / "scenes" / f"{name}.yaml")) for name in names]

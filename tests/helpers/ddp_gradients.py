@@ -18,6 +18,7 @@ import torch
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from transformers import AutoModelForImageTextToText, AutoProcessor, TrainerCallback
+from transformers.models.siglip.modeling_siglip import SiglipVisionEmbeddings
 
 from llava_mod_hf import LlavaModForConditionalGeneration, MimicConfig, MimicTrainer
 from llava_mod_hf.commands.pretrain import image_processor
@@ -208,10 +209,27 @@ def sharded_gradients(folder, processor):
     return trainer, {name: whole(p.grad) for name, p in student.named_parameters() if p.grad is not None}
 
 
+def cached(folder, keep, gradients):
+    """Steps without a cache of image features, with one that is empty, and with what that one has written."""
+    seen, encode = [], SiglipVisionEmbeddings.forward
+    SiglipVisionEmbeddings.forward = lambda self, pixels, *args, **kwargs: (
+        seen.append(len(pixels)) or encode(self, pixels, *args, **kwargs)
+    )
+    for name in ("without", "written", "read"):
+        seen.clear()
+        cache = None if name == "without" else str(folder / "cache")
+        trainer = keep(name, "teacher", train_modules=["adaptor", "language_model"], vision_cache=cache)
+        gradients[f"pictures {name}"] = sum(seen)
+        torch.distributed.barrier()  # the other process may be writing yet
+    SiglipVisionEmbeddings.forward = encode
+    return trainer
+
+
 def train(folder, *modes):
     """
     `modes`: `plain` with and without the router aux, `other` processor, `text` alone, `adaptor` alone, `eval`uation of
-    a number of rows that does not divide, `balance` of the routers, `fsdp2`, batches of a number of `tokens`.
+    a number of rows that does not divide, `balance` of the routers, `fsdp2`, batches of a number of `tokens`, a `cache`
+    of image features.
     """
     processor = AutoProcessor.from_pretrained(folder / "student")
     gradients = {}
@@ -250,6 +268,8 @@ def train(folder, *modes):
         elif mode == "balance":
             trainer = keep(mode, "teacher", router_bias_update=0.25, train_modules=["adaptor"])
             gradients[mode] = router_biases(trainer.accelerator.unwrap_model(trainer.model))
+        elif mode == "cache":
+            trainer = cached(folder, keep, gradients)
         elif mode == "tokens":
             trainer = keep(mode, "teacher", dataset=fit_rows(rows(count=8), processor, max_length=None)[0], **TOKENS)
         elif mode == "adaptor":  # which the first process's rows do not reach

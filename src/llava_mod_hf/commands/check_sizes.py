@@ -4,8 +4,14 @@ import math
 import shutil
 from pathlib import Path
 
+from transformers import LlavaModel
+
 from llava_mod_hf.data.fitting import LENGTH, NUM_IMAGES
+from llava_mod_hf.data.held_out import count_pictures
 from llava_mod_hf.students.parameter_counts import count_parameters
+from llava_mod_hf.teachers.protocol import row_sets
+from llava_mod_hf.teachers.vision_cache import bytes_of_picture, check_cacheable, check_room
+from llava_mod_hf.teachers.vision_sharing import vision_config_hash
 from llava_mod_hf.training.stage_memory import GB, adapted, count, stage_memory
 from llava_mod_hf.training.trainable import train_only
 
@@ -112,3 +118,23 @@ class SizesOfStage:
                 f"Checkpoints take {amount(needed, 'B')}, and {amount(free, 'B')} are free at `{folder}`: give "
                 "`save_total_limit`, another `output_dir`, or make room."
             )
+
+    def _features(self):
+        """What a cache of image features takes, of each encoder that differs by its config: no weights are read."""
+        args = self.args
+        if args.vision_cache is None or self.model is None or "rows" not in self.found:
+            return
+        check_cacheable(self.student)
+        models = [model.base_model for model in (self.student, self.teacher) if model is not None]
+        sizes = {
+            vision_config_hash(base.vision_tower): bytes_of_picture(base.config, 2 if args.bf16 or args.fp16 else 4)
+            for base in models
+            if isinstance(base, LlavaModel)
+        }
+        pictures = sum(count_pictures(rows) or 0 for rows in row_sets(self.rows, self.eval_rows))
+        needed, free = check_room(args.vision_cache, pictures, list(sizes.values()))
+        self._tell(
+            "features", f"{pictures:,} pictures of {' and '.join(amount(size, 'B') for size in sizes.values())}: "
+            f"{amount(needed, 'B')} more at most; {amount(free, 'B')} are free",
+            pictures=pictures, bytes=needed, free=free,
+        )  # fmt: skip

@@ -90,6 +90,7 @@ class StageCheck(SizesOfStage):
         memory = functools.partial(self._memory, gpu_memory)
         for part in (
             self._options, self._data, self._student, self._rows, self._teacher, self._sizes, memory, self._disk,
+            self._features,
         ):  # fmt: skip
             with self._noting():
                 part()

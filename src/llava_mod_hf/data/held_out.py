@@ -2,7 +2,7 @@
 
 import hashlib
 
-from datasets import Features, IterableDataset, List, Value
+from datasets import Features, Image, IterableDataset, List, Value
 
 from llava_mod_hf.data.images import map_undecoded
 from llava_mod_hf.data.mixture import SOURCE
@@ -53,6 +53,35 @@ def hold_out(rows, size, *, seed=0):
             "of the data set can be held out: none would be left to train on. Give less, or more rows."
         )
     return rows.select([number for number in range(len(rows)) if number not in held]), rows.select(sorted(held))
+
+
+def count_pictures(rows):
+    """
+    How many different pictures rows have, by their files or bytes.
+
+    Args:
+        rows (`datasets.Dataset`): with `images` or `image`.
+
+    Returns:
+        `int` or `None`: `None` of rows that nobody has seen yet, a stream's, or whose pictures are of another kind.
+    """
+    features = getattr(rows, "features", None)
+    names = [name for name in IMAGES if (features or {}).get(name) in (Image(), List(Image()))]
+    if isinstance(rows, IterableDataset) or not names:
+        return None
+
+    def keys(batch, indices):
+        images = [[image for name in names for image in _as_list(batch[name], place)] for place in range(len(indices))]
+        return {KEYS: [[_picture(image) for image in each] for each in images]}
+
+    named = map_undecoded(
+        rows.select_columns(names),
+        keys,
+        features=Features({KEYS: List(Value("string"))}),
+        desc="Counting pictures",
+        remove_columns=names,
+    )
+    return len({key for own in named[KEYS][:] for key in own})
 
 
 def _row_keys(rows):

@@ -1,7 +1,5 @@
 """Pictures that are the same are encoded once in a batch."""
 
-import weakref
-
 import torch
 from peft import PeftModel
 from torch import nn
@@ -9,8 +7,6 @@ from transformers import LlavaModel
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from llava_mod_hf.teachers.vision_sharing import DROPOUTS
-
-_KNOWN: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()  # base model → its `UniqueImages`
 
 BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by the bytes of a number
 
@@ -21,10 +17,30 @@ def encode_once(model):
 
     Args:
         model (`PreTrainedModel` or `PeftModel`): a LLaVA; any other is left as it is.
+
+    Returns:
+        [`UniqueImages`] or `None`: what stands for the encoder.
     """
     base_model = (model.get_base_model() if isinstance(model, PeftModel) else model).base_model
-    if isinstance(base_model, LlavaModel) and base_model not in _KNOWN:
-        _KNOWN[base_model] = UniqueImages(base_model)
+    if not isinstance(base_model, LlavaModel):
+        return None
+    # those of a copy that shares its parts are its own: the hooks are the very same
+    hooks = [getattr(hook, "__self__", None) for hook in base_model._forward_pre_hooks.values()]
+    return next((each for each in hooks if isinstance(each, UniqueImages)), None) or UniqueImages(base_model)
+
+
+def keep_features(cache, *models):
+    """
+    Gives models a cache of their encoders' features, or takes it from them.
+
+    Args:
+        cache ([`~llava_mod_hf.teachers.vision_cache.VisionCache`] or `None`).
+        models (`PreTrainedModel` or `PeftModel`): any but a LLaVA is left as it is.
+    """
+    for model in models:
+        images = encode_once(model)
+        if images is not None:
+            images.cache = cache
 
 
 class UniqueImages(nn.Module):
@@ -34,11 +50,14 @@ class UniqueImages(nn.Module):
 
     Args:
         base_model (`LlavaModel`).
+
+    Attributes:
+        cache ([`~llava_mod_hf.teachers.vision_cache.VisionCache`] or `None`): that is asked before the encoder.
     """
 
     def __init__(self, base_model):
         super().__init__()
-        self._tower, self._layers = (), ()
+        self._tower, self._layers, self.cache = (), (), None
         base_model.register_forward_pre_hook(self._begin, with_kwargs=True)
         base_model.register_forward_hook(self._end, always_call=True)
 
@@ -61,6 +80,10 @@ class UniqueImages(nn.Module):
     def forward(self, pixel_values, **kwargs):
         """Only the layers of which a LLaVA takes its features are given, and nothing else."""
         (tower,) = self._tower
+        if self.cache is not None:
+            kept = self.cache.features(tower, pixel_values, self._layers, **kwargs)
+            if kept is not None:
+                return BaseModelOutputWithPooling(hidden_states=kept)
         rows, places = different_rows(pixel_values)
         if len(rows) == len(places):
             return tower(pixel_values, **kwargs)

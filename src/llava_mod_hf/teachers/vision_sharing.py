@@ -31,6 +31,11 @@ class SharedVisionTower(nn.Module):
         self._tower, self._seen = (tower,), None  # in a tuple, so that it is not registered here too
         tower.register_forward_hook(self._remember, with_kwargs=True)
 
+    @property
+    def source(self):
+        """The student's tower."""
+        return self._tower[0]
+
     def _remember(self, module, args, kwargs, output):
         pixels = args[0] if args else kwargs.get("pixel_values")
         options = _options(kwargs)
@@ -75,8 +80,9 @@ def _same_pixels(seen, version, pixels):
     return seen.shape == pixels.shape and seen.dtype == pixels.dtype and torch.equal(seen, pixels.to(seen.device))
 
 
-def _without_volatile(config):
-    return content_hash({name: value for name, value in config.to_dict().items() if name not in VOLATILE})
+def vision_config_hash(tower):
+    """A hash of what in a vision tower's config has an influence on its features."""
+    return content_hash({name: value for name, value in tower.config.to_dict().items() if name not in VOLATILE})
 
 
 def share_vision_tower(student, teacher, processor=None, teacher_processor=None):
@@ -107,7 +113,7 @@ def share_vision_tower(student, teacher, processor=None, teacher_processor=None)
         name = "image_processor"
         if processor_parts(processor)[name] != processor_parts(teacher_processor)[name]:
             return teacher
-    if _without_volatile(ours.config) != _without_volatile(theirs.config) or not _same_weights(ours, theirs):
+    if vision_config_hash(ours) != vision_config_hash(theirs) or not _same_weights(ours, theirs):
         return teacher
     return _with_tower(teacher, SharedVisionTower(ours, theirs.dtype))
 

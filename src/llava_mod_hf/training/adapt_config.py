@@ -10,17 +10,19 @@ from llava_mod_hf.training.lora_options import LoraOptions, check_lora
 from llava_mod_hf.training.trainable import check_train_modules
 from llava_mod_hf.training.trainer_options import check_dependent_options, check_options
 from llava_mod_hf.training.validation_options import ValidationOptions, check_validation, choose_direction
+from llava_mod_hf.training.vision_options import VisionOptions, check_vision_cache
 
 
 @dataclass
-class AdaptConfig(BatchOptions, ValidationOptions, LoraOptions, HubOptions, SFTConfig):
+class AdaptConfig(BatchOptions, ValidationOptions, LoraOptions, HubOptions, VisionOptions, SFTConfig):
     """
     [`~trl.SFTConfig`] of the adaptor stage.
 
     The options of [`~llava_mod_hf.training.batch_options.BatchOptions`],
     [`~llava_mod_hf.training.lora_options.LoraOptions`],
-    [`~llava_mod_hf.training.validation_options.ValidationOptions`] and
-    [`~llava_mod_hf.training.hub_options.HubOptions`] are options of it too.
+    [`~llava_mod_hf.training.validation_options.ValidationOptions`],
+    [`~llava_mod_hf.training.hub_options.HubOptions`] and
+    [`~llava_mod_hf.training.vision_options.VisionOptions`] are options of it too.
 
     Args:
         train_modules (`list[str]`, *optional*):
@@ -39,3 +41,4 @@ class AdaptConfig(BatchOptions, ValidationOptions, LoraOptions, HubOptions, SFTC
         check_lora(self)
         check_validation(self)
         check_hub(self)
+        check_vision_cache(self)

@@ -5,8 +5,8 @@ from trl import SFTTrainer
 
 from llava_mod_hf.data.grouping import GroupedBatches
 from llava_mod_hf.students.generation import prepare_generation
-from llava_mod_hf.teachers.unique_images import encode_once
 from llava_mod_hf.training.adapt_config import AdaptConfig
+from llava_mod_hf.training.cached_features import use_vision_cache
 from llava_mod_hf.training.given import given
 from llava_mod_hf.training.logs import KeepsMetrics
 from llava_mod_hf.training.noted_model import NotedModel
@@ -30,7 +30,7 @@ class AdaptTrainer(KeepsMetrics, GroupedBatches, Validates, Watched, WholeConver
         super().__init__(model, args, **kwargs)
         train_only(self.model, args.train_modules, default=["adaptor"])
         prepare_generation(self.model, self.processing_class)
-        encode_once(self.model)
+        use_vision_cache(self)
 
     # The parent's load balancing is transformers' form, and it knows no z-loss.
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):

@@ -13,10 +13,11 @@ from llava_mod_hf.training.router_balance import check_router_bias_update
 from llava_mod_hf.training.trainable import check_train_modules
 from llava_mod_hf.training.trainer_options import check_dependent_options, check_options, check_weights
 from llava_mod_hf.training.validation_options import ValidationOptions, check_validation, choose_direction
+from llava_mod_hf.training.vision_options import VisionOptions, check_vision_cache
 
 
 @dataclass
-class MimicConfig(BatchOptions, ValidationOptions, LoraOptions, HubOptions, SFTConfig):
+class MimicConfig(BatchOptions, ValidationOptions, LoraOptions, HubOptions, VisionOptions, SFTConfig):
     """
     [`~trl.SFTConfig`] with the weights of the mimic loss.
 
@@ -24,8 +25,9 @@ class MimicConfig(BatchOptions, ValidationOptions, LoraOptions, HubOptions, SFTC
 
     The options of [`~llava_mod_hf.training.batch_options.BatchOptions`],
     [`~llava_mod_hf.training.lora_options.LoraOptions`],
-    [`~llava_mod_hf.training.validation_options.ValidationOptions`] and
-    [`~llava_mod_hf.training.hub_options.HubOptions`] are options of it too.
+    [`~llava_mod_hf.training.validation_options.ValidationOptions`],
+    [`~llava_mod_hf.training.hub_options.HubOptions`] and
+    [`~llava_mod_hf.training.vision_options.VisionOptions`] are options of it too.
 
     Args:
         divergence (`str`, *optional*, defaults to `"forward_kl"`):
@@ -86,6 +88,7 @@ class MimicConfig(BatchOptions, ValidationOptions, LoraOptions, HubOptions, SFTC
         check_lora(self)
         check_validation(self)
         check_hub(self)
+        check_vision_cache(self)
         check_weights("`kl_weight`, `lm_weight`", [self.kl_weight, self.lm_weight])
         check_weights("`teacher_weights`", self.teacher_weights)
         check_divergence(self.divergence, temperature=self.temperature, jsd_beta=self.jsd_beta)

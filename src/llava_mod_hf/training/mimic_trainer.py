@@ -23,10 +23,10 @@ from llava_mod_hf.teachers.output_head import head_without_weights
 from llava_mod_hf.teachers.protocol import row_sets
 from llava_mod_hf.teachers.sharded import shard_layers, whole
 from llava_mod_hf.teachers.teachers_collator import TeachersCollator
-from llava_mod_hf.teachers.unique_images import encode_once
 from llava_mod_hf.teachers.vision_sharing import share_vision_tower
 from llava_mod_hf.teachers.vocabulary import compared_vocab_size
 from llava_mod_hf.training.authors_behaviour import ReferenceCompat
+from llava_mod_hf.training.cached_features import use_vision_cache
 from llava_mod_hf.training.given import given
 from llava_mod_hf.training.logs import BatchTerms, MimicLog, kind_of_logs
 from llava_mod_hf.training.mimic_config import MimicConfig
@@ -74,9 +74,9 @@ class MimicTrainer(GroupedBatches, Validates, Watched, WholeConversations, SafeR
         super().__init__(model, args=args, processing_class=processing_class, **kwargs)
         train_only(self.model, args.train_modules)
         prepare_generation(self.model, self.processing_class)
-        encode_once(self.model)
         self.compat = ReferenceCompat(args.reference_compat, vocab_size=args.reference_vocab_size)
         self.teachers = self._make_teachers(teacher_model, teacher_processor) if args.kl_weight else []
+        use_vision_cache(self, *(teacher.model for teacher in self.teachers if isinstance(teacher, LiveTeacher)))
         if args.kl_weight and not self.teachers:
             raise ValueError(f"`kl_weight` is {args.kl_weight}, and there is no `teacher_model`: give one, or 0.")
         check_weights("`teacher_weights`", args.teacher_weights, count=len(self.teachers))

@@ -11,6 +11,7 @@ from llava_mod_hf.training.lora_options import LoraOptions, check_lora
 from llava_mod_hf.training.trainable import check_train_modules
 from llava_mod_hf.training.trainer_options import check_dependent_options, check_options, check_weights
 from llava_mod_hf.training.validation_options import ValidationOptions, check_validation, choose_direction
+from llava_mod_hf.training.vision_options import VisionOptions, check_vision_cache
 
 PARENT_LOSSES = (
     "sigmoid", "hinge", "ipo", "exo_pair", "nca_pair", "robust", "bco_pair", "sppo_hard", "aot", "aot_unpaired",
@@ -23,14 +24,15 @@ REFERENCES = ("teacher", "self")
 
 
 @dataclass
-class PreferenceConfig(ValidationOptions, LoraOptions, HubOptions, DPOConfig):
+class PreferenceConfig(ValidationOptions, LoraOptions, HubOptions, VisionOptions, DPOConfig):
     """
     [`~trl.DPOConfig`] with the teacher as reference; by default `sigmoid` (DPO) with β = 0.1, as in the paper's first
     version.
 
     The options of [`~llava_mod_hf.training.lora_options.LoraOptions`], of
-    [`~llava_mod_hf.training.validation_options.ValidationOptions`] and of
-    [`~llava_mod_hf.training.hub_options.HubOptions`] are options of it too.
+    [`~llava_mod_hf.training.validation_options.ValidationOptions`], of
+    [`~llava_mod_hf.training.hub_options.HubOptions`] and of
+    [`~llava_mod_hf.training.vision_options.VisionOptions`] are options of it too.
 
     Args:
         loss_type (`list[str]`, *optional*, defaults to `["sigmoid"]`):
@@ -63,6 +65,7 @@ class PreferenceConfig(ValidationOptions, LoraOptions, HubOptions, DPOConfig):
         check_lora(self)
         check_validation(self)
         check_hub(self)
+        check_vision_cache(self)
         self._check_choices()
         check_dependent_options(self, "prefer")
         check_weights("`loss_weights`", self.loss_weights, count=len(self.loss_type))

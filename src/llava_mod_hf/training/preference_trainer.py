@@ -30,7 +30,7 @@ from llava_mod_hf.teachers.reference_model import (
     own_reading,
 )
 from llava_mod_hf.teachers.shared_prefix import sharing
-from llava_mod_hf.teachers.unique_images import encode_once
+from llava_mod_hf.training.cached_features import use_vision_cache
 from llava_mod_hf.training.given import given
 from llava_mod_hf.training.logs import KeepsMetrics
 from llava_mod_hf.training.noted_model import NotedModel
@@ -117,6 +117,7 @@ class PreferenceTrainer(KeepsMetrics, GroupedBatches, Validates, Watched, SafeRu
                 examples=list(itertools.islice(self.train_dataset, CHECKED_ROWS)),
             )
         self._take(reference, sets)
+        use_vision_cache(self, *([] if self.ref_model is None else [self.accelerator.unwrap_model(self.ref_model)]))
 
         weighted = list(zip(self.loss_types, self.loss_weights, strict=True))
         self.own_losses = [(name, weight) for name, weight in weighted if name in own_loss_names()]
@@ -185,7 +186,6 @@ class PreferenceTrainer(KeepsMetrics, GroupedBatches, Validates, Watched, SafeRu
             return self.compute_ref_log_probs(self._sharing(self.ref_model or self.model, unwrapped), inputs)
 
     def _sharing(self, model, unwrapped):
-        encode_once(unwrapped)
         return sharing(model, unwrapped) if self.args.share_prefix else model
 
     def _student(self):

@@ -28,7 +28,7 @@ MAY_CHANGE = {
     "dataloader_prefetch_factor dataloader_multiprocessing_context dataset_num_proc check_images max_bad_rows",
     "memory": "gradient_checkpointing gradient_checkpointing_kwargs activation_checkpointing "
     "activation_checkpointing_kwargs activation_offloading torch_empty_cache_steps rows_per_chunk teacher_device "
-    "shard_teacher share_vision_tower share_prefix",
+    "shard_teacher share_vision_tower share_prefix vision_cache",
     "processes": "local_rank ddp_backend ddp_timeout ddp_bucket_cap_mb ddp_broadcast_buffers "
     "ddp_find_unused_parameters ddp_static_graph",
 }

@@ -64,7 +64,7 @@ READ_HERE += (
 
 READ_HERE += "lora_target_modules lora_target_parameters lora_modules_to_save test_split_size eval_answers "
 
-READ_HERE += "early_stopping_patience early_stopping_threshold hub_tag hub_gated"
+READ_HERE += "early_stopping_patience early_stopping_threshold hub_tag hub_gated vision_cache"
 
 READ_HERE_OF = {
     "adapt": "chat_template_path completion_only_loss assistant_only_loss max_tokens_per_batch",
