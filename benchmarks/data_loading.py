@@ -1,24 +1,29 @@
 """
 Pictures a second that one worker of a data loader makes ready: read, checked, scaled, batched; beside the least work.
 
-    python benchmarks/data_loading.py [--pictures 64] [--size 640 480] [--repeats 3]
+    python benchmarks/data_loading.py [--pictures 64] [--size 640 480] [--repeats 3] [--json FILE]
 
 JPEG files in a folder beside a JSON of LLaVA's format, a picture each, batches of 8 for an encoder of 336 pixels. The
-floor reads a file and runs the image processor. Time is of the processor, not of the clock: other work beside it does
-not count. With it, how often a picture was decoded. A worker is a process; a data loader has as many as
-`dataloader_num_workers`, and what they hand on are batches, not pictures.
+floor reads a file and runs the image processor; `trl` is TRL's collator over a `Dataset` of the files, which checks no
+row. Time is of the processor, not of the clock: other work beside it does not count. With it, how often a picture was
+decoded. A worker is a process; a data loader has as many as `dataloader_num_workers`, and what they hand on are
+batches, not pictures.
 """
 
 import argparse
 import json
 import statistics
 import tempfile
-import time
+from functools import partial
 from pathlib import Path
 
 import numpy as np
-from multi_turn import make_processor
+from datasets import Dataset, Features, List
+from datasets import Image as ImageFeature
+from measuring import add_json, in_turns, rows_of, write_json
+from multi_turn import MESSAGES, make_processor
 from PIL import Image, ImageFile
+from trl.trainer.sft_trainer import DataCollatorForVisionLanguageModeling
 
 from llava_mod_hf.data.arguments import DataArguments
 from llava_mod_hf.data.conversations import AnswersCollator
@@ -37,6 +42,15 @@ def write_rows(folder, count, size):
         Image.fromarray(coarse).resize(size, Image.Resampling.BICUBIC).save(folder / f"{i}.jpg", quality=90)
         rows.append({"id": i, "image": f"{i}.jpg", "conversations": turns})
     (folder / "rows.json").write_text(json.dumps(rows))
+
+
+def trl_rows(folder, count):
+    """The same rows as a `Dataset` of TRL's, whose pictures are decoded as they are read."""
+    question = [{"role": "user", "content": "is a red square there?"}]
+    answer = [{"role": "assistant", "content": "a red square"}]
+    rows = [{"images": [str(folder / f"{i}.jpg")], "prompt": question, "completion": answer} for i in range(count)]
+    features = {"images": List(ImageFeature()), "prompt": MESSAGES, "completion": MESSAGES}
+    return Dataset.from_list(rows, features=Features(features))
 
 
 class Decodes:
@@ -68,7 +82,7 @@ def in_batches(rows, collate):
 def measure(pictures, size, repeats):
     """
     Returns:
-        `dict`: of each way, medians of processor seconds and of decodings, a picture each.
+        `(dict, dict)`: of each way, processor seconds a picture of each round, and decodings a picture.
     """
     processor = make_processor()
     collate = AnswersCollator(processor=processor, max_length=None, completion_only_loss=True)
@@ -86,14 +100,18 @@ def measure(pictures, size, repeats):
             args = DataArguments(str(folder / "rows.json"), image_folder=str(folder), streaming=streaming)
             rows, _ = fit_rows(load_rows(args, columns=("prompt", "completion")), processor, max_length=2048)
             ways[kind] = lambda rows=rows: in_batches(rows, collate)
-        found = {way: [] for way in ways}
-        for _ in range(repeats):
-            for way, run in ways.items():
-                with Decodes() as decodes:
-                    start = time.process_time()
-                    run()
-                    found[way].append(((time.process_time() - start) / pictures, decodes.count / pictures))
-    return {way: tuple(map(statistics.median, zip(*values, strict=True))) for way, values in found.items()}
+        plain = DataCollatorForVisionLanguageModeling(processor=processor, max_length=None, completion_only_loss=True)
+        files = trl_rows(folder, pictures)
+        ways["trl"] = lambda: in_batches(files, plain)
+        decodings = {}
+
+        def counted(way):
+            with Decodes() as decodes:
+                ways[way]()
+            decodings[way] = decodes.count / pictures
+
+        times = in_turns({way: partial(counted, way) for way in ways}, repeats, clock="cpu")
+    return {way: [each / pictures for each in values] for way, values in times.items()}, decodings
 
 
 def main():
@@ -101,12 +119,16 @@ def main():
     parser.add_argument("--pictures", type=int, default=64)
     parser.add_argument("--size", type=int, nargs=2, default=(640, 480), metavar=("WIDTH", "HEIGHT"))
     parser.add_argument("--repeats", type=int, default=3)
+    add_json(parser)
     options = parser.parse_args()
-    found = measure(options.pictures // BATCH * BATCH, tuple(options.size), options.repeats)
+    times, decodings = measure(options.pictures // BATCH * BATCH, tuple(options.size), options.repeats)
     print("| | pictures/s of a worker | time / floor | decodings |")
     print("|---|---:|---:|---:|")
-    for way, (seconds, decodings) in found.items():
-        print(f"| {way} | {1 / seconds:.0f} | {seconds / found['floor'][0]:.2f} | {decodings:.0f} |")
+    medians = {way: statistics.median(values) for way, values in times.items()}
+    for way, seconds in medians.items():
+        print(f"| {way} | {1 / seconds:.0f} | {seconds / medians['floor']:.2f} | {decodings[way]:.0f} |")
+    rows = rows_of(times, "processor s per picture", ("floor", "trl"))
+    write_json(options.json, __file__, rows)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """
 Time of a greedily decoded token: of a sparse student, a dense one of as many active parameters, and a big teacher.
 
-    python benchmarks/decoding.py [--layers 4] [--tokens 16] [--repeats 5] [--cache static]
+    python benchmarks/decoding.py [--layers 4] [--tokens 16] [--repeats 5] [--cache static] [--json FILE]
 
 Random weights, float32, one row: 704 tokens before it, 576 of them an image's. The student has Qwen2-0.5B's sizes, four
 experts in every second layer, top-2; `dense, as many active` has a FFN of two experts' width in those layers, `dense`
@@ -13,15 +13,13 @@ other work on the machine changes less. `picture` is the pass over the 704 token
 
 import argparse
 import statistics
-import time
 
 import torch
+from measuring import CLOCKS, add_json, measured, seconds_of, write_json
 from torch import nn
 from transformers import CLIPVisionConfig, DynamicCache, Qwen2Config, StaticCache
 
 from llava_mod_hf import LlavaModConfig, LlavaModForConditionalGeneration
-
-CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 
 SIZES = {  # of the published configs
     "qwen2-0.5b": {"hidden_size": 896, "intermediate_size": 4864, "num_attention_heads": 14, "num_key_value_heads": 2},
@@ -29,6 +27,7 @@ SIZES = {  # of the published configs
 }
 VISION = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16}
 IMAGE, PROMPT = 576, 704
+RIVALS = ("dense, as many active", "dense", "teacher of 7B's widths")
 
 
 def make(size, layers, *, tie=True, **options):
@@ -90,33 +89,27 @@ class Decoder:
 
 @torch.no_grad()
 def measure(args):
-    """`{name: {"picture", "token", "floor"}}`: medians of seconds."""
-    clock, sparse = CLOCKS[args.clock], list(range(0, args.layers, 2))
-    models = {
-        "sparse student": (make("qwen2-0.5b", args.layers, moe_layers=sparse), 2),
-        "dense, as many active": (make("qwen2-0.5b", args.layers, wide=sparse), 1),
-        "dense": (make("qwen2-0.5b", args.layers), 1),
-        "teacher of 7B's widths": (make("qwen2-7b", args.layers, tie=False), 1),
+    """`{name: {"picture", "token", "floor"}}`: seconds of each time."""
+    sparse = list(range(0, args.layers, 2))
+    ways = {
+        "sparse student": (lambda: make("qwen2-0.5b", args.layers, moe_layers=sparse), 2),
+        "dense, as many active": (lambda: make("qwen2-0.5b", args.layers, wide=sparse), 1),
+        "dense": (lambda: make("qwen2-0.5b", args.layers), 1),
+        "teacher of 7B's widths": (lambda: make("qwen2-7b", args.layers, tie=False), 1),
     }
+    models = {name: (model(), top_k) for name, (model, top_k) in ways.items() if name not in args.without}
     found = {name: {"picture": [], "token": [], "floor": []} for name in models}
     decoders = {name: Decoder(model, args.cache == "static", args.tokens) for name, (model, _) in models.items()}
     floors = {name: floor_of(*model) for name, model in models.items()}
     for _ in range(args.repeats + 1):  # the first warms up
         for name, decoder in decoders.items():
-            start = clock()
-            decoder.begin()
-            found[name]["picture"].append(clock() - start)
+            found[name]["picture"].append(seconds_of(decoder.begin, clock=args.clock))
         for _ in range(args.tokens - 1):
             for name, decoder in decoders.items():
                 for kind, step in (("token", decoder.step), ("floor", floors[name])):
-                    start = clock()
-                    step()
-                    found[name][kind].append(clock() - start)
+                    found[name][kind].append(seconds_of(step, clock=args.clock))
     first = {"picture": 1, "token": args.tokens - 1, "floor": args.tokens - 1}
-    return {
-        name: {kind: statistics.median(values[first[kind] :]) for kind, values in kinds.items()}
-        for name, kinds in found.items()
-    }
+    return {name: {kind: values[first[kind] :] for kind, values in kinds.items()} for name, kinds in found.items()}
 
 
 def main():
@@ -127,15 +120,26 @@ def main():
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--cache", choices=["dynamic", "static"], default="dynamic")
     parser.add_argument("--clock", choices=list(CLOCKS), default="wall")
+    parser.add_argument("--without", nargs="+", default=[], choices=RIVALS, metavar="NAME", help="models to leave out")
+    add_json(parser)
     args = parser.parse_args()
     torch.manual_seed(0)
     torch.set_num_threads(args.threads)
-    found = measure(args)
+    times = measure(args)
+    found = {name: {kind: statistics.median(each) for kind, each in kinds.items()} for name, kinds in times.items()}
     student = found["sparse student"]["token"]
     print("| | tokens/s | time / floor | student's speed / its | picture, s |", "|---|---:|---:|---:|---:|", sep="\n")
     for name, each in found.items():
         ratios = f"{each['token'] / each['floor']:.2f} | {each['token'] / student:.2f}"
         print(f"| {name} | {1 / each['token']:.1f} | {ratios} | {each['picture']:.2f} |")
+    rows = []
+    for name, kinds in times.items():
+        others = {other: each for other, each in times.items() if other not in (name, "sparse student")}
+        for kind in ("token", "picture"):
+            bases = {"floor": kinds["floor"]} if kind == "token" else {}
+            bases |= {other: each[kind] for other, each in others.items()}
+            rows.append(measured(name if kind == "token" else f"{name}: {kind}", kinds[kind], "s", bases))
+    write_json(args.json, __file__, rows, threads=args.threads)
 
 
 if __name__ == "__main__":

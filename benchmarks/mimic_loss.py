@@ -1,12 +1,12 @@
 """
 Seconds and peak memory of the mimic loss, forward and backward, at the sizes of a Qwen2-0.5B student.
 
-    python benchmarks/mimic_loss.py [--json FILE] [--repeats 12] [--threads 2]
+    python benchmarks/mimic_loss.py [--json FILE] [--repeats 12] [--threads 2] [--device cuda --dtype bfloat16]
 
 One row of 704 positions (576 image tokens, 64 of a prompt, 64 of a supervised response), a vocabulary of 151,936,
 widths 896 and 1,536, float32. Times are medians of runs in turns, so that all see the same machine. Memory, of a
-process each, is the highest resident size above that of the inputs (hidden states and heads), gradients included: that
-of the student's head alone is 519 MiB.
+process each, is the highest resident size (on a GPU, allocated) above that of the inputs (hidden states and heads),
+gradients included: that of the student's head alone is 519 MiB.
 
 - `floor`: the four matrix products that nobody can avoid: student and teacher forward on the 64 supervised rows, and
   the gradients of hidden states and head.
@@ -19,14 +19,14 @@ of the student's head alone is 519 MiB.
 """
 
 import argparse
-import json
 import statistics
 import subprocess
 import sys
-import time
+from functools import partial
 from pathlib import Path
 
 import torch
+from measuring import MIB, add_json, in_turns, measured, resident, rows_of, write_json
 from torch.nn import functional as F
 from trl.trainer.distillation_trainer import _chunked_divergence_loss
 
@@ -34,25 +34,22 @@ from llava_mod_hf.losses.chunked_mimic import chunked_mimic_loss
 from llava_mod_hf.losses.divergences import divergence_rows
 from llava_mod_hf.losses.rows import Head, ProjectedRows, shift_for_next_token
 
-VOCABULARY, STUDENT_WIDTH, TEACHER_WIDTH = 151_936, 896, 1_536
-POSITIONS, SUPERVISED = 704, 64
-MIB = 2**20
 
-
-def make_inputs(positions):
+def make_inputs(args, positions):
     """Hidden states, heads and labels; heads scaled so that logits have a standard deviation of about 2."""
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator(args.device).manual_seed(0)
+    on = {"generator": generator, "device": args.device}
 
     def randn(*shape, scale=1.0):
-        return torch.randn(*shape, generator=generator).mul_(scale)
+        return torch.randn(*shape, **on).mul_(scale).to(getattr(torch, args.dtype))
 
-    labels = torch.full((1, positions), -100)
-    labels[:, -SUPERVISED:] = torch.randint(VOCABULARY, (1, SUPERVISED), generator=generator)
+    labels = torch.full((1, positions), -100, device=args.device)
+    labels[:, -args.supervised :] = torch.randint(args.vocabulary, (1, args.supervised), **on)
     return {
-        "student": randn(1, positions, STUDENT_WIDTH).requires_grad_(),
-        "student_head": randn(VOCABULARY, STUDENT_WIDTH, scale=2 * STUDENT_WIDTH**-0.5).requires_grad_(),
-        "teacher": randn(1, positions, TEACHER_WIDTH),
-        "teacher_head": randn(VOCABULARY, TEACHER_WIDTH, scale=2 * TEACHER_WIDTH**-0.5),
+        "student": randn(1, positions, args.width).requires_grad_(),
+        "student_head": randn(args.vocabulary, args.width, scale=2 * args.width**-0.5).requires_grad_(),
+        "teacher": randn(1, positions, args.teacher_width),
+        "teacher_head": randn(args.vocabulary, args.teacher_width, scale=2 * args.teacher_width**-0.5),
         "labels": labels,
     }
 
@@ -92,8 +89,9 @@ def trl(student, student_head, teacher, teacher_head, labels):
 
 
 def trl_response(student, student_head, teacher, teacher_head, labels):
-    response = slice(-SUPERVISED - 1, -1)
-    mask = torch.ones(1, SUPERVISED)
+    supervised = int((labels != -100).sum())
+    response = slice(-supervised - 1, -1)
+    mask = torch.ones(1, supervised, device=labels.device)
     loss, *_ = _chunked_divergence_loss(
         student[:, response], teacher[:, response], student_head, teacher_head, mask, 0.0
     )
@@ -110,85 +108,113 @@ def authors(student, student_head, teacher, teacher_head, labels):
     return loss.item()
 
 
+# and how many times the positions
 CONTENDERS = {
-    "floor": (floor, POSITIONS),
-    "ours": (ours, POSITIONS),
-    "ours_4x": (ours, 4 * POSITIONS),
-    "selection": (selection, POSITIONS),
-    "trl_response": (trl_response, POSITIONS),
-    "trl": (trl, POSITIONS),
-    "authors": (authors, POSITIONS),
+    "floor": (floor, 1),
+    "ours": (ours, 1),
+    "ours_4x": (ours, 4),
+    "selection": (selection, 1),
+    "trl_response": (trl_response, 1),
+    "trl": (trl, 1),
+    "authors": (authors, 1),
 }
 SLOW = ("trl", "authors")
+BASES = ("floor", "selection", "trl_response", "trl", "authors")
 
 
-def resident(name):
-    """`VmRSS` or `VmHWM`, in bytes."""
-    (line,) = [line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(name)]
-    return int(line.split()[1]) * 1024
-
-
-def peak_memory(contender, threads):
-    """Highest resident size of this process above that of the inputs, in bytes."""
-    torch.set_num_threads(threads)
-    function, positions = CONTENDERS[contender]
-    inputs = make_inputs(positions)
+def peak_memory(contender, args):
+    """Highest size of this process above that of the inputs, in bytes."""
+    function, times = CONTENDERS[contender]
+    inputs = make_inputs(args, times * args.positions)
+    if args.device.startswith("cuda"):
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        function(**inputs)
+        return torch.cuda.max_memory_allocated() - before
     Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts anew
     before = resident("VmRSS")
     function(**inputs)
     return resident("VmHWM") - before
 
 
-def seconds_of(contenders, repeats):
-    """`{name: (median seconds, loss)}`; taken in turns, so that all of them see the same machine."""
-    inputs = {positions: make_inputs(positions) for positions in {CONTENDERS[name][1] for name in contenders}}
-    seconds, losses = {name: [] for name in contenders}, {}
-    for turn in range(repeats + 1):
-        for name in contenders:
-            function, positions = CONTENDERS[name]
-            given = inputs[positions]
-            if name in SLOW and turn > max(1, repeats // 4):
-                continue
+def times_of(contenders, args, most=None):
+    """`({name: [seconds]}, {name: loss})`; taken in turns, so that all of them see the same machine."""
+    inputs = {
+        times: make_inputs(args, times * args.positions) for times in {CONTENDERS[name][1] for name in contenders}
+    }
+    losses = {}
+
+    def step(name):
+        function, times = CONTENDERS[name]
+        losses[name] = function(**inputs[times])
+
+    def clear():
+        for given in inputs.values():
             given["student"].grad = given["student_head"].grad = None
-            start = time.perf_counter()
-            losses[name] = function(**given)
-            seconds[name].append(time.perf_counter() - start)
-    return {name: (statistics.median(times[1:]), losses[name]) for name, times in seconds.items()}  # after a warm-up
+
+    return in_turns(
+        {name: partial(step, name) for name in contenders},
+        args.repeats,
+        device=args.device,
+        before=clear,
+        most=most,
+    ), losses
+
+
+def options():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_json(parser)
+    parser.add_argument("--repeats", type=int, default=12, help="a quarter of it for the two slow ones")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
+    parser.add_argument("--vocabulary", type=int, default=151_936)
+    parser.add_argument("--width", type=int, default=896, help="of the student")
+    parser.add_argument("--teacher-width", type=int, default=1_536)
+    parser.add_argument("--positions", type=int, default=704)
+    parser.add_argument("--supervised", type=int, default=64)
+    parser.add_argument("--only", nargs="+", choices=CONTENDERS, default=list(CONTENDERS))
+    parser.add_argument("--peak-of", choices=CONTENDERS, help=argparse.SUPPRESS)  # in a process of its own
+    return parser
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", type=Path, help="file that the figures are written to")
-    parser.add_argument("--repeats", type=int, default=12, help="a quarter of it for the two slow ones")
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--only", nargs="+", choices=CONTENDERS, default=list(CONTENDERS))
-    parser.add_argument("--peak-of", choices=CONTENDERS, help=argparse.SUPPRESS)  # in a process of its own
-    args = parser.parse_args()
-    if args.peak_of:
-        sys.stdout.write(str(peak_memory(args.peak_of, args.threads)))
-        return
+    args = options().parse_args()
     torch.set_num_threads(args.threads)
+    if args.peak_of:
+        sys.stdout.write(str(peak_memory(args.peak_of, args)))
+        return
     names = ["floor", *(name for name in args.only if name != "floor")]
-    command = [sys.executable, __file__, "--threads", str(args.threads), "--peak-of"]
+    command = [sys.executable, __file__, *sys.argv[1:], "--peak-of"]
     peaks = {name: int(subprocess.run([*command, name], check=True, stdout=subprocess.PIPE).stdout) for name in names}
-    found = seconds_of(names, args.repeats)
-    results = {
-        name: {"seconds": s, "ratio": s / found["floor"][0], "peak_mib": peaks[name] / MIB, "loss": loss}
-        for name, (s, loss) in found.items()
-    }
+    times, losses = times_of(names, args, dict.fromkeys(SLOW, max(1, args.repeats // 4)))
+    seconds = {name: statistics.median(each) for name, each in times.items()}
     sys.stdout.write(f"{'':>14} {'seconds':>9} {'x floor':>8} {'peak MiB':>9} {'loss':>9}\n")
-    for name, each in results.items():
-        loss = "" if each["loss"] is None else f"{each['loss']:9.4f}"
-        sys.stdout.write(f"{name:>14} {each['seconds']:9.3f} {each['ratio']:8.2f} {each['peak_mib']:9.0f} {loss:>9}\n")
-    if {"ours", "ours_4x"} <= results.keys():
+    for name, each in seconds.items():
+        loss = "" if losses[name] is None else f"{losses[name]:9.4f}"
+        ratio, peak = each / seconds["floor"], peaks[name] / MIB
+        sys.stdout.write(f"{name:>14} {each:9.3f} {ratio:8.2f} {peak:9.0f} {loss:>9}\n")
+    if {"ours", "ours_4x"} <= seconds.keys():
         growth = (peaks["ours_4x"] - peaks["ours"]) / MIB
-        added = 3 * POSITIONS * STUDENT_WIDTH * 4 / MIB
+        added = 3 * args.positions * args.width * getattr(torch, args.dtype).itemsize / MIB
         sys.stdout.write(
-            f"{3 * POSITIONS} more unsupervised positions: {growth:+.1f} MiB, of which {added:.1f} MiB are the "
+            f"{3 * args.positions} more unsupervised positions: {growth:+.1f} MiB, of which {added:.1f} MiB are the "
             "gradient of their hidden states\n"
         )
-    if args.json:
-        args.json.write_text(json.dumps(results, indent=1) + "\n")
+    memory = [
+        measured(
+            f"{name}: peak memory", peak / MIB, "MiB", {base: peaks[base] / MIB for base in BASES if base in peaks}
+        )
+        for name, peak in peaks.items()
+    ]
+    write_json(
+        args.json,
+        __file__,
+        [*rows_of(times, bases=BASES), *memory],
+        device=args.device,
+        dtype=args.dtype,
+        threads=args.threads,
+    )
 
 
 if __name__ == "__main__":

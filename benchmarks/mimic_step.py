@@ -1,7 +1,7 @@
 """
 Tokens per second of a dense-to-sparse step: forward and backward pass of one batch, without the optimiser.
 
-    python benchmarks/mimic_step.py --size tiny
+    python benchmarks/mimic_step.py --size tiny [--dtype float32] [--json FILE]
     python benchmarks/mimic_step.py --size qwen2-0.5b [--layers 24]
     python benchmarks/mimic_step.py --size qwen2-1.5b --layers 4
 
@@ -17,7 +17,10 @@ which other work on the machine changes less.
 
 `tiny` is a batch of `recipes/tiny/3_mimic_sparse.yaml`. The others have random weights of Qwen2-0.5B's or Qwen2-1.5B's
 sizes behind CLIP-L/14-336, four experts in every second layer, and a teacher, of twice the width or of Qwen2-7B's
-sizes; one row of 704 tokens, 576 of them an image's, 64 supervised. Collation is not part of the time.
+sizes; one row of 704 tokens, 576 of them an image's, 64 supervised. Collation is not part of the time. `small` is for
+`curves.py`: width 256, and 64 tokens of an image.
+
+The JSON has a floor too: the time of as many multiplications in products of 1,024 · 1,024 matrices, in the same turns.
 
 `products` are the multiplications and additions of the step's matrix products, counted by torch over transformers'
 `eager` experts: what the authors' way has more of them is the speed that they alone allow (`their limit`), and `vision`
@@ -25,14 +28,12 @@ is the encoder's share, which `both` saves.
 """
 
 import argparse
-import json
 import statistics
 import tempfile
-import time
 
 import torch
+from measuring import CLOCKS, add_json, in_turns, measured, products_of, square_product, write_json
 from torch.nn import functional as F
-from torch.utils.flop_counter import FlopCounterMode
 from transformers import CLIPVisionConfig, Qwen2Config
 
 from llava_mod_hf import LlavaModConfig, LlavaModForConditionalGeneration, MimicConfig, MimicTrainer
@@ -48,8 +49,12 @@ from llava_mod_hf.teachers.vision_cache import VisionCache
 from llava_mod_hf.training.trainable import set_trainable
 
 TEACHER = "embedded:tiny-teacher"
+SUPERVISED = 64
+VISION = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16}
+VISION_SMALL = {"hidden_size": 128, "intermediate_size": 512, "num_hidden_layers": 2, "num_attention_heads": 2}
 # student and teacher: width, FFN width, heads, heads of keys and values, and whether the head is the embeddings
 SIZES = {
+    "small": ((256, 1024, 4, 2, True), (512, 2048, 8, 2, True)),
     "qwen2-0.5b": ((896, 4864, 14, 2, True), (1792, 9728, 28, 4, True)),
     "qwen2-1.5b": ((1536, 8960, 12, 2, True), (3584, 18944, 28, 4, False)),
 }
@@ -65,13 +70,15 @@ def tiny_models(args):
 
 def qwen_models(args):
     """Random weights of the real shapes."""
-    vision = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16}
-    vision_config = CLIPVisionConfig(**vision, image_size=336, patch_size=14, projection_dim=768)
+    small = args.size == "small"
+    vision, image_size = (VISION_SMALL, 112) if small else (VISION, 336)
+    vision_config = CLIPVisionConfig(**vision, image_size=image_size, patch_size=14, projection_dim=768)
+    image_tokens = (image_size // 14) ** 2
 
     def model(size, **experts):
         width, ffn, heads, kv_heads, tied = size
         text_config = Qwen2Config(
-            vocab_size=151936,
+            vocab_size=8192 if small else 151936,
             hidden_size=width,
             intermediate_size=ffn,
             num_hidden_layers=args.layers,
@@ -80,7 +87,11 @@ def qwen_models(args):
             tie_word_embeddings=tied,
         )
         config = LlavaModConfig(
-            vision_config=vision_config, text_config=text_config, image_token_index=1, image_seq_length=576, **experts
+            vision_config=vision_config,
+            text_config=text_config,
+            image_token_index=1,
+            image_seq_length=image_tokens,
+            **experts,
         )
         return LlavaModForConditionalGeneration(config)
 
@@ -88,11 +99,11 @@ def qwen_models(args):
     student = model(of_student, moe_layers=list(range(0, args.layers, 2)), num_experts=4, num_experts_per_tok=2)
     teacher = model(of_teacher)
     teacher.model.vision_tower.load_state_dict(student.model.vision_tower.state_dict())
-    ids = torch.randint(2, 300, (1, 704))
-    ids[:, 10:586] = 1
-    labels = torch.where(torch.arange(704) >= 640, ids, -100)
+    ids = torch.randint(2, 300, (1, args.positions))
+    ids[:, 10 : 10 + image_tokens] = 1
+    labels = torch.where(torch.arange(args.positions) >= args.positions - SUPERVISED, ids, -100)
     batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}
-    batch["pixel_values"] = torch.randn(1, 3, 336, 336)
+    batch["pixel_values"] = torch.randn(1, 3, image_size, image_size)
     return student, teacher, load_model_and_processor(TEACHER)[1], batch
 
 
@@ -133,7 +144,12 @@ def contenders(args, folder):
     set_trainable(student, None)
     rows = easy_vqa.load("mixture", "train").select(range(64))
     config = MimicConfig(
-        "unused", lm_weight=1.0, use_cpu=True, bf16=args.size == "tiny", gradient_checkpointing=False, report_to="none"
+        "unused",
+        lm_weight=1.0,
+        use_cpu=True,
+        bf16=args.dtype == "bfloat16",
+        gradient_checkpointing=False,
+        report_to="none",
     )
     tower = teacher.model.vision_tower
     trainer = MimicTrainer(student, teacher, config, train_dataset=rows, processing_class=processor)
@@ -182,27 +198,39 @@ def contenders(args, folder):
 
 def count_products(steps, student):
     """`{name: (products of a step, those of vision encoders)}`, in 10⁹ multiplications with their additions."""
-    default, found = student.config.get_text_config()._experts_implementation, {}
-    student.set_experts_implementation("eager")  # torch looks into no operator of transformers' own
-    for name, step in steps.items():
-        with FlopCounterMode(display=False) as counter:
-            step()
-        by_module = {module: sum(counts.values()) for module, counts in counter.get_flop_counts().items()}
-        vision = sum(count for module, count in by_module.items() if module.endswith(".vision_tower"))
-        found[name] = counter.get_total_flops() / 2e9, vision / 2e9
-    student.set_experts_implementation(default)
-    return found
+    found = {name: products_of(step, student) for name, step in steps.items()}
+    return {name: (each["all"] / 1e9, each["vision_tower"] / 1e9) for name, each in found.items()}
 
 
-def main():
+def json_rows(times, count, products, tokens):
+    """Seconds of each way beside the authors', fine-tuning and a floor; the authors' way computes what `live` does."""
+    rows = []
+    for name in products:
+        needed = products["live" if name == "authors" else name][0] * 1e9
+        bases = {base: times[base] for base in ("authors", "sft") if base != name}
+        bases["floor"] = [seconds * needed / count for seconds in times["product"]]
+        rows.append(measured(name, times[name], "s", bases, tokens=tokens, products=products[name][0]))
+    return rows
+
+
+def options():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", choices=["tiny", *SIZES], default="tiny")
     parser.add_argument("--layers", type=int, default=24, help="of both language models; not with --size tiny")
+    parser.add_argument("--positions", type=int, default=704, help="of the row; not with --size tiny")
+    parser.add_argument(
+        "--dtype", choices=["bfloat16", "float32"], help="bfloat16 for tiny, as its recipe, else float32"
+    )
     parser.add_argument("--repeats", type=int, default=None, help="of each way; 15 for tiny, else 3")
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--clock", choices=["wall", "cpu"], default="wall")
-    parser.add_argument("--json", action="store_true")
-    args = parser.parse_args()
+    parser.add_argument("--clock", choices=list(CLOCKS), default="wall")
+    add_json(parser)
+    return parser
+
+
+def main():
+    args = options().parse_args()
+    args.dtype = args.dtype or ("bfloat16" if args.size == "tiny" else "float32")
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
     with tempfile.TemporaryDirectory() as folder:
@@ -213,35 +241,26 @@ def measure(args, folder):
     """Prints what `main` is asked for."""
     steps, student, tokens = contenders(args, folder)
     products = count_products(steps, student)
-    seconds = {name: [] for name in steps}
-    clock = time.process_time if args.clock == "cpu" else time.perf_counter
-    for _ in range((args.repeats or (15 if args.size == "tiny" else 3)) + 1):
-        for name, step in steps.items():
-            student.zero_grad()
-            start = clock()
-            step()
-            seconds[name].append(clock() - start)
-    medians = {name: statistics.median(times[1:]) for name, times in seconds.items()}  # the first warms up
-    result = {
-        name: {
-            "seconds": round(value, 4),
-            "tokens_per_second": round(tokens / value, 1),
-            "speed_over_authors": round(medians["authors"] / value, 3),
-            "time_over_sft": round(value / medians["sft"], 3),
-            "products": round(products[name][0], 3),
-            "products_limit": round(products["authors"][0] / products[name][0], 3),
-            "vision_share": round(products[name][1] / products[name][0], 3),
-        }
-        for name, value in medians.items()
-    }
-    if args.json:
-        print(json.dumps({"size": args.size, "tokens": tokens, **result}))
-        return
+    product, count = square_product(args.dtype)
+    times = in_turns(
+        {**steps, "product": product},
+        args.repeats or (15 if args.size == "tiny" else 3),
+        clock=args.clock,
+        before=student.zero_grad,
+    )
+    medians = {name: statistics.median(each) for name, each in times.items()}
     print(f"{args.size}: {tokens} tokens a step, {args.threads} threads")
     print(f"{'':8} {'seconds':>9} {'tokens/s':>9} {'speed/authors':>14} {'time/sft':>9}", end="")
     print(f" {'products':>9} {'their limit':>12} {'vision':>7}")
-    for name, values in result.items():
-        print("{:8} {:9.3f} {:9.1f} {:14.2f} {:9.2f} {:9.1f} {:12.2f} {:7.2f}".format(name, *values.values()))
+    for name in steps:
+        value, (all_products, vision) = medians[name], products[name]
+        print(
+            f"{name:8} {value:9.3f} {tokens / value:9.1f} {medians['authors'] / value:14.2f} "
+            f"{value / medians['sft']:9.2f} {all_products:9.1f} {products['authors'][0] / all_products:12.2f} "
+            f"{vision / all_products:7.2f}"
+        )
+    rows = json_rows(times, count, products, tokens)
+    write_json(args.json, __file__, rows, dtype=args.dtype, threads=args.threads)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """
 Time of the mixture-of-experts block against transformers' own experts and a dense FFN, as ratios within one run.
 
-    python benchmarks/moe_block.py [--tokens 704 4096 1] [--threads 2] [--clock cpu] [--json]
+    python benchmarks/moe_block.py [--tokens 704 4096 1] [--threads 2] [--clock cpu] [--json FILE]
     python benchmarks/moe_block.py --expert-rank 8
 
 At Qwen2-0.5B's sizes by default. `ours` is the block of a student as it is built by default; `eager` and `grouped_mm`
@@ -15,13 +15,12 @@ Experts of a low rank (`--expert-rank`) share a dense FFN, and their floor is th
 """
 
 import argparse
-import json
 import statistics
-import sys
 import time
 from types import SimpleNamespace
 
 import torch
+from measuring import CLOCKS, add_json, rows_of, seconds_of, write_json
 from rich.console import Console
 from rich.table import Table
 from transformers import CLIPVisionConfig, Qwen2Config
@@ -56,7 +55,7 @@ def default_block(args):
         expert_rank=args.expert_rank,
     )
     model = LlavaModForConditionalGeneration._from_config(config, dtype=getattr(torch, args.dtype))
-    return model.model.language_model.layers[0].mlp
+    return model.model.language_model.layers[0].mlp.to(args.device)
 
 
 def stock_experts(block, args, implementation):
@@ -78,7 +77,7 @@ def implementations(args):
     block = default_block(args)
     dense = Qwen2MLP(
         SimpleNamespace(hidden_size=args.hidden, intermediate_size=args.intermediate, hidden_act="silu")
-    ).to(getattr(torch, args.dtype))
+    ).to(args.device, getattr(torch, args.dtype))
 
     parameters = [*block.parameters(), *dense.parameters()]
     if args.expert_rank is not None:
@@ -101,22 +100,24 @@ def implementations(args):
     }, parameters
 
 
-def seconds(run, tokens, parameters, clock):
+def seconds(run, tokens, parameters, args):
     """Of one forward pass, and one backward pass where there is more than one token."""
     training = len(tokens) > 1
     for parameter in parameters:
         parameter.grad = None
     tokens = tokens.clone().requires_grad_(training)
-    with torch.set_grad_enabled(training):
-        start = clock()
+
+    def step():
         output = run(tokens)
         if training:
             output.sum().backward()
-        return clock() - start
+
+    with torch.set_grad_enabled(training):
+        return seconds_of(step, args.device, args.clock)
 
 
 def measure(num_tokens, args):
-    """Medians in seconds, and as ratios to the floor's."""
+    """`{name: [seconds]}` of each turn but the first, which warms up."""
     torch.manual_seed(0)
     runs, parameters = implementations(args)
     runs = {
@@ -124,7 +125,7 @@ def measure(num_tokens, args):
         for name, run in runs.items()
         if name in (*(runs if args.only is None else args.only), "ours", "floor")
     }
-    tokens = torch.randn(num_tokens, args.hidden, dtype=getattr(torch, args.dtype))
+    tokens = torch.randn(num_tokens, args.hidden, dtype=getattr(torch, args.dtype), device=args.device)
     with torch.no_grad():
         alike = [name for name in runs if name != "floor"]
         expected = runs[alike[-1]](tokens)
@@ -132,22 +133,13 @@ def measure(num_tokens, args):
             torch.testing.assert_close(runs[name](tokens), expected, rtol=0, atol=0.02 * expected.abs().max().item())
     # at least `repetitions` turns, and at least `seconds` long: one token takes milliseconds
     times, start = {name: [] for name in runs}, time.perf_counter()
-    clock = time.process_time if args.clock == "cpu" else time.perf_counter
     while len(times["ours"]) < args.repetitions or time.perf_counter() - start < args.seconds:
         for name, run in runs.items():
-            times[name].append(seconds(run, tokens, parameters, clock))
-    medians = {name: statistics.median(values[1:]) for name, values in times.items()}  # the first warms up
-    return {
-        "tokens": num_tokens,
-        "work": "forward and backward" if num_tokens > 1 else "forward",
-        "repetitions": len(times["ours"]) - 1,
-        "seconds": medians,
-        "ratio_to_floor": {name: median / medians["floor"] for name, median in medians.items()},
-        "ours_to_better": medians["ours"] / min(medians[name] for name in alike[1:] or ["ours"]),
-    }
+            times[name].append(seconds(run, tokens, parameters, args))
+    return {name: values[1:] for name, values in times.items()}
 
 
-def main(argv=None):
+def options():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tokens", type=int, nargs="+", default=[704, 4096, 1])
     parser.add_argument("--hidden", type=int, default=896, help="width, Qwen2-0.5B's by default")
@@ -156,27 +148,34 @@ def main(argv=None):
     parser.add_argument("--top-k", type=int, default=2)
     parser.add_argument("--expert-rank", type=int, help="experts of that rank; whole ones by default")
     parser.add_argument("--only", nargs="*", choices=["eager", "grouped_mm"], help="beside ours and the floor")
-    parser.add_argument("--clock", choices=["wall", "cpu"], default="wall")
+    parser.add_argument("--clock", choices=list(CLOCKS), default="wall")
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
     parser.add_argument("--repetitions", type=int, default=6, help="turns, at least")
     parser.add_argument("--seconds", type=float, default=3.0, help="for each number of tokens, at least")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--json", action="store_true", help="write JSON instead of a table")
-    args = parser.parse_args(argv)
+    parser.add_argument("--device", default="cpu")
+    add_json(parser)
+    return parser
+
+
+def main(argv=None):
+    args = options().parse_args(argv)
     torch.set_num_threads(args.threads)
-    results = [measure(num_tokens, args) for num_tokens in args.tokens]
-    if args.json:
-        sys.stdout.write(
-            json.dumps({"threads": args.threads, "dtype": args.dtype, "results": results}, indent=1) + "\n"
-        )
-        return results
-    names = list(results[0]["seconds"])
+    results = {num_tokens: measure(num_tokens, args) for num_tokens in args.tokens}
+    names = list(next(iter(results.values())))
+    rivals = [name for name in names if name not in ("ours", "floor")]
     table = Table("tokens", "work", *names, "ours / better", title=f"times, and ratios to the floor, {args.dtype}")
-    for result in results:
-        cells = [f"{1e3 * result['seconds'][name]:.2f} ms\n{result['ratio_to_floor'][name]:.2f}" for name in names]
-        table.add_row(str(result["tokens"]), result["work"], *cells, f"{result['ours_to_better']:.2f}")
+    rows = []
+    for num_tokens, times in results.items():
+        medians = {name: statistics.median(values) for name, values in times.items()}
+        cells = [f"{1e3 * medians[name]:.2f} ms\n{medians[name] / medians['floor']:.2f}" for name in names]
+        better = medians["ours"] / min(medians[name] for name in rivals or ["ours"])
+        work = "forward and backward" if num_tokens > 1 else "forward"
+        table.add_row(str(num_tokens), work, *cells, f"{better:.2f}")
+        for each in rows_of(times, bases=["floor", *rivals]):
+            rows.append({**each, "name": f"{each['name']}, {num_tokens} tokens", "work": work})
     Console().print(table)
-    return results
+    write_json(args.json, __file__, rows, argv, device=args.device, dtype=args.dtype, threads=args.threads)
 
 
 if __name__ == "__main__":

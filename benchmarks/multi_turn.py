@@ -2,7 +2,7 @@
 Tokens that a student reads for each supervised token of a LLaVA-like mix: a conversation in one pass, a row for each
 answer, and the authors' one pass.
 
-    python benchmarks/multi_turn.py [--conversations 2000] [--seed 0]
+    python benchmarks/multi_turn.py [--conversations 2000] [--seed 0] [--json FILE]
 
 The mix: 1 to 20 answers a conversation, five on average (a cut geometric distribution), questions of 12 tokens,
 answers of 40 with their end; 576 tokens of a picture, one conversation in ten without. Nothing is trained: the lengths
@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from datasets import Dataset, Features, List, Value
 from datasets import Image as ImageFeature
+from measuring import add_json, measured, write_json
 from PIL import Image
 from transformers import LlavaProcessor
 
@@ -117,6 +118,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--conversations", type=int, default=2000)
     parser.add_argument("--seed", type=int, default=0)
+    add_json(parser)
     options = parser.parse_args()
     found = measure(options.conversations, options.seed)
     print(f"{options.conversations} conversations, {found['answers']} answers, {found['supervised']} supervised tokens")
@@ -126,6 +128,13 @@ def main():
         alone, with_padding = found[way]
         extra = "" if with_padding is None else f"{with_padding:.2f}"
         print(f"| {way} | {alone:.2f} | {extra} | {alone / found['authors'][0]:.2f} |")
+    unit, bases = "tokens read per supervised token", {"authors": found["authors"][0]}
+    ways = ("whole", "expand", "authors")
+    rows = [measured(way, found[way][0], unit, {} if way == "authors" else bases) for way in ways]
+    rows += [
+        measured(f"{way}: with padding", found[way][1], unit, {"without padding": found[way][0]}) for way in ways[:2]
+    ]
+    write_json(options.json, __file__, rows)
 
 
 if __name__ == "__main__":

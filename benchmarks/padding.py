@@ -1,7 +1,7 @@
 """
 Padding of a LLaVA-like mix: rows in random order, grouped by length, and batches of as many tokens.
 
-    python benchmarks/padding.py [--conversations 2000] [--batch 16] [--processes 1]
+    python benchmarks/padding.py [--conversations 2000] [--batch 16] [--processes 1] [--json FILE]
 
 The mix is that of `benchmarks/multi_turn.py`, a conversation in one pass. Batches of tokens may have as many as the
 largest batch of `--batch` rows, padded, so that a step takes as much memory. Nothing is trained.
@@ -10,6 +10,7 @@ largest batch of `--batch` rows, padded, so that a step takes as much memory. No
 import argparse
 
 import numpy as np
+from measuring import add_json, measured, write_json
 from multi_turn import make_processor, make_rows
 
 from llava_mod_hf.data.fitting import LENGTH, NUM_IMAGES, fit_rows
@@ -56,12 +57,22 @@ def main():
     parser.add_argument("--conversations", type=int, default=2000)
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--processes", type=int, default=1)
+    add_json(parser)
     options = parser.parse_args()
+    found = measure(options.conversations, options.batch, options.processes)
     print("| | padding | rows of a batch | tokens of the largest | batches |")
     print("|---|---:|---:|---:|---:|")
-    for name, found in measure(options.conversations, options.batch, options.processes).items():
-        share, fewest, most, largest, batches = found
+    for name, (share, fewest, most, largest, batches) in found.items():
         print(f"| `{name}` | {share:.1%} | {fewest}–{most} | {largest:,} | {batches} |")
+    read = {name.partition(":")[0]: 1 / (1 - share) for name, (share, *_) in found.items()}
+    rows = [
+        measured(
+            name, each, "tokens read per token of a row",
+            {"floor": 1.0, **{base: read[base] for base in ("random", "group_by_length") if base != name}},
+        )
+        for name, each in read.items()
+    ]  # fmt: skip
+    write_json(options.json, __file__, rows)
 
 
 if __name__ == "__main__":

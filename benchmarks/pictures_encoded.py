@@ -2,19 +2,20 @@
 Time of the frozen vision encoder where pictures of a batch are the same: encoded once, as often as they come, and where
 their features are on disk (`vision_cache`), with the hash of each picture and the reading of its file.
 
-    python benchmarks/pictures_encoded.py [--layers 4] [--images 8] [--rounds 3]
+    python benchmarks/pictures_encoded.py [--layers 4] [--images 8] [--rounds 3] [--json FILE]
 
 Random weights of CLIP-L/14-336's widths with `--layers` of its 24 layers, behind a student whose language model is
 tiny, so that the encoder is nearly all of the forward pass. Ways take turns in one process; medians of processor
-seconds, which other work on the machine changes less.
+seconds, which other work on the machine changes less. In the JSON, the floor is a batch without any picture twice.
 """
 
 import argparse
 import statistics
 import tempfile
-import time
+from functools import partial
 
 import torch
+from measuring import add_json, in_turns, measured, write_json
 from transformers import CLIPVisionConfig, Qwen2Config
 
 from llava_mod_hf import LlavaModConfig, LlavaModForConditionalGeneration
@@ -60,8 +61,13 @@ def batch_of(images, different):
     return {"input_ids": ids, "pixel_values": pixels}
 
 
+@torch.no_grad()
+def forward(model, inputs):
+    model.base_model(**inputs)
+
+
 def measure(args, folder):
-    """`{different pictures: seconds encoded once, as often as they come, and read from a folder}`."""
+    """`{different pictures: {"once", "plain", "kept", "floor": [seconds]}}`: the floor has no picture twice."""
     plain, once, kept = (make_student(args.layers) for _ in range(3))
     for model in (once, kept):
         model.load_state_dict(plain.state_dict())
@@ -69,14 +75,10 @@ def measure(args, folder):
     keep_features(VisionCache(folder), kept)
     found = {}
     for different in sorted({args.images, args.images // 2, 1}, reverse=True):
-        batch, times = batch_of(args.images, different), {once: [], plain: [], kept: []}
-        for _ in range(args.rounds + 1):
-            for model, seconds in times.items():
-                start = time.process_time()
-                with torch.no_grad():
-                    model.base_model(**batch)
-                seconds.append(time.process_time() - start)
-        found[different] = tuple(statistics.median(seconds[1:]) for seconds in times.values())  # the first warms up
+        batch, alone = batch_of(args.images, different), batch_of(different, different)
+        ways = {"once": (once, batch), "plain": (plain, batch), "kept": (kept, batch), "floor": (plain, alone)}
+        steps = {name: partial(forward, model, inputs) for name, (model, inputs) in ways.items()}
+        found[different] = in_turns(steps, args.rounds, clock="cpu")
     return found
 
 
@@ -86,14 +88,23 @@ def main(argv=None):
     parser.add_argument("--images", type=int, default=8, help="of a batch")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=1)
+    add_json(parser)
     args = parser.parse_args(argv)
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
     print(f"| different of {args.images} pictures | seconds | × as often as they come | from disk, seconds |")
     print("|---:|---:|---:|---:|")
+    rows = []
     with tempfile.TemporaryDirectory() as folder:
-        for different, (once, plain, kept) in measure(args, folder).items():
-            print(f"| {different} | {once:.2f} | {once / plain:.2f} | {kept:.3f} |")
+        found = measure(args, folder)
+    for different, times in found.items():
+        once, plain, kept = (statistics.median(times[way]) for way in ("once", "plain", "kept"))
+        bases = {"as often as they come": times["plain"], "floor": times["floor"]}
+        name = f"{different} of {args.images} different"
+        rows.append(measured(name, times["once"], "processor s", bases))
+        rows.append(measured(f"{name}, from disk", times["kept"], "processor s", {**bases, "once": times["once"]}))
+        print(f"| {different} | {once:.2f} | {once / plain:.2f} | {kept:.3f} |")
+    write_json(args.json, __file__, rows, argv, threads=args.threads)
 
 
 if __name__ == "__main__":

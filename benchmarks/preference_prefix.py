@@ -6,7 +6,8 @@ What a pair costs with its image and prompt computed once, against computed for 
 A sparse LLaVA with a Qwen2-0.5B's widths (four experts, top 2, in every second layer), shrunk in its layers and its
 vocabulary; random weights and tokens: `--image-tokens` of an image that are given as embeddings, `--prompt-tokens`, and
 two responses of `--response-tokens`. The two ways run in turns, forward and backward, `--rounds` times; the median
-round counts, and the ratio of each round its spread.
+round counts, and the ratio of each round its spread. The JSON has a floor of the body too: the time of as many
+multiplications as the shared way makes, in products of 1,024 · 1,024 matrices, in the same turns.
 
 - body: the language model without its head.
 - head: the log-probabilities of the responses, of which both ways compute no others (`--vocabulary` tokens).
@@ -14,22 +15,18 @@ round counts, and the ratio of each round its spread.
 """
 
 import argparse
-import json
 import statistics
 import sys
-import time
 import weakref
-from pathlib import Path
 
 import torch
+from measuring import MIB, add_json, in_turns, measured, products_of, square_product, write_json
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import Qwen2Config, SiglipVisionConfig
 
 from llava_mod_hf import LlavaModConfig, LlavaModForConditionalGeneration
 from llava_mod_hf.teachers.shared_prefix import SharedPrefix
-
-MIB = 2**20
 
 
 class Allocated(TorchDispatchMode):
@@ -113,19 +110,6 @@ def head_step(model, rows, labels):
     model.zero_grad()
 
 
-def seconds_of(step, device):
-    if device != "cuda":
-        start = time.perf_counter()
-        step()
-        return time.perf_counter() - start
-    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    begin.record()
-    step()
-    end.record()
-    torch.cuda.synchronize()
-    return begin.elapsed_time(end) / 1000
-
-
 def peak_of(step, device):
     if device == "cuda":
         torch.cuda.reset_peak_memory_stats()
@@ -139,7 +123,7 @@ def peak_of(step, device):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", type=Path, help="file that the figures are written to")
+    add_json(parser)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--pairs", type=int, default=1)
     parser.add_argument("--layers", type=int, default=4)
@@ -159,33 +143,31 @@ def main():
     rows = torch.randn(2 * args.pairs * args.response_tokens, 896, device=args.device, dtype=model.dtype)
     labels = batch["labels"][batch["labels"] != -100]
     steps["head"] = lambda: head_step(model, rows.requires_grad_(), labels)
-    for step in steps.values():
-        step()
-    times = {name: [] for name in steps}
-    for _ in range(args.rounds):
-        for name, step in steps.items():
-            times[name].append(seconds_of(step, args.device))
+    needed = products_of(steps["shared"], model)["all"]
+    product, count = square_product(args.dtype, args.device)
+    times = in_turns({**steps, "product": product}, args.rounds, device=args.device)
+    floor = [seconds * needed / count for seconds in times.pop("product")]
     ratios = sorted(one / two for one, two in zip(times["shared"], times["two sequences"], strict=True))
     peaks = {name: peak_of(step, args.device) for name, step in steps.items()}
     prompt = args.image_tokens + args.prompt_tokens
     tokens = (prompt + 2 * args.response_tokens) / (2 * (prompt + args.response_tokens))
-    found = {
-        "options": {name: value for name, value in vars(args).items() if name != "json"},
-        "seconds": {name: statistics.median(values) for name, values in times.items()},
-        "peak_mib": {name: peak / MIB for name, peak in peaks.items()},
-        "tokens_ratio": tokens,
-        "body_ratio": statistics.median(ratios),
-        "body_ratio_spread": [ratios[0], ratios[-1]],
-        "memory_ratio": peaks["shared"] / peaks["two sequences"],
-    }
+    body = statistics.median(ratios)
     for name in steps:
-        sys.stdout.write(f"{name:>14} {found['seconds'][name]:8.3f} s {found['peak_mib'][name]:8.0f} MiB\n")
+        sys.stdout.write(f"{name:>14} {statistics.median(times[name]):8.3f} s {peaks[name] / MIB:8.0f} MiB\n")
     sys.stdout.write(
-        f"shared / two sequences: tokens {tokens:.3f}, body {found['body_ratio']:.3f} ({ratios[0]:.3f} to "
-        f"{ratios[-1]:.3f}), memory {found['memory_ratio']:.3f}\n"
+        f"shared / two sequences: tokens {tokens:.3f}, body {body:.3f} ({ratios[0]:.3f} to {ratios[-1]:.3f}), memory "
+        f"{peaks['shared'] / peaks['two sequences']:.3f}\n"
     )
-    if args.json:
-        args.json.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    rows = [
+        measured(name, values, "s", {} if name == "head" else {"floor": floor, "two sequences": times["two sequences"]})
+        for name, values in times.items()
+    ]
+    rows += [
+        measured(f"{name}: peak memory", peak / MIB, "MiB", {"two sequences": peaks["two sequences"] / MIB})
+        for name, peak in peaks.items()
+    ]
+    rows.append(measured("shared: tokens", tokens, "of the tokens of two sequences"))
+    write_json(args.json, __file__, rows, device=args.device, dtype=args.dtype, threads=args.threads)
 
 
 if __name__ == "__main__":

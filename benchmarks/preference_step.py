@@ -24,6 +24,7 @@ import time
 from pathlib import Path
 
 import torch
+from measuring import MIB, add_json, measured, resident, write_json
 from transformers import LlavaProcessor, Qwen2Config, SiglipVisionConfig
 from trl import DPOTrainer
 
@@ -40,13 +41,6 @@ from llava_mod_hf.training.progress import StepTimer
 
 CONTENDERS = ("student", "precomputed", "live", "trl")
 IMAGE_SIZE, PATCH_SIZE = 128, 16
-MIB = 2**20
-
-
-def resident(name):
-    """`VmRSS` or `VmHWM`, in bytes."""
-    (line,) = [line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(name)]
-    return int(line.split()[1]) * 1024
 
 
 def make_models(folder, args):
@@ -157,9 +151,20 @@ def measure(contender, folder, args):
     }
 
 
+def json_rows(rounds):
+    """Every figure of every contender, beside the student's step alone and TRL's trainer in the same rounds."""
+    figures = {"seconds": ("", "s"), "cpu_seconds": (": processor", "s"), "peak_mib": (": peak memory", "MiB")}
+    of = {figure: {name: [one[figure] for one in found] for name, found in rounds.items()} for figure in figures}
+    return [
+        measured(f"{name}{added}", values, unit, {"floor": of[figure]["student"], "trl": of[figure]["trl"]})
+        for figure, (added, unit) in figures.items()
+        for name, values in of[figure].items()
+    ]
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", type=Path, help="file that the figures are written to")
+    add_json(parser)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=6, help="of a round; the first does not count")
     parser.add_argument("--batch", type=int, default=4, help="pairs")
@@ -198,8 +203,7 @@ def main():
                 name, *cells, found["peak_mib"], found["peak_mib_ratio"]
             )
         )
-    if args.json:
-        args.json.write_text(json.dumps({"options": options, "results": results}, indent=1) + "\n")
+    write_json(args.json, __file__, json_rows(rounds), threads=args.threads)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """
 How long the command line lets one wait, as ratios to `import transformers` and to `trl sft --help`.
 
-    python benchmarks/startup.py [--rounds 5] [--only NAME ...] [--json]
+    python benchmarks/startup.py [--rounds 5] [--only NAME ...] [--json FILE]
 
 Each line is a fresh process. The lines are interleaved, in another order each round, and the first round, which fills
 the disk's cache and Python's, is not counted; what is shown is the median of the others. On a machine that does other
@@ -9,7 +9,6 @@ work, the ratios hold better than the seconds.
 """
 
 import argparse
-import json
 import os
 import random
 import shutil
@@ -19,11 +18,14 @@ import sys
 import time
 from pathlib import Path
 
+from measuring import add_json, rows_of, write_json
+
 BIN = Path(sys.executable).parent
 
 OURS = [sys.executable, "-m", "llava_mod_cli"]
 
 LINES = {
+    "python -c pass": [sys.executable, "-c", "pass"],
     "import transformers": [sys.executable, "-c", "import transformers"],
     "trl sft --help": [str(BIN / "trl"), "sft", "--help"],
     "trl --help": [str(BIN / "trl"), "--help"],
@@ -35,6 +37,7 @@ LINES = {
 }
 
 BASES = ("import transformers", "trl sft --help")
+RATIOS = (*BASES, "python -c pass", "trl --help")  # in the JSON
 
 
 def seconds_of(command):
@@ -48,44 +51,33 @@ def seconds_of(command):
 
 
 def measure(names, rounds):
-    """`{name: {"seconds", "range", "ratios"}}`: the median of the rounds, their fastest and slowest, and the ratios."""
+    """`{name: [seconds]}` of the rounds that count."""
     found = {name: [] for name in names}
     for number in range(rounds + 1):
         for name in random.Random(number).sample(names, len(names)):
             seconds = seconds_of(LINES[name])
             if number:
                 found[name].append(seconds)
-    medians = {name: statistics.median(values) for name, values in found.items()}
-    return {
-        name: {
-            "seconds": medians[name],
-            "range": [min(values), max(values)],
-            "ratios": {base: medians[name] / medians[base] for base in BASES if base in medians},
-        }
-        for name, values in found.items()
-    }
+    return found
 
 
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=5, help="of all lines, after one that is not counted")
     parser.add_argument("--only", nargs="+", choices=list(LINES), default=list(LINES), metavar="NAME")
-    parser.add_argument("--json", action="store_true")
+    add_json(parser)
     args = parser.parse_args(argv)
     names = [name for name in args.only if shutil.which(LINES[name][0])]
-    results = measure(names, args.rounds)
-    if args.json:
-        sys.stdout.write(json.dumps(results, indent=1) + "\n")
-        return results
-    bases = [base for base in BASES if base in results]
+    found = measure(names, args.rounds)
+    write_json(args.json, __file__, rows_of(found, bases=RATIOS), argv)
+    medians = {name: statistics.median(values) for name, values in found.items()}
+    bases = [base for base in BASES if base in medians]
     lines = ["| | seconds | fastest–slowest |" + "".join(f" × `{base}` |" for base in bases)]
     lines.append("|---|---:|---:|" + "---:|" * len(bases))
-    for name, result in results.items():
-        fastest, slowest = result["range"]
-        ratios = "".join(f" {result['ratios'][base]:.2f} |" for base in bases)
-        lines.append(f"| `{name}` | {result['seconds']:.2f} | {fastest:.2f}–{slowest:.2f} |{ratios}")
+    for name, seconds in medians.items():
+        ratios = "".join(f" {seconds / medians[base]:.2f} |" for base in bases)
+        lines.append(f"| `{name}` | {seconds:.2f} | {min(found[name]):.2f}–{max(found[name]):.2f} |{ratios}")
     sys.stdout.write("\n".join(lines) + "\n")
-    return results
 
 
 if __name__ == "__main__":

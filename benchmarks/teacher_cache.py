@@ -1,7 +1,7 @@
 """
 Bytes per response token of a teacher's cache, and how far loss and gradient from it are from the live ones.
 
-    python benchmarks/teacher_cache.py --rows 2000
+    python benchmarks/teacher_cache.py --rows 2000 [--json FILE]
 
 The embedded teacher's answers to the mixture are cached by `llava-mod cache-teacher`: the 8, 32, 128 most likely
 tokens, the whole vocabulary, and samples of 12, 50 and 200 tokens. The student is a new one of the embedded language
@@ -9,17 +9,21 @@ model with a random adaptor, or `--student`. Per response token and in nats: the
 the cache's, and the mean mass beyond the k. Of the gradient by the student's logits, its error as a share of the full
 one's size: in the mean of single tokens, and of the sum over all of them, in which what is random averages out and what
 is biased stays.
-`read` is response tokens a processor second, from the files to tensors.
+`read` is response tokens a processor second, from the files to tensors. In the JSON, its floor is reading the same
+Parquet files, and `live` the teacher's own forward passes, `--rounds` times in turns.
 """
 
 import argparse
 import json
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
 
+import pyarrow.parquet as pq
 import torch
 from datasets import disable_progress_bars
+from measuring import add_json, in_turns, measured, write_json
 from torch.utils.data import DataLoader
 
 from llava_mod_hf import MimicConfig, build_student
@@ -51,10 +55,48 @@ def main():
     parser.add_argument("--teacher", default=TEACHER)
     parser.add_argument("--data", nargs=2, default=("embedded:easy-vqa", "mixture"), metavar=("NAME", "CONFIG"))
     parser.add_argument("--temperature", type=float, default=1.0)
+    parser.add_argument("--rounds", type=int, default=3, help="of reading, for the JSON")
+    add_json(parser)
     options = parser.parse_args()
     disable_progress_bars()
     with tempfile.TemporaryDirectory() as folder:
-        print(json.dumps(measure(options, Path(folder)), indent=1))
+        result, times = measure(options, Path(folder))
+    print(json.dumps(result, indent=1))
+    write_json(options.json, __file__, json_rows(result, times) if times else [], threads=torch.get_num_threads())
+
+
+def json_rows(result, times):
+    """Bytes a response token of each way beside the whole distribution, and seconds of reading them."""
+    sizes, tokens = {name: result[name]["bytes_per_token"] for name in WAYS}, result["response_tokens"]
+    rows = [measured(f"{name}: size", size, "bytes", {"all": sizes["all"]}) for name, size in sizes.items()]
+    for name in WAYS:
+        rows.append(measured(f"{name}: error of the sum", result[name]["gradient_error_of_the_sum"], "of the gradient"))
+        bases = {"floor": times[f"{name}: files"], "live": times["live"]}
+        bases = {base: [each / tokens for each in values] for base, values in bases.items()}
+        read = [each / tokens for each in times[name]]
+        rows.append(measured(f"{name}: read", read, "processor s per response token", bases))
+    return rows
+
+
+def read_times(caches, batches, teacher, rounds):
+    """`{name: [processor seconds]}` for all batches: of each cache, of its files alone, and of the teacher itself."""
+
+    def live():
+        for _, batch, labels in batches:
+            teacher(**batch, logits_to_keep=shift_for_next_token(labels)[0])
+
+    def read(cache):
+        for examples, _, labels in batches:
+            cache.rows({}, cache.collate(examples, {"labels": labels}), labels)
+
+    def files(cache):
+        for path in Path(cache.folder).glob("*.parquet"):
+            pq.read_table(path, use_threads=False)
+
+    steps = {"live": live}
+    for name, cache in caches.items():
+        steps |= {name: partial(read, cache), f"{name}: files": partial(files, cache)}
+    return in_turns(steps, rounds, clock="cpu")
 
 
 @torch.no_grad()
@@ -84,11 +126,12 @@ def measure(options, folder):
     teacher, _ = load_model_and_processor(options.teacher)
     rows = load_rows(data, columns=("prompt", "completion"), seed=args.seed)
     collator = response_collator(processor, args, rows.column_names)
-    tokens, full_sum, gradient = 0, 0.0, 0.0
+    tokens, full_sum, gradient, batches = 0, 0.0, 0.0, []
     sums = {name: {"kl": 0.0, "rest": 0.0, "errors": 0.0, "gradient": 0.0, "seconds": 0.0} for name in caches}
     for examples in DataLoader(rows, batch_size=64, collate_fn=list):
         batch = collator([dict(example) for example in examples])
         labels = batch.pop("labels")
+        batches.append((examples, batch, labels))
         keep, _ = shift_for_next_token(labels)
         logits = student(**batch, logits_to_keep=keep).logits
         theirs = teacher(**batch, logits_to_keep=keep).logits
@@ -121,7 +164,7 @@ def measure(options, folder):
             "gradient_error_of_the_sum": ((found["gradient"] - gradient).norm() / gradient.norm()).item(),
             "read_tokens_per_second": round(tokens / found["seconds"]),
         }
-    return result
+    return result, read_times(caches, batches, teacher, options.rounds) if options.json else None
 
 
 def with_gradient(divergence, logits, *values, **options):
