@@ -36,6 +36,7 @@ CURVES = {
         {
             "live": ("ours, live teacher", OURS),
             "cached": ("ours, cached", "#54aeff"),
+            "both": ("and features cached", "#1a7f37"),
             "authors": ("the authors' step", "#c4192b"),
             "sft": ("fine-tuning", "#656d76"),
             "floor": ("matrix products", INK),

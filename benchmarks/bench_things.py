@@ -28,6 +28,8 @@ TIME = [
           {"authors": ("authors", "the authors' step")}),
     Thing("mimic_step_0.5b", "cached", "mimic step, 0.5B, cached", ("floor", "matrix products"),
           {"authors": ("authors", "the authors' step")}),
+    Thing("mimic_step_0.5b", "both", "mimic step, 0.5B, features cached too", ("floor", "matrix products"),
+          {"authors": ("authors", "the authors' step")}),
     Thing("mimic_step_tiny", "live", "mimic step, tiny, live teacher", ("floor", "matrix products"),
           {"authors": ("authors", "the authors' step")}),
     Thing("mimic_step_tiny", "cached", "mimic step, tiny, cached", ("floor", "matrix products"),

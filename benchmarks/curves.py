@@ -70,10 +70,11 @@ def step_point(args, positions):
     found = mimic_step.options().parse_args(
         ["--size", "small", "--layers", "2", "--positions", str(positions), "--dtype", "float32"]
     )
-    steps, student, _ = mimic_step.contenders(found)
-    needed = mimic_step.count_products({"live": steps["live"]}, student)["live"][0] * 1e9
-    product, count = square_product()
-    times = in_turns({**steps, "floor": product}, args.rounds, before=student.zero_grad)
+    with tempfile.TemporaryDirectory() as folder:
+        steps, student, _ = mimic_step.contenders(found, folder)
+        needed = mimic_step.count_products({"live": steps["live"]}, student)["live"][0] * 1e9
+        product, count = square_product()
+        times = in_turns({**steps, "floor": product}, args.rounds, before=student.zero_grad)
     return times | {"floor": [seconds * needed / count for seconds in times["floor"]]}
 
 
