@@ -235,10 +235,14 @@ def test_what_cannot_be_kept_is_refused(models, processor, tmp_path, stage):
 def test_sharded_and_other_models_are_refused(models, trainer_of, monkeypatch):
     from llava_mod_hf.training import cached_features
 
-    options = {"train_modules": ["adaptor"], "vision_cache": str(Path(trainer_of.__code__.co_filename).parent)}
+    folder = str(Path(trainer_of.__code__.co_filename).parent)
+    sharded = trainer_of(*models(), train_modules=["adaptor"])
+    sharded.args.vision_cache, sharded.is_fsdp_enabled = folder, True
+    with pytest.raises(ValueError, match="which FSDP2 and ZeRO-3 spread over all of them"):
+        cached_features.use_vision_cache(sharded)
     monkeypatch.setattr(cached_features, "is_deepspeed_zero3_enabled", lambda: True)
     with pytest.raises(ValueError, match="which FSDP2 and ZeRO-3 spread over all of them"):
-        trainer_of(*models(), **options)
+        trainer_of(*models(), train_modules=["adaptor"], vision_cache=folder)
     other = torch.nn.Module()
     other.base_model = torch.nn.Linear(1, 1)
     with pytest.raises(ValueError, match="and the student is a Module: leave it out"):
