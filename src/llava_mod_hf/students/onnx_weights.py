@@ -25,7 +25,7 @@ def write_graph(proto, folder, name, dtypes):
     | kind | weights |
     |---|---|
     | `fp16` | float16, and so is the arithmetic |
-    | `q8` | int8 of matrices and embeddings, a scale per column, inputs rounded to 8 bits as they come |
+    | `q8` | uint8 of matrices and embeddings, scale and zero point per column; inputs rounded to 8 bits as they come |
     | `q4` | 4 bits of the same, a scale and a zero point for each 32 values |
 
     Args:
@@ -95,7 +95,7 @@ def _quantised_to_8(proto):
             path,
             op_types_to_quantize=["MatMul", "Gather"],
             per_channel=True,
-            weight_type=QuantType.QInt8,
+            weight_type=QuantType.QUInt8,  # with int8, sums of two products saturate on x86 processors without VNNI
             nodes_to_exclude=_kept(proto),
             use_external_data_format=proto.ByteSize() >= LARGEST,
         )
