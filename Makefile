@@ -204,8 +204,8 @@ gpu-check: OUT = runs/gpu-check
 gpu-check: setup
 	$(BIN)/python benchmarks/gpu_check.py --out $(OUT) $(GPU_CHECK)
 
-# Every benchmark of speed, one after another, and two figures; goes on where it was cut off. For an idle machine,
-# 40 minutes of two cores: `make bench ONLY="startup curves"`, and `BENCH=--again` measures anew.
+# Every benchmark of speed, one after another, and two figures; goes on where it was cut off. For an idle machine, 40
+# minutes to two hours of two cores: `make bench ONLY="startup curves"`, and `BENCH=--again` measures anew.
 .PHONY: bench
 bench: OUT = benchmarks/results/speed
 bench: setup

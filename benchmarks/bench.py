@@ -7,7 +7,7 @@ All speed benchmarks one after another, a process and a JSON file each, and two 
 
 Files go to `--out`: a JSON per benchmark, `speed.png` and `curves.png`. What has a file from the same command is not
 run again. One that fails does not stop the rest; the exit status is 1 then. For an idle machine: with two cores
-40 minutes at most.
+40 minutes to two hours, by estimate.
 """
 
 import argparse
