@@ -1,11 +1,10 @@
 """The figures of the speed benchmarks, from the JSON files alone: times over floors, speed over rivals, and curves."""
 
 from bench_things import KINDS, SIZE, TIME, against, over_floor, shown
+from claims_figure import INK, MUTED, RULE
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullFormatter, NullLocator
-
-INK, MUTED, RULE = "#1f2328", "#656d76", "#d8dee4"
 
 OURS = "#0969da"
 

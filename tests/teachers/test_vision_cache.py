@@ -16,6 +16,7 @@ from llava_mod_hf.data.held_out import count_pictures
 from llava_mod_hf.teachers import vision_cache
 from llava_mod_hf.teachers.unique_images import encode_once, keep_features
 from llava_mod_hf.teachers.vision_cache import VisionCache, bytes_of_picture, check_room, picture_keys
+from llava_mod_hf.teachers.vision_sharing import share_vision_tower
 
 SIZE = 16
 
@@ -45,7 +46,8 @@ def pictures(count, seed=0):
 def outputs(model, pixels):
     """Hidden states, and the pictures that were encoded."""
     seen = []
-    hook = model.model.vision_tower.embeddings.register_forward_pre_hook(
+    tower = model.model.vision_tower
+    hook = getattr(tower, "source", tower).embeddings.register_forward_pre_hook(
         lambda module, args, kwargs: seen.append(len(args[0] if args else kwargs["pixel_values"])), with_kwargs=True
     )
     ids = torch.ones(1, 4 * len(pixels) + 1, dtype=torch.long)
@@ -76,6 +78,19 @@ def test_what_is_read_is_what_the_encoder_gives(make_model, tmp_path, layer):
     again, encoded = outputs(model, pixels[:2].flip(0))
     torch.testing.assert_close(again, outputs(make_model(vision_feature_layer=layer), pixels[:2].flip(0))[0])
     assert encoded == 0, "whatever batch they come in"
+
+
+def test_a_teacher_that_shares_the_encoder_in_another_dtype_reads_and_does_not_write(make_model, tmp_path):
+    student, whole = make_model(), make_model().bfloat16()
+    student.model.vision_tower.bfloat16().float()  # so that both hold the same numbers
+    teacher = share_vision_tower(student, whole)
+    assert teacher is not whole
+    keep_features(VisionCache(tmp_path), student, teacher)
+    pixels = pictures(2)
+    assert outputs(teacher, pixels)[0].dtype == torch.bfloat16 and not files(tmp_path)
+    outputs(student, pixels)
+    assert {states["-2"].dtype for states in map(load_file, files(tmp_path))} == {torch.float32}
+    assert outputs(teacher, pixels)[0].dtype == torch.bfloat16 and len(files(tmp_path)) == 2
 
 
 def test_keys_tell_pictures_and_ways_of_preparing_them_apart():
