@@ -184,6 +184,12 @@ def test_what_is_known_is_in_the_metadata(run):
     assert (run.parent / "tiny" / ".eval_results" / "someone-questions.yaml").is_file()
 
 
+def test_no_licence_is_claimed_that_nobody_gave(run):
+    assert publish(run) == 0
+    card = ModelCard.load(run.parent / "tiny" / "README.md")
+    assert card.data.license is None and "No licence was stated" in card.text
+
+
 # refusals
 
 

@@ -83,6 +83,28 @@ def test_the_seed_chooses_and_neither_the_order_nor_the_other_rows_do():
     assert set(numbers(hold_out(fewer, 10)[1])) == held[0]
 
 
+def test_a_folder_of_pictures_that_was_moved_is_split_the_same(tmp_path):
+    held = []
+    for folder in ("here", "over/there"):
+        paths = [tmp_path / folder / f"{part}/{n}.png" for part in "ab" for n in range(40)]
+        features = Features({"images": List(ImageFeature()), "number": Value("int64")})
+        columns = {"images": [[str(path)] for path in paths], "number": list(range(80))}
+        held.append([numbers(hold_out(Dataset.from_dict(columns, features=features), 20, seed=n)[1]) for n in (0, 1)])
+    names = [{n % 40 for n in side} for side in held[0]]
+    assert [len(side) for side in held[0]] == [20, 20]
+    assert [{n % 40 for n in side} for side in held[1]] == names
+    assert names[0] != names[1]
+
+
+def test_of_files_of_one_name_the_folders_are_drawn_from(tmp_path):
+    features = Features({"images": List(ImageFeature()), "number": Value("int64")})
+    columns = {"images": [[str(tmp_path / f"{n}/picture.png")] for n in range(20)], "number": list(range(20))}
+    rows = Dataset.from_dict(columns, features=features)
+    held = [numbers(hold_out(rows, 5, seed=seed)[1]) for seed in (0, 1)]
+    assert held[0] != held[1]
+    assert len(held[0]) == 5
+
+
 @pytest.mark.parametrize("size", [1.0 - 1e-9, 5, 100])
 def test_nothing_left_to_train_on_is_refused(size):
     with pytest.raises(ValueError, match=r"of 5 rows, of which 2 groups .* none would be left to train on"):

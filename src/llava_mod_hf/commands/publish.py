@@ -31,7 +31,7 @@ class PublishCommand:
         tag (`str`, *optional*): name for the commit, which stays when others follow.
         gated (`str`, *optional*): `auto` or `manual`: who downloads has to ask, and is let in at once or by you.
         collection (`str`, *optional*): title of the owner's collection that it is put into, made if there is none.
-        license (`str`, *optional*, defaults to `"apache-2.0"`): of the weights.
+        license (`str`, *optional*): of the weights, as the Hub names it; without it the card says that none was stated.
         harness_results (`list[str]`, *optional*): results of lm-eval and lmms-eval, files or folders, for the card.
     """
 
@@ -44,7 +44,7 @@ class PublishCommand:
     tag: str | None = None
     gated: str | None = None
     collection: str | None = None
-    license: str = "apache-2.0"
+    license: str | None = None
     harness_results: list[str] | None = None
 
     def __post_init__(self):

@@ -196,7 +196,9 @@ def publish_student(output_dir, world, summary, rows):
     loads = loads_of(used)
     results = {"student": summary["stages"]["prefer"], "dataset": world.dataset, "expert_load": loads, "routers": used}
     write_json(checkpoint / RESULTS_FILE, results | {name: summary[name] for name in ("teacher", "blind")})
-    folder = run_publish(PublishCommand(str(checkpoint), str(output_dir / "hub" / f"{world.recipes}-llava-mod")))
+    hub = output_dir / "hub" / f"{world.recipes}-llava-mod"
+    # the package's own, as the embedded weights are that it is made of
+    folder = run_publish(PublishCommand(str(checkpoint), str(hub), license="apache-2.0"))
 
     questions = world.asked(rows, summary["seed"], output_dir / "pictures")
     answers, difference = load_elsewhere(folder, questions)

@@ -1,6 +1,7 @@
 """Rows that are held out of training: no picture and no row of the data set on both sides."""
 
 import hashlib
+from pathlib import PurePath
 
 from datasets import Features, Image, IterableDataset, List, Value
 
@@ -13,6 +14,8 @@ ROW = "source_row"
 
 KEYS = "held_out_keys"
 
+FILE = "file "
+
 
 def hold_out(rows, size, *, seed=0):
     """
@@ -20,7 +23,9 @@ def hold_out(rows, size, *, seed=0):
 
     Rows that share a picture, or that were one row of the data set (the turns of a conversation), stay together. Which
     of these groups are held out is drawn by the seed from what they are, not from where they stand: of two data sets
-    with the same pictures mostly the same ones are, also where other rows were left out or came in another order.
+    with the same pictures mostly the same ones are, also where other rows were left out or came in another order, or
+    the folder of the pictures was moved (of files of one name in several folders, those folders are told apart by their
+    whole paths).
 
     Args:
         rows (`datasets.Dataset`): with `images` or `image`, `source_row` if they were converted, and
@@ -41,7 +46,7 @@ def hold_out(rows, size, *, seed=0):
         )
     wanted = size * len(rows) if size < 1 else size
     groups = _groups(_row_keys(rows))
-    order = sorted(groups, key=lambda key: _digest(f"{seed} {key}".encode()))
+    order = sorted(groups, key=lambda key: [_digest(f"{seed} {name}".encode()) for name in (_named(key), key)])
     held: set[int] = set()
     for key in order:
         if len(held) >= wanted:
@@ -113,7 +118,12 @@ def _as_list(column, place):
 
 def _picture(image):
     """Its bytes, or the file that it lies in."""
-    return _digest(image["bytes"]) if image["bytes"] is not None else f"file {image['path']}"
+    return _digest(image["bytes"]) if image["bytes"] is not None else f"{FILE}{image['path']}"
+
+
+def _named(key):
+    """A file's name without its folder; another key is as it is."""
+    return PurePath(key).name if key.startswith(FILE) else key
 
 
 def _digest(content):
