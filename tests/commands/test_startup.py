@@ -84,7 +84,7 @@ def test_what_neither_trains_nor_reads_rows_loads_nothing_for_it():
         """
 import importlib, llava_mod_cli
 known = llava_mod_cli.commands()
-for name in ("info", "convert", "export", "compress", "upcycle", "publish", "report"):
+for name in ("info", "convert", "export", "compress", "upcycle", "publish", "report", "chat", "demo"):
     known[name].groups()
     importlib.import_module(known[name].module)
 heavy = ("datasets", "pandas", "evaluate", "trl.trainer.sft_trainer", "transformers.trainer")

@@ -12,7 +12,7 @@ from PIL import Image
 
 from llava_mod_hf.data.dropped_rows import DroppedRows
 from llava_mod_hf.data.fitting import _measure_batch, fit_rows
-from llava_mod_hf.data.images import resolve_image
+from llava_mod_hf.data.image_files import resolve_image
 from llava_mod_hf.data.load import DataArguments, load_rows
 
 GOOD = {"conversations": [{"from": "human", "value": "what color?"}, {"from": "gpt", "value": "red"}]}

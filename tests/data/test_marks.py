@@ -5,7 +5,8 @@ from datasets import Dataset
 
 from llava_mod_hf.data.dropped_rows import DroppedRows
 from llava_mod_hf.data.fitting import fit_rows
-from llava_mod_hf.data.marks import check_marks, leave_out_marked, marks_of, without_marks
+from llava_mod_hf.data.marked_rows import leave_out_marked
+from llava_mod_hf.data.marks import check_marks, marks_of, without_marks
 
 
 def test_marks_are_the_tokens_of_roles_and_pictures(processor):

@@ -11,12 +11,17 @@ def test_each_format_has_the_size_of_its_files(tmp_path):
     save_file({"a": np.zeros(100, np.float16), "b": np.zeros(10, np.float32)}, tmp_path / "model-1.safetensors")
     save_file({"c": np.zeros(100, np.float16)}, tmp_path / "model-2.safetensors")
     (tmp_path / "onnx").mkdir()
-    for name, size in (("onnx/model.onnx", 10), ("onnx/model.onnx_data", 200), ("a-Q8_0.gguf", 77), ("b.gguf", 8)):
+    graphs = {"model.onnx": 10, "model.onnx_data": 200, "model_quantized.onnx": 4, "head_quantized.onnx": 1}
+    graphs |= {"model_q4.onnx": 2, "model_q4.onnx_data": 30, "embed_tokens.onnx": 5}
+    others = {"a-Q8_0.gguf": 77, "b.gguf": 8}
+    for name, size in {**{f"onnx/{name}": size for name, size in graphs.items()}, **others}.items():
         (tmp_path / name).write_bytes(bytes(size))
     weights = sum(path.stat().st_size for path in tmp_path.glob("*.safetensors"))
     assert sizes_of(tmp_path) == [
         ("safetensors, F16 and F32", weights),
-        ("ONNX", 210),
+        ("ONNX, fp32", 215),
+        ("ONNX, q8", 5),
+        ("ONNX, q4", 32),
         ("GGUF, `a-Q8_0.gguf`", 77),
         ("GGUF, `b.gguf`", 8),
     ]

@@ -7,7 +7,7 @@ import torch
 from transformers import AutoModelForImageTextToText, CLIPVisionConfig, Qwen2Config
 
 from llava_mod_hf import LlavaModConfig, LlavaModForConditionalGeneration
-from llava_mod_hf.evaluation.answers import evaluating
+from llava_mod_hf.evaluation.generating import evaluating
 from llava_mod_hf.students.quantisation import bytes_in_memory, load_quantised, quantization_config
 
 EXPERTS = "model.language_model.layers.0.mlp.experts"

@@ -148,7 +148,7 @@ def no_graphs(monkeypatch):
     monkeypatch.setattr("llava_mod_hf.students.onnx_export.NEEDS", ())
 
 
-def fake_runtime(folder):
+def fake_runtime(folder, version=TRANSFORMERS_JS):
     modules = folder / "node_modules"
     for name in (
         "@huggingface/transformers/dist/transformers.min.js",
@@ -157,6 +157,7 @@ def fake_runtime(folder):
     ):
         (modules / name).parent.mkdir(parents=True, exist_ok=True)
         (modules / name).write_text(name)
+    (modules / "@huggingface" / "transformers" / "package.json").write_text(json.dumps({"version": version}))
     return folder
 
 
@@ -181,6 +182,8 @@ def test_bad_input(make_student, processor, tmp_path, monkeypatch, capsys):
     no_graphs(monkeypatch)
     with pytest.raises(ValueError, match="has no transformers.js: give the folder where `npm install"):
         export_web(make_student(), processor, tmp_path / "page", runtime=tmp_path)
+    with pytest.raises(ValueError, match=r"has transformers.js 3.8.1, and the page is written for 4\.\d"):
+        export_web(make_student(), processor, tmp_path / "page", runtime=fake_runtime(tmp_path / "npm", "3.8.1"))
     silent = copy.copy(processor)
     silent.tokenizer, silent.chat_template = copy.deepcopy(processor.tokenizer), None
     silent.tokenizer.chat_template = None

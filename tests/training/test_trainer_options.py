@@ -185,6 +185,20 @@ def test_weights_and_empty_values_are_refused_by_the_config_and_in_a_recipe(stag
         recipes.parse([CONFIGS[stage]], ["--config", str(recipe)])
 
 
+@pytest.mark.parametrize("stage", CONFIGS)
+def test_a_backend_of_several_processes_is_refused_where_there_is_one(stage, monkeypatch, tmp_path):
+    with pytest.raises(
+        ValueError, match="`ddp_backend` is 'gloo', and this is one process alone: start the stage with"
+    ):
+        CONFIGS[stage](**SETTINGS, ddp_backend="gloo")
+    # as `torchrun --nproc-per-node 1` starts one
+    store = dict(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
+    for name, value in store.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(TrainingArguments, "_setup_devices", torch.device("cpu"))  # no process group in this process
+    assert CONFIGS[stage](**SETTINGS, ddp_backend="gloo").ddp_backend == "gloo"
+
+
 @pytest.mark.parametrize("optim", ["adamw_8bit", "paged_adamw_8bit", "paged_adamw_32bit", "lion_8bit"])
 def test_an_optimiser_of_a_library_that_is_missing_is_refused_first(trainer_of, tmp_path, monkeypatch, optim):
     monkeypatch.setattr(trainer_optimizer, "is_bitsandbytes_available", lambda: False)

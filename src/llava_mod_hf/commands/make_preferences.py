@@ -23,7 +23,8 @@ from llava_mod_hf.data.formats import check_answer, text_of
 from llava_mod_hf.data.load import MESSAGES, image_root
 from llava_mod_hf.data.marks import check_marks, find_mark, marks_of
 from llava_mod_hf.data.mixture import row_names
-from llava_mod_hf.evaluation.answers import evaluating, inputs_for, sample_answers
+from llava_mod_hf.evaluation.answers import sample_answers
+from llava_mod_hf.evaluation.generating import evaluating, inputs_for
 from llava_mod_hf.evaluation.measures import normalize_answer
 from llava_mod_hf.losses.rows import shift_for_next_token
 

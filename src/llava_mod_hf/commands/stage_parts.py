@@ -7,7 +7,7 @@ from llava_mod_hf.commands.parts import load_without_adapter
 from llava_mod_hf.data.dropped_rows import FILE, DroppedRows
 from llava_mod_hf.data.fitting import fit_rows
 from llava_mod_hf.data.load import load_rows
-from llava_mod_hf.data.marks import leave_out_marked
+from llava_mod_hf.data.marked_rows import leave_out_marked
 from llava_mod_hf.data.row_files import SUFFIXES
 from llava_mod_hf.loading import load_model_and_processor
 from llava_mod_hf.teachers.answer_cache import teacher_settings
@@ -168,7 +168,7 @@ def _evaluated_name(data_args):
 
 
 def unmarked(rows, processor, data_args, dropped, columns=("prompt",)):
-    """[`~llava_mod_hf.data.marks.leave_out_marked`] with the options of a recipe."""
+    """[`~llava_mod_hf.data.marked_rows.leave_out_marked`] with the options of a recipe."""
     dropped = dropped.of(data_args.names()[0])
     return leave_out_marked(rows, processor, columns=columns, bad_rows=data_args.bad_rows, dropped=dropped)
 

@@ -13,7 +13,8 @@ from trl.chat_template_utils import get_training_chat_template, has_generation_m
 from llava_mod_hf.data.conversations import as_answers, check_assistant_only, conversation_texts, expand_conversations
 from llava_mod_hf.data.dropped_rows import MALFORMED, DroppedRows
 from llava_mod_hf.data.formats import check_answer, check_pair
-from llava_mod_hf.data.images import filter_undecoded, map_undecoded, shown_size
+from llava_mod_hf.data.image_files import shown_size
+from llava_mod_hf.data.images import filter_undecoded, map_undecoded
 from llava_mod_hf.data.marks import check_marks, marks_of
 from llava_mod_hf.data.mixture import SOURCE, Readings, row_name, source_names
 

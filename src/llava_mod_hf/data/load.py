@@ -12,7 +12,8 @@ from llava_mod_hf.data import easy_vqa, scene_rows
 from llava_mod_hf.data.arguments import DataArguments
 from llava_mod_hf.data.dropped_rows import DroppedRows
 from llava_mod_hf.data.formats import FORMATS, has_turns, image_references, read_row, recognise
-from llava_mod_hf.data.images import map_undecoded, resolve_image
+from llava_mod_hf.data.image_files import resolve_image
+from llava_mod_hf.data.images import map_undecoded
 from llava_mod_hf.data.mixture import (
     MESSAGES,
     PARTS,

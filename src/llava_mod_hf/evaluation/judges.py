@@ -8,7 +8,7 @@ from huggingface_hub import InferenceClient, snapshot_download
 from tqdm.auto import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from llava_mod_hf.evaluation.answers import evaluating
+from llava_mod_hf.evaluation.generating import evaluating
 from llava_mod_hf.fingerprints import config_hash, content_hash, weights_hash
 from llava_mod_hf.hub_reading import told_when_the_hub_fails
 from llava_mod_hf.loading import load_whole

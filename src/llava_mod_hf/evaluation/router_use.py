@@ -5,7 +5,7 @@ from collections import Counter
 import torch
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from llava_mod_hf.evaluation.answers import evaluating, inputs_for, response_batches
+from llava_mod_hf.evaluation.answers import response_batches
 from llava_mod_hf.evaluation.expert_load import (
     MODALITIES,
     choices_of,
@@ -15,6 +15,7 @@ from llava_mod_hf.evaluation.expert_load import (
     router_figures,
     sum_entropy,
 )
+from llava_mod_hf.evaluation.generating import evaluating, inputs_for
 from llava_mod_hf.students.router_bias import router_biases
 from llava_mod_hf.students.stock_export import expert_weights
 

@@ -4,11 +4,10 @@ from collections import Counter
 
 from safetensors import safe_open
 
-# the last ones of a name; an ONNX file may keep its weights in others beside it
-FORMATS = {
-    "safetensors": ("*.safetensors",),
-    "ONNX": ("**/*.onnx", "**/*.onnx_data", "**/*.onnx.data"),
-}
+ONNX = ("**/*.onnx", "**/*.onnx_data", "**/*.onnx.data")  # the weights of a graph may be in a file beside it
+
+# how transformers.js names the file of a graph whose weights are of another type than float32: its name ends so
+ONNX_TYPES = {"fp16": "fp16", "quantized": "q8", "q4": "q4", "q4f16": "q4f16", "int8": "int8", "uint8": "uint8"}
 
 GGUF = "**/*.gguf"  # each is a whole model of its own
 
@@ -26,11 +25,13 @@ def sizes_of(folder):
         `list[tuple[str, int]]`: formats, as a card names them, and bytes.
     """
     found = []
-    for name, patterns in FORMATS.items():
-        files = sorted({path for pattern in patterns for path in folder.glob(pattern)})
-        if files:
-            dtypes = f", {_dtypes(files)}" if name == "safetensors" else ""
-            found.append((name + dtypes, sum(path.stat().st_size for path in files)))
+    if files := sorted(folder.glob("*.safetensors")):
+        found.append((f"safetensors, {_dtypes(files)}", sum(path.stat().st_size for path in files)))
+    graphs = Counter()  # each type is a whole model of its own
+    for path in sorted({path for pattern in ONNX for path in folder.glob(pattern)}):
+        kind = ONNX_TYPES.get(path.name.partition(".")[0].rpartition("_")[-1], "fp32")
+        graphs[f"ONNX, {kind}"] += path.stat().st_size
+    found += graphs.items()
     found += [(f"GGUF, `{path.name}`", path.stat().st_size) for path in sorted(folder.glob(GGUF))]
     return found
 

@@ -40,7 +40,7 @@ def export_web(model, processor, folder, *, dtypes=("fp32",), runtime=None, max_
         max_new_tokens (`int`, *optional*, defaults to 128): of an answer.
 
     Raises:
-        ValueError: as there, and if the processor has no chat template, or `runtime` has no transformers.js.
+        ValueError: as there, as [`runtime_files`], and if the processor has no chat template.
     """
     folder = Path(folder)
     check_web(folder, dtypes, runtime)
@@ -70,7 +70,7 @@ def export_web(model, processor, folder, *, dtypes=("fp32",), runtime=None, max_
 def check_web(folder, dtypes, runtime):
     """
     Raises:
-        ValueError: as [`~llava_mod_hf.students.onnx_export.check_can_write`], and if `runtime` has no transformers.js.
+        ValueError: as [`~llava_mod_hf.students.onnx_export.check_can_write`], and as [`runtime_files`].
     """
     check_can_write(folder, dtypes)
     if runtime is not None:
@@ -82,7 +82,7 @@ def runtime_files(runtime):
     Where the library and its WebAssembly are in a folder of npm.
 
     Raises:
-        ValueError: if one of them is not there.
+        ValueError: if one of them is not there, or the library is of another major version than the page needs.
     """
     modules = Path(runtime) / "node_modules"
     library = modules / LIBRARY
@@ -92,6 +92,12 @@ def runtime_files(runtime):
         raise ValueError(
             f"`{runtime}` has no transformers.js: give the folder where `npm install "
             f"@huggingface/transformers@{TRANSFORMERS_JS}` was run."
+        )
+    version = json.loads((library.parents[1] / "package.json").read_text(encoding="utf-8"))["version"]
+    if version.split(".")[0] != TRANSFORMERS_JS.split(".")[0]:
+        raise ValueError(
+            f"`{runtime}` has transformers.js {version}, and the page is written for {TRANSFORMERS_JS}: run `npm "
+            f"install @huggingface/transformers@{TRANSFORMERS_JS}` there."
         )
     return found
 

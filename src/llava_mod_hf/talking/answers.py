@@ -7,7 +7,7 @@ import time
 import torch
 from transformers import StoppingCriteria, TextIteratorStreamer
 
-from llava_mod_hf.evaluation.answers import generation_options
+from llava_mod_hf.evaluation.generating import generation_options
 from llava_mod_hf.talking.expert_choices import watching_routers
 
 

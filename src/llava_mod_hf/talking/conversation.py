@@ -4,9 +4,9 @@ from pathlib import Path
 
 from PIL import Image, ImageOps
 
-from llava_mod_hf.data.images import check_image
+from llava_mod_hf.data.image_files import check_image
 from llava_mod_hf.data.marks import find_mark, marks_of, without_marks
-from llava_mod_hf.evaluation.answers import inputs_for, read_prompts
+from llava_mod_hf.evaluation.generating import inputs_for, read_prompts
 
 
 def read_picture(path, name=None):

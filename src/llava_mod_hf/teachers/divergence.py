@@ -3,8 +3,8 @@
 import torch
 
 from llava_mod_hf.data.conversations import AnswersCollator
-from llava_mod_hf.data.marks import leave_out_marked
-from llava_mod_hf.evaluation.answers import evaluating, inputs_for
+from llava_mod_hf.data.marked_rows import leave_out_marked
+from llava_mod_hf.evaluation.generating import evaluating, inputs_for
 from llava_mod_hf.losses.divergences import divergence_rows
 from llava_mod_hf.losses.rows import shift_for_next_token
 from llava_mod_hf.teachers.live_teacher import LiveTeacher

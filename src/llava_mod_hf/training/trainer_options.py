@@ -13,6 +13,7 @@ import types
 import typing
 
 import torch
+from accelerate.utils import get_int_from_env
 from peft import PeftModel
 from transformers import TrainingArguments
 from transformers.integrations import get_available_reporting_integrations
@@ -154,7 +155,8 @@ def check_options(args, stage):
         stage (`str`): `adapt`, `mimic` or `prefer`.
 
     Raises:
-        ValueError: naming the option and why it does nothing; or if a value of TRL's or ours is of another type.
+        ValueError: naming the option and why it does nothing; if a value of TRL's or ours is of another type; or if
+            `ddp_backend` is given to a process that is alone.
     """
     defaults = {item.name: _default(item) for item in dataclasses.fields(args)}
     for name, why in _refused(stage):  # other versions of TRL have not all of them
@@ -166,6 +168,18 @@ def check_options(args, stage):
         if not _fits(value, hint):
             kind = hint.__name__ if isinstance(hint, type) else hint
             raise ValueError(f"`{name}` is {value!r}: give a value of {kind}, or leave it out for {defaults[name]!r}.")
+    # accelerate would look for the others, and say that no process group was made
+    if args.ddp_backend is not None and not _is_launched():
+        raise ValueError(
+            f"`ddp_backend` is {args.ddp_backend!r}, and this is one process alone: start the stage with `accelerate "
+            "launch` or `torchrun`, or leave it out."
+        )
+
+
+def _is_launched():
+    """Whether a launcher, torch's or MPI's, has started this process, as accelerate finds it out."""
+    sizes = ["PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE", "WORLD_SIZE"]
+    return "LOCAL_RANK" in os.environ or get_int_from_env(sizes, 1) > 1 or torch.distributed.is_initialized()
 
 
 def _fits(value, hint):
