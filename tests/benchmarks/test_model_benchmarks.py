@@ -1,5 +1,8 @@
 """The benchmarks of the mixture-of-experts block, of a pair's prompt, of loading and of the command line's start."""
 
+import importlib.util
+
+import compression
 import load_memory
 import pytest
 import startup
@@ -47,3 +50,22 @@ def test_startup(measure, capsys):
     # the other bases were left out
     assert [list(row["ratios"]) for row in rows] == [[], ["python -c pass"], ["python -c pass"]]
     assert startup.BASES == ("import transformers", "trl sft --help")
+
+
+@pytest.mark.slow
+def test_compression(make_student, processor, tmp_path, monkeypatch, capsys):
+    """Each form that can be written here is, loaded again and asked; 8 bits where there is torchao."""
+    make_student().save_pretrained(tmp_path)
+    processor.save_pretrained(tmp_path)
+    monkeypatch.setattr("sys.argv", ["compression.py", "--model", str(tmp_path), "--questions", "3"])
+    monkeypatch.delenv("LLAMA_CPP", raising=False)
+    compression.main()
+    lines = [line.strip("| ").split(" | ") for line in capsys.readouterr().out.splitlines() if line.startswith("| ")]
+    found = {name: [float(value) for value in values] for name, *values in lines[1:]}
+    eight = () if importlib.util.find_spec("torchao") else tuple(name for name in compression.FORMS if "8 bits" in name)
+    assert found.keys() == {name for name in compression.FORMS if "llama.cpp" not in name and name not in eight}
+    whole = found["float32"]
+    assert whole[2] == 1.0
+    assert found["bfloat16"][0] == pytest.approx(whole[0] / 2, rel=0.05)
+    assert found["2 experts, others merged"][0] < found["3 experts, others merged"][0] < whole[0]
+    assert all(0 <= exact <= 1 and 0 <= same <= 1 for _, exact, same in found.values())
