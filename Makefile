@@ -95,9 +95,10 @@ test-harnesses: $(LM_EVAL) $(LMMS_EVAL)
 	PYTHONPATH=$(LM_EVAL) $(BIN)/python -m pytest -q -m '' tests/harnesses/test_lm_eval.py
 	PYTHONPATH=$(LMMS_EVAL) $(BIN)/python -m pytest -q -m '' tests/harnesses/test_lmms_eval.py
 
-# The recipes' launch configurations on two CPU processes.
+# The recipes' launch configurations, and a model that is sharded as it is loaded, on two CPU processes.
 test-launched: $(DEEPSPEED)
-	PYTHONPATH=$(DEEPSPEED) $(BIN)/python -m pytest -q -m '' -k 'launched or two_processes' tests/training
+	PYTHONPATH=$(DEEPSPEED) $(BIN)/python -m pytest -q -m '' -k 'launched or two_processes or test_parallel' tests/training \
+		tests/model/test_parallel.py
 
 # In a folder of their own: Gradio asks for an older Pillow than constraints.txt has, and works with it.
 DEMO := $(VENV)/demo

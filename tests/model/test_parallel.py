@@ -25,6 +25,8 @@ MODES = {
 PROCESSES = 2
 LEARNING_RATE = 0.1
 
+pytestmark = pytest.mark.slow  # `make test-launched` runs it
+
 
 def whole(tensor):
     return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).detach().clone()
@@ -99,7 +101,7 @@ def run_processes(folder, modes):
     }
 
 
-@pytest.fixture(scope="module", params=["qwen2", pytest.param("llama", marks=pytest.mark.slow)])
+@pytest.fixture(scope="module", params=["qwen2", "llama"])
 def found(request, make_student, tokenizer, tmp_path_factory):
     """What one process and what two find, of a student that is loaded with remote code."""
     folder = tmp_path_factory.mktemp(request.param)

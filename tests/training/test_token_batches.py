@@ -31,7 +31,7 @@ def dataset(processor):
     )[0]
 
 
-@pytest.mark.parametrize("stage", ["adapt", "mimic"])
+@pytest.mark.parametrize("stage", [pytest.param("adapt", marks=pytest.mark.slow), "mimic"])
 def test_the_gradients_are_those_of_the_rows_one_by_one(models, processor, dataset, tmp_path, stage):
     seen, found = [], []
     for options in ({**BUDGET, "max_tokens_per_batch": 100, "accumulation": 3}, {"batch": 1, "accumulation": 8}):

@@ -8,9 +8,10 @@ from helpers.trainers import TRAINERS
 from llava_mod_hf.teachers.unique_images import UniqueImages
 
 OPTIONS = {"adapt": {}, "mimic": {"share_vision_tower": False}, "prefer": {"share_prefix": False}}
+ONE_FAST = ["mimic", *(pytest.param(stage, marks=pytest.mark.slow) for stage in ("adapt", "prefer"))]
 
 
-@pytest.mark.parametrize("stage", list(TRAINERS))
+@pytest.mark.parametrize("stage", ONE_FAST)
 def test_the_same_gradients_of_fewer_pictures(models, processor, tmp_path, monkeypatch, stage):
     dataset = rows("preferences" if stage == "prefer" else "mixture", count=2)
     pictures = dataset["images"][:]

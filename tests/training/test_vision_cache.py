@@ -63,7 +63,9 @@ def assert_same(found, expected):
 
 
 @pytest.mark.parametrize("bf16", [False, True], ids=["float32", "bf16"])
-@pytest.mark.parametrize("stage", list(TRAINERS))
+@pytest.mark.parametrize(
+    "stage", ["mimic", *(pytest.param(stage, marks=pytest.mark.slow) for stage in ("adapt", "prefer"))]
+)
 def test_the_same_steps_and_pictures_are_encoded_once(models, processor, tmp_path, stage, bf16):
     cache = tmp_path / "cache"
     plain = run(stage, models, processor, tmp_path / "plain", bf16=bf16)
