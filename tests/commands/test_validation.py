@@ -9,6 +9,7 @@ from safetensors.torch import load_file
 
 from helpers import stages
 from helpers.stages import StopsAt, adapt, mimic, prefer
+from helpers.trainers import ONE_FAST
 from llava_mod_cli import main
 from llava_mod_hf.commands import mimic as mimic_module
 from llava_mod_hf.commands import stage_parts
@@ -16,7 +17,6 @@ from llava_mod_hf.data.arguments import DataArguments
 from llava_mod_hf.data.easy_vqa import image_paths
 
 STAGES = {"adapt": adapt, "mimic": mimic, "prefer": prefer}
-ONE_FAST = ["mimic", *(pytest.param(stage, marks=pytest.mark.slow) for stage in ("adapt", "prefer"))]
 EACH_STEP = {"eval_strategy": "steps", "eval_steps": 1, "per_device_eval_batch_size": 4}
 NOWHERE = dict.fromkeys(("student", "teacher", "language_model"), "nothing")
 

@@ -1,5 +1,7 @@
 """The three trainers on a few embedded rows, by the name of their stage."""
 
+import pytest
+
 from helpers.ddp_gradients import EVERYTHING, RUN, mimic_trainer, rows
 from helpers.preference_trainers import preference_trainer
 from llava_mod_hf.training.adapt_trainer import AdaptConfig, AdaptTrainer
@@ -20,3 +22,5 @@ def adapt_trainer(
 
 
 TRAINERS = {"adapt": adapt_trainer, "mimic": mimic_trainer, "prefer": preference_trainer}
+
+ONE_FAST = ["mimic", *(pytest.param(stage, marks=pytest.mark.slow) for stage in ("adapt", "prefer"))]

@@ -5,6 +5,7 @@ import pytest
 from safetensors.numpy import save_file
 
 from llava_mod_hf.publishing.sizes import size_text, sizes_of
+from llava_mod_hf.students.onnx_weights import DTYPES
 
 
 def test_each_format_has_the_size_of_its_files(tmp_path):
@@ -25,6 +26,12 @@ def test_each_format_has_the_size_of_its_files(tmp_path):
         ("GGUF, `a-Q8_0.gguf`", 77),
         ("GGUF, `b.gguf`", 8),
     ]
+
+
+def test_graphs_are_told_by_the_types_that_the_export_writes(tmp_path):
+    for ending in DTYPES.values():
+        (tmp_path / f"embed_tokens{ending}.onnx").write_bytes(b"x")
+    assert sorted(sizes_of(tmp_path)) == sorted((f"ONNX, {name}", 1) for name in DTYPES)
 
 
 @pytest.mark.parametrize(

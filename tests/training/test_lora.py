@@ -10,6 +10,7 @@ from trl import ModelConfig
 from helpers.ddp_gradients import RUN, assert_gradients_close, mimic_trainer, raw_gradients, rows
 from helpers.models import FAMILIES, make_dense
 from helpers.preference_trainers import log_probabilities, preference_trainer
+from helpers.trainers import ONE_FAST
 from llava_mod_hf import MimicConfig, PreferenceConfig, upcycle
 from llava_mod_hf.training.adapt_config import AdaptConfig
 from llava_mod_hf.training.adapt_trainer import AdaptTrainer
@@ -17,7 +18,6 @@ from llava_mod_hf.training.lora import lora_config
 from llava_mod_hf.training.lora_options import LoraOptions
 
 CONFIGS = {"adapt": AdaptConfig, "mimic": MimicConfig, "prefer": PreferenceConfig}
-ONE_FAST = ["mimic", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("prefer", "adapt"))]
 SETTINGS = {"output_dir": "unused", "use_cpu": True, "bf16": False, "report_to": "none"}
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 

@@ -13,13 +13,13 @@ from helpers.ddp_gradients import RUN, mimic_trainer, rows, sharpened
 from helpers.leaks import find_leaks, private_words
 from helpers.preference_trainers import preference_trainer
 from helpers.stages import StopsAt
+from helpers.trainers import ONE_FAST
 from llava_mod_hf.training.adapt_config import AdaptConfig
 from llava_mod_hf.training.adapt_trainer import AdaptTrainer
 from llava_mod_hf.training.finite_steps import SKIPPED_IN_A_ROW, FiniteSteps
 
 KINDS = ("adapt", "mimic", "prefer")
 SAVING = {"max_steps": 2, "save_strategy": "steps", "save_steps": 1}
-ONE_FAST = ["mimic", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("adapt", "prefer"))]
 TRAINERS = {"mimic": mimic_trainer, "prefer": preference_trainer}
 SHARED = {"safetensors", "json", "jinja", "py", "gitattributes"}
 LORA = {"r": 2, "target_modules": r".*language_model.*\.(q_proj|v_proj)"}

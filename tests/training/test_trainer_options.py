@@ -186,17 +186,21 @@ def test_weights_and_empty_values_are_refused_by_the_config_and_in_a_recipe(stag
 
 
 @pytest.mark.parametrize("stage", CONFIGS)
-def test_a_backend_of_several_processes_is_refused_where_there_is_one(stage, monkeypatch, tmp_path):
+def test_a_backend_of_several_processes_is_refused_where_there_is_one(stage):
     with pytest.raises(
         ValueError, match="`ddp_backend` is 'gloo', and this is one process alone: start the stage with"
     ):
         CONFIGS[stage](**SETTINGS, ddp_backend="gloo")
-    # as `torchrun --nproc-per-node 1` starts one
-    store = dict(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
-    for name, value in store.items():
+
+
+# as `torchrun --nproc-per-node 1` and `mpirun` tell a process, and as who makes the group himself
+@pytest.mark.parametrize("launcher", [{"LOCAL_RANK": "0", "WORLD_SIZE": "1"}, {"OMPI_COMM_WORLD_SIZE": "2"}, {}])
+def test_a_backend_is_taken_where_a_launcher_started_the_process(launcher, monkeypatch):
+    for name, value in launcher.items():
         monkeypatch.setenv(name, value)
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: not launcher)
     monkeypatch.setattr(TrainingArguments, "_setup_devices", torch.device("cpu"))  # no process group in this process
-    assert CONFIGS[stage](**SETTINGS, ddp_backend="gloo").ddp_backend == "gloo"
+    assert MimicConfig(**SETTINGS, ddp_backend="gloo").ddp_backend == "gloo"
 
 
 @pytest.mark.parametrize("optim", ["adamw_8bit", "paged_adamw_8bit", "paged_adamw_32bit", "lion_8bit"])

@@ -4,11 +4,10 @@ import pytest
 from datasets import concatenate_datasets
 
 from helpers.ddp_gradients import assert_gradients_close, raw_gradients, rows
-from helpers.trainers import TRAINERS
+from helpers.trainers import ONE_FAST, TRAINERS
 from llava_mod_hf.teachers.unique_images import UniqueImages
 
 OPTIONS = {"adapt": {}, "mimic": {"share_vision_tower": False}, "prefer": {"share_prefix": False}}
-ONE_FAST = ["mimic", *(pytest.param(stage, marks=pytest.mark.slow) for stage in ("adapt", "prefer"))]
 
 
 @pytest.mark.parametrize("stage", ONE_FAST)

@@ -8,6 +8,7 @@ from transformers import TrainerCallback
 from helpers.ddp_gradients import RUN, RawGradients, rows
 from helpers.preference_trainers import preference_trainer
 from helpers.stages import StopsAt
+from helpers.trainers import ONE_FAST
 from llava_mod_hf import MimicConfig, MimicTrainer, PreferenceConfig
 from llava_mod_hf.data import easy_vqa
 from llava_mod_hf.evaluation.answers import evaluate_model
@@ -17,7 +18,6 @@ from llava_mod_hf.training.adapt_trainer import AdaptTrainer
 from llava_mod_hf.training.validation import asked
 
 CONFIGS = {"adapt": AdaptConfig, "mimic": MimicConfig, "prefer": PreferenceConfig}
-ONE_FAST = ["mimic", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("adapt", "prefer"))]
 SETTINGS = {"output_dir": "unused", "use_cpu": True, "bf16": False, "report_to": "none"}
 EACH_STEP = {"eval_strategy": "steps", "eval_steps": 1, "per_device_eval_batch_size": 2}
 SAVED = {"save_strategy": "steps", "save_steps": 1}

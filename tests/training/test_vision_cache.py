@@ -13,7 +13,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from helpers.ddp_gradients import RawGradients, gradients_of_two_processes, raw_gradients, rows
-from helpers.trainers import TRAINERS
+from helpers.trainers import ONE_FAST, TRAINERS
 from llava_mod_hf import MimicConfig, PreferenceConfig, recipes
 from llava_mod_hf.data.held_out import count_pictures
 from llava_mod_hf.teachers import vision_cache
@@ -63,9 +63,7 @@ def assert_same(found, expected):
 
 
 @pytest.mark.parametrize("bf16", [False, True], ids=["float32", "bf16"])
-@pytest.mark.parametrize(
-    "stage", ["mimic", *(pytest.param(stage, marks=pytest.mark.slow) for stage in ("adapt", "prefer"))]
-)
+@pytest.mark.parametrize("stage", ONE_FAST)
 def test_the_same_steps_and_pictures_are_encoded_once(models, processor, tmp_path, stage, bf16):
     cache = tmp_path / "cache"
     plain = run(stage, models, processor, tmp_path / "plain", bf16=bf16)

@@ -87,13 +87,14 @@ def runtime_files(runtime):
     modules = Path(runtime) / "node_modules"
     library = modules / LIBRARY
     places = (library.parents[1] / "node_modules", modules)  # npm nests a package where another version is above
+    package = library.parents[1] / "package.json"
     found = [library, *(next((p for p in _in(places, name) if p.is_file()), None) for name in WASM)]
-    if not library.is_file() or None in found:
+    if not (library.is_file() and package.is_file()) or None in found:
         raise ValueError(
             f"`{runtime}` has no transformers.js: give the folder where `npm install "
             f"@huggingface/transformers@{TRANSFORMERS_JS}` was run."
         )
-    version = json.loads((library.parents[1] / "package.json").read_text(encoding="utf-8"))["version"]
+    version = json.loads(package.read_text(encoding="utf-8"))["version"]
     if version.split(".")[0] != TRANSFORMERS_JS.split(".")[0]:
         raise ValueError(
             f"`{runtime}` has transformers.js {version}, and the page is written for {TRANSFORMERS_JS}: run `npm "

@@ -13,7 +13,7 @@ import types
 import typing
 
 import torch
-from accelerate.utils import get_int_from_env
+from accelerate.utils import get_cpu_distributed_information
 from peft import PeftModel
 from transformers import TrainingArguments
 from transformers.integrations import get_available_reporting_integrations
@@ -178,8 +178,8 @@ def check_options(args, stage):
 
 def _is_launched():
     """Whether a launcher, torch's or MPI's, has started this process, as accelerate finds it out."""
-    sizes = ["PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE", "WORLD_SIZE"]
-    return "LOCAL_RANK" in os.environ or get_int_from_env(sizes, 1) > 1 or torch.distributed.is_initialized()
+    several = get_cpu_distributed_information().world_size > 1
+    return several or "LOCAL_RANK" in os.environ or torch.distributed.is_initialized()
 
 
 def _fits(value, hint):
