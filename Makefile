@@ -148,7 +148,8 @@ $(TRANSFORMERS_JS):
 # Fails where a library is missing; `MARKS="-m ''"` runs the slow ones too, among them the page in Chromium.
 test-onnx: $(ONNX) $(TRANSFORMERS_JS) $(DEMO)
 	PYTHONPATH=$(ONNX):$(DEMO) TRANSFORMERS_JS=$(TRANSFORMERS_JS) NEEDS_ONNX=1 NEEDS_BROWSER=1 SCREENSHOTS=$(SCREENSHOTS) \
-		$(BIN)/python -m pytest -q $(MARKS) tests/students/test_onnx_export.py tests/students/test_web_export.py
+		$(BIN)/python -m pytest -q $(MARKS) \
+		tests/students/test_onnx_export.py tests/students/test_web_export.py tests/benchmarks/test_onnx_speed.py
 
 # The pages as a site, runs/site/index.html; a link or a heading that is not there ends it.
 .PHONY: docs test-docs
