@@ -1,6 +1,7 @@
 """Fixtures of several test files: the tokenizer and processor of the embedded models, and tiny random students."""
 
 import functools
+import gc
 import time
 
 import pytest
@@ -10,6 +11,16 @@ from helpers import tiny
 from helpers.hub_server import HubServer
 from helpers.teachers import make_teacher  # noqa: F401 (a fixture)
 from llava_mod_hf.commands.pretrain import train_tokenizer
+
+
+@pytest.fixture(autouse=True, scope="module")
+def nothing_old_to_collect():
+    """
+    Leaves what was made before a file's tests, the libraries' modules most of all, out of garbage collection: each
+    `train` asks for a whole one, which took a quarter of the time of all tests.
+    """
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")
