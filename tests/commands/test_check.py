@@ -241,6 +241,25 @@ def test_rows_of_evaluation_that_do_not_fit(folder, capsys):
     assert code == 1 and "None of the 1 rows can be trained on: 1 longer" in found["to_mend"][0]
 
 
+def test_pictures_of_evaluation_that_are_trained_on(folder, capsys):
+    rows = json.loads((folder / "rows.json").read_text())
+    Image.new("RGB", (64, 64), "blue").save(folder / "other.png")
+    other = {**rows[0], "image": "other.png"}
+    (folder / "eval.json").write_text(json.dumps([rows[0], rows[0], rows[2], other]))
+    path = recipe(folder, eval_dataset_name=str(folder / "eval.json"), eval_strategy="steps")
+    _, found, text = check(path, capsys=capsys)
+    assert (found["data"]["eval_rows"], found["data"]["eval_pictures"], found["data"]["eval_pictures_trained"]) == (
+        4,
+        3,
+        2,
+    )
+    assert "2 of their 3 pictures are trained on too" in text
+    (folder / "eval.json").write_text(json.dumps([other]))
+    _, found, _ = check(path, capsys=capsys)
+    assert found["data"]["eval_pictures_trained"] == 0
+    assert "eval_pictures" not in check(recipe(folder), capsys=capsys)[1]["data"]
+
+
 def test_of_a_stream_the_first_rows_are_read(folder, capsys, monkeypatch):
     monkeypatch.setattr("llava_mod_hf.commands.check_stage.STREAMED", 3)
     path = recipe(folder, streaming=True, max_steps=5)

@@ -12,7 +12,7 @@ from transformers import CLIPVisionConfig, Qwen2Config
 
 from helpers.live_teacher_cases import examples
 from llava_mod_hf import LlavaModConfig, LlavaModForConditionalGeneration
-from llava_mod_hf.data.held_out import count_pictures
+from llava_mod_hf.data.held_out import count_pictures, shared_pictures
 from llava_mod_hf.teachers import vision_cache
 from llava_mod_hf.teachers.unique_images import encode_once, keep_features
 from llava_mod_hf.teachers.vision_cache import VisionCache, bytes_of_picture, check_room, picture_keys
@@ -257,3 +257,7 @@ def test_pictures_are_counted_once(tmp_path):
     assert count_pictures(single.to_iterable_dataset()) is None
     assert count_pictures(dataset.remove_columns("images")) is None
     assert count_pictures(None) is None
+    others = dataset.select([0, 2])
+    assert shared_pictures(dataset, others) == shared_pictures(others, dataset) == 1
+    assert shared_pictures(dataset, single) == 0, "a copy in a file is another picture"
+    assert shared_pictures(dataset, dataset.to_iterable_dataset()) is None

@@ -70,6 +70,27 @@ def count_pictures(rows):
     Returns:
         `int` or `None`: `None` of rows that nobody has seen yet, a stream's, or whose pictures are of another kind.
     """
+    found = _pictures(rows)
+    return None if found is None else len(found)
+
+
+def shared_pictures(rows, others):
+    """
+    How many different pictures of one data set are in another too, by their files or bytes: a file and a copy of it are
+    two pictures.
+
+    Args:
+        rows, others (`datasets.Dataset`): with `images` or `image`.
+
+    Returns:
+        `int` or `None`: `None` where [`count_pictures`] says it of one of the two.
+    """
+    found = [_pictures(each) for each in (rows, others)]
+    return None if None in found else len(set.intersection(*found))
+
+
+def _pictures(rows):
+    """`set[str]` of what pictures are told apart by, or `None`."""
     features = getattr(rows, "features", None)
     names = [name for name in IMAGES if (features or {}).get(name) in (Image(), List(Image()))]
     if isinstance(rows, IterableDataset) or not names:
@@ -86,7 +107,7 @@ def count_pictures(rows):
         desc="Counting pictures",
         remove_columns=names,
     )
-    return len({key for own in named[KEYS][:] for key in own})
+    return {key for own in named[KEYS][:] for key in own}
 
 
 def _row_keys(rows):
