@@ -17,7 +17,7 @@ from llava_mod_hf.commands.pretrain import train_tokenizer
 def nothing_old_to_collect():
     """
     Leaves what was made before a file's tests, the libraries' modules most of all, out of garbage collection: each
-    `train` asks for a whole one, which took a quarter of the time of all tests.
+    `train` asks for a whole one, which would walk through all of it.
     """
     gc.collect()
     gc.freeze()

@@ -248,11 +248,7 @@ def test_pictures_of_evaluation_that_are_trained_on(folder, capsys):
     (folder / "eval.json").write_text(json.dumps([rows[0], rows[0], rows[2], other]))
     path = recipe(folder, eval_dataset_name=str(folder / "eval.json"), eval_strategy="steps")
     _, found, text = check(path, capsys=capsys)
-    assert (found["data"]["eval_rows"], found["data"]["eval_pictures"], found["data"]["eval_pictures_trained"]) == (
-        4,
-        3,
-        2,
-    )
+    assert found["data"].items() >= {"eval_rows": 4, "eval_pictures": 3, "eval_pictures_trained": 2}.items()
     assert "2 of their 3 pictures are trained on too" in text
     (folder / "eval.json").write_text(json.dumps([other]))
     _, found, _ = check(path, capsys=capsys)

@@ -258,6 +258,7 @@ def test_pictures_are_counted_once(tmp_path):
     assert count_pictures(dataset.remove_columns("images")) is None
     assert count_pictures(None) is None
     others = dataset.select([0, 2])
-    assert shared_pictures(dataset, others) == shared_pictures(others, dataset) == 1
-    assert shared_pictures(dataset, single) == 0, "a copy in a file is another picture"
-    assert shared_pictures(dataset, dataset.to_iterable_dataset()) is None
+    assert (shared_pictures(dataset, others), shared_pictures(others, dataset)) == ((1, 1), (1, 2))
+    assert shared_pictures(dataset, single) == (0, 2), "a copy in a file is another picture"
+    streamed = dataset.to_iterable_dataset()
+    assert shared_pictures(dataset, streamed) is None and shared_pictures(streamed, dataset) is None

@@ -26,7 +26,7 @@ from llava_mod_hf.commands.stage_parts import (
 from llava_mod_hf.data.conversations import AnswersCollator, supervises_answers
 from llava_mod_hf.data.fitting import LENGTH, NUM_IMAGES
 from llava_mod_hf.data.grouping import TokenBatches
-from llava_mod_hf.data.held_out import count_pictures, shared_pictures
+from llava_mod_hf.data.held_out import shared_pictures
 from llava_mod_hf.data.load import image_root, load_rows
 from llava_mod_hf.data.row_files import files_of
 from llava_mod_hf.loading import resolve
@@ -155,8 +155,8 @@ class StageCheck(SizesOfStage):
         self.eval_rows = load_eval_rows(self.data_args, self.args, columns)
         if self.eval_rows is not None:
             self._tell("", f"{len(self.eval_rows):,} rows of evaluation", eval_rows=len(self.eval_rows))
-            shared, pictures = shared_pictures(rows, self.eval_rows), count_pictures(self.eval_rows)
-            if shared is not None:
+            if (found := shared_pictures(rows, self.eval_rows)) is not None:
+                shared, pictures = found
                 told = f"{shared:,} of their {pictures:,} pictures are trained on too"
                 self._tell("", told, eval_pictures=pictures, eval_pictures_trained=shared)
 

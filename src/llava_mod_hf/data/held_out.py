@@ -76,17 +76,17 @@ def count_pictures(rows):
 
 def shared_pictures(rows, others):
     """
-    How many different pictures of one data set are in another too, by their files or bytes: a file and a copy of it are
-    two pictures.
+    How many pictures two data sets have in common, by their files or bytes: a file and a copy of it are two pictures.
 
     Args:
         rows, others (`datasets.Dataset`): with `images` or `image`.
 
     Returns:
-        `int` or `None`: `None` where [`count_pictures`] says it of one of the two.
+        `tuple[int, int]` or `None`: different pictures of `others` that are in `rows` too, and all of `others`; `None`
+        where [`count_pictures`] says it of one of the two.
     """
-    found = [_pictures(each) for each in (rows, others)]
-    return None if None in found else len(set.intersection(*found))
+    known, found = _pictures(rows), _pictures(others)
+    return None if known is None or found is None else (len(known & found), len(found))
 
 
 def _pictures(rows):
